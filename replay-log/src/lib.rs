@@ -1,0 +1,16 @@
+//! The log of nondeterministic events of one virtual machine.
+//!
+//! A copy of a machine is its image, its disk base and this log: replaying the log from the
+//! first entry gives the same machine in the same state. The crate knows entries, how they are
+//! encoded, grouped in batches, chained, compressed and stored. It knows nothing of KVM, of
+//! networks or of who may write.
+
+pub mod entry;
+pub mod position;
+
+pub use entry::{
+    Answer, Arrival, DiskBase, DiskOutcome, Entry, FrameNumber, FrameSource, GatewayIncarnation,
+    Group, GroupBody, GuestTime, Header, ImageDigest, Mark, MarkDigest, RequestNumber, TermChange,
+    TimerId,
+};
+pub use position::{Chain, LogIndex, LogTip, Position, Term};

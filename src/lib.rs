@@ -1,0 +1,10 @@
+//! Understudy keeps a virtual machine alive on unreliable hosts.
+
+pub mod agent;
+pub mod cli;
+pub mod config;
+pub mod demo;
+pub mod doctor;
+pub mod gateway;
+pub mod protocol;
+pub mod simulator;

@@ -1,0 +1,53 @@
+//! Where the guest finds what: ports, MMIO windows, interrupt lines. Part of the machine model.
+//!
+//! | device | where | line |
+//! |---|---|---|
+//! | 8259 pair | ports `0x20 0x21 0xa0 0xa1` | |
+//! | serial console, 16550 | ports `0x3f8..0x400` | 4 |
+//! | clock | `0x510` R32: asks the time, returns the low half of the nanoseconds since power-on and latches the high half; `0x514` R32: the latched high half; `0x518` R32: asks the time, returns whole milliseconds, modulo 2^32 | |
+//! | timer 0 | `0x520` W32: low half of the deadline in ns (kept); `0x524` W32: high half, arms (deadline 0 disarms); `0x528` W32: arms with an absolute deadline in ms (0 disarms) | 0 |
+//! | entropy | `0x530` R8/R16/R32: random bits | |
+//! | power | `0x540` W32: 1 switches off, 2 resets | |
+//! | idle | `0x544` W, any size: waits until anything arrives | |
+//! | virtio-mmio | `0xd000_0000 + n * 0x1000`: n = 0 network, n = 1… disks | 5, then 10 + disk (at most 4 disks: 10, 11, 14, 15) |
+
+/// First port of the master 8259 (command, data).
+pub const PIC_MASTER: u16 = 0x20;
+/// First port of the slave 8259 (command, data).
+pub const PIC_SLAVE: u16 = 0xa0;
+/// First port of the 16550.
+pub const SERIAL: u16 = 0x3f8;
+/// Interrupt line of the 16550.
+pub const SERIAL_IRQ: u8 = 4;
+/// Clock: low half of the nanoseconds.
+pub const CLOCK_LOW: u16 = 0x510;
+/// Clock: latched high half of the nanoseconds.
+pub const CLOCK_HIGH: u16 = 0x514;
+/// Clock: milliseconds.
+pub const CLOCK_MILLIS: u16 = 0x518;
+/// Timer 0: low half of the deadline.
+pub const TIMER_LOW: u16 = 0x520;
+/// Timer 0: high half of the deadline, arms.
+pub const TIMER_HIGH: u16 = 0x524;
+/// Timer 0: deadline in milliseconds, arms.
+pub const TIMER_MILLIS: u16 = 0x528;
+/// Interrupt line of timer 0.
+pub const TIMER_IRQ: u8 = 0;
+/// Entropy.
+pub const ENTROPY: u16 = 0x530;
+/// Power control.
+pub const POWER: u16 = 0x540;
+/// Written to [`POWER`]: switch off.
+pub const POWER_OFF: u32 = 1;
+/// Written to [`POWER`]: reset.
+pub const POWER_RESET: u32 = 2;
+/// Idle: wait until anything arrives.
+pub const IDLE: u16 = 0x544;
+/// The first virtio-mmio window.
+pub const VIRTIO_BASE: u64 = 0xd000_0000;
+/// The size of a virtio-mmio window and the distance between two.
+pub const VIRTIO_WINDOW: u64 = 0x1000;
+/// Interrupt line of the network device.
+pub const NET_IRQ: u8 = 5;
+/// Interrupt lines of the disks, in order.
+pub const DISK_IRQS: [u8; 4] = [10, 11, 14, 15];

@@ -1,0 +1,185 @@
+//! The tape: the one way by which anything from outside reaches a machine.
+//!
+//! Devices and the run loop never see a host resource. What they need to know they ask as a
+//! [`Query`], what they want done they say as a [`Command`], and what arrives is handed to them by
+//! [`Tape::next`]. The recorder asks the host and writes the log; the replayer reads the log.
+
+use bytes::Bytes;
+use replay_log::{Answer, Arrival, GuestTime, MarkDigest, Position, RequestNumber, TimerId};
+use thiserror::Error;
+
+/// Something only the outside knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Query {
+    /// What time is it? Answered by [`Answer::Clock`].
+    Clock,
+    /// Random bytes, this many. Answered by [`Answer::Entropy`] of exactly that length.
+    Entropy(u32),
+}
+
+/// What a disk request asks for. Offsets and lengths are in bytes and multiples of 512.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskOp {
+    /// Read `len` bytes.
+    Read {
+        /// Where on the disk.
+        offset: u64,
+        /// How many bytes.
+        len: u32,
+    },
+    /// Write this data. It was copied out of guest memory when the request was submitted.
+    Write {
+        /// Where on the disk.
+        offset: u64,
+        /// What to write.
+        data: Bytes,
+    },
+    /// Make every write that was submitted before durable.
+    Flush,
+}
+
+/// A request to a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskRequest {
+    /// Its number, given by the block device; completions name it.
+    pub number: RequestNumber,
+    /// Which of the machine's disks, from 0.
+    pub disk: u8,
+    /// What to do.
+    pub op: DiskOp,
+}
+
+/// What a device asks of the outside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Send an Ethernet frame (network device 0). An output.
+    Frame(Bytes),
+    /// Write to the console. An output.
+    Console(Bytes),
+    /// Do something with a disk.
+    Disk(DiskRequest),
+    /// Let a timer fall due at this time, or disarm it.
+    ArmTimer {
+        /// Which timer; arming it again replaces its deadline.
+        timer: TimerId,
+        /// When, in guest time; `None` disarms.
+        deadline: Option<GuestTime>,
+    },
+}
+
+impl Command {
+    /// Whether the world can see it: an output waits for output commit.
+    pub const fn is_output(&self) -> bool {
+        matches!(self, Self::Frame(_) | Self::Console(_))
+    }
+}
+
+/// What the vCPU can do at a landmark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CpuState {
+    /// It can execute.
+    Ready,
+    /// It waits for an interrupt that can be injected (HLT).
+    Halted,
+    /// It asked to wait until anything arrives (the idle port).
+    Idle,
+    /// It will never execute again.
+    Stopped(GuestEnd),
+}
+
+/// How a guest ends by its own doing; replicas agree about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub enum GuestEnd {
+    /// It switched itself off.
+    PowerOff,
+    /// It asked to be started again from the beginning.
+    Reset,
+    /// HLT with interrupts off: nothing can wake it.
+    Dead,
+    /// A triple fault.
+    TripleFault,
+}
+
+/// What the machine can take at this landmark. What it cannot take waits outside.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sources {
+    /// The network device has a receive buffer for a frame.
+    pub frame: bool,
+    /// How many console bytes fit the serial port's receive queue.
+    pub console: usize,
+}
+
+/// An arrival with what the log does not carry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Delivery {
+    /// What arrives, as the log has it.
+    pub arrival: Arrival,
+    /// The data of a finished read (every copy reads its own disk).
+    pub data: Option<Bytes>,
+}
+
+/// What the run loop is to do between two groups.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Deliver this and ask again.
+    Deliver(Delivery),
+    /// Execute one slice.
+    Run,
+    /// Compute the digest, hand it to [`Tape::mark`], and ask again.
+    Mark,
+    /// There is nothing to do before something happens outside; ask again then.
+    Wait,
+    /// Leave the run loop at this landmark; it can be entered again.
+    Pause,
+}
+
+/// A tape: where the outside comes from.
+pub trait Tape {
+    /// Whether [`Tape::next`] would say anything but [`Next::Run`] at this landmark. Cheap: it is
+    /// asked after every exit, before pending I/O is completed.
+    fn pending(&mut self, at: Position, cpu: CpuState, can_take: Sources) -> bool;
+
+    /// What to do now. Called between groups only, with pending I/O completed.
+    fn next(&mut self, at: Position, cpu: CpuState, can_take: Sources) -> Result<Next, TapeError>;
+
+    /// Answers a device while an exit is served.
+    fn answer(&mut self, query: Query) -> Result<Answer, TapeError>;
+
+    /// Takes a command while an exit is served.
+    fn command(&mut self, command: Command) -> Result<(), TapeError>;
+
+    /// The exit that led to landmark `at` is served: its group ends.
+    fn close(&mut self, at: Position) -> Result<(), TapeError>;
+
+    /// Takes the digest asked for by [`Next::Mark`]: written down, or compared.
+    fn mark(&mut self, at: Position, digest: MarkDigest) -> Result<(), TapeError>;
+}
+
+/// Why a tape cannot go on.
+#[derive(Debug, Error)]
+pub enum TapeError {
+    /// The machine did not do what the log says it did.
+    #[error("the replay diverged at position {at}: the log has {expected}, the machine {found}")]
+    Diverged {
+        /// The first landmark at which they differ.
+        at: Position,
+        /// What the log says.
+        expected: String,
+        /// What the machine did.
+        found: String,
+    },
+    /// This copy's disk does not hold what the primary's did.
+    #[error("the data of disk request {request:?} at position {at} is not what the primary read")]
+    DiskDiffers {
+        /// Where the completion was to be delivered.
+        at: Position,
+        /// The request.
+        request: RequestNumber,
+    },
+    /// The host failed the machine (a disk error, a lost channel): never an event of the guest.
+    #[error("the host cannot go on: {reason}")]
+    Host {
+        /// A sentence that says what failed.
+        reason: String,
+    },
+}
