@@ -5,9 +5,16 @@
 //! encoded, grouped in batches, chained, compressed and stored. It knows nothing of KVM, of
 //! networks or of who may write.
 
+pub mod batch;
+pub mod codec;
 pub mod entry;
 pub mod position;
+#[cfg(test)]
+mod testing;
+pub mod varint;
 
+pub use batch::{Batch, BatchBuilder, FrameError, MAX_BATCH, TARGET_BATCH};
+pub use codec::{DecodeError, EncodeError, Entries, FORMAT_VERSION};
 pub use entry::{
     Answer, Arrival, DiskBase, DiskOutcome, Entry, FrameNumber, FrameSource, GatewayIncarnation,
     Group, GroupBody, GuestTime, Header, ImageDigest, Mark, MarkDigest, RequestNumber, TermChange,
