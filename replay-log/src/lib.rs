@@ -7,17 +7,21 @@
 
 pub mod batch;
 pub mod codec;
+mod compress;
 pub mod entry;
 pub mod position;
+pub mod stream;
 #[cfg(test)]
 mod testing;
 pub mod varint;
 
 pub use batch::{Batch, BatchBuilder, FrameError, MAX_BATCH, TARGET_BATCH};
 pub use codec::{DecodeError, EncodeError, Entries, FORMAT_VERSION};
+pub use compress::DecompressError;
 pub use entry::{
     Answer, Arrival, DiskBase, DiskOutcome, Entry, FrameNumber, FrameSource, GatewayIncarnation,
     Group, GroupBody, GuestTime, Header, ImageDigest, Mark, MarkDigest, RequestNumber, TermChange,
     TimerId,
 };
 pub use position::{Chain, LogIndex, LogTip, Position, Term};
+pub use stream::{StreamBytes, StreamDecoder, StreamEncoder, StreamError};

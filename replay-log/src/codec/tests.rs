@@ -145,9 +145,9 @@ fn common_groups_take_at_most_four_bytes() {
     ];
     let cost = |next: &Entry| {
         let mut builder = BatchBuilder::new(Term(3), LogIndex(1_000_000));
-        first.iter().for_each(|entry| {
+        for entry in &first {
             builder.push(entry).unwrap();
-        });
+        }
         let before = builder.bytes();
         builder.push(next).unwrap();
         builder.bytes() - before
