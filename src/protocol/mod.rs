@@ -1,1 +1,27 @@
-//! protocol
+//! The protocol: who reigns, who holds the log, what may leave. Pure state machines; see README.md.
+
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
+pub mod api;
+pub mod config;
+pub mod event;
+pub mod message;
+pub mod mutation;
+pub mod name;
+pub mod node;
+pub mod record;
+pub mod status;
+pub mod time;
+pub mod wire;
+
+pub use api::{Action, Input, Operator, StopReason, Swapped};
+pub use config::{Bounds, Config, Durable, Restored, Timing};
+pub use event::Event;
+pub use message::{Ack, Authority, Claim, Lane, Message, PROTOCOL_VERSION, Refusal};
+pub use mutation::Mutation;
+pub use name::{Epoch, HostName, Incarnation, NameError, VmName, VmRun};
+pub use node::Node;
+pub use record::{Acks, Member, OnLoss, Policy, Record, RecordError, Rule, RuleError, Version};
+pub use status::{FollowerStatus, RoleName, Status};
+pub use time::{Span, Time};
+pub use wire::WireError;

@@ -1,0 +1,140 @@
+//! What a node is told when it is made: who it is, its patience, and what survived on its disk.
+
+use replay_log::LogTip;
+use serde::{Deserialize, Serialize};
+
+use super::message::Claim;
+use super::mutation::Mutation;
+use super::name::{HostName, Incarnation, VmName};
+use super::record::Acks;
+use super::time::Span;
+
+/// Everything fixed about a node.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// This host.
+    pub host: HostName,
+    /// The VM.
+    pub vm: VmName,
+    /// How long what may take.
+    pub timing: Timing,
+    /// How much may wait.
+    pub bounds: Bounds,
+    pub(crate) mutation: Option<Mutation>,
+}
+
+impl Config {
+    /// The configuration of a host for a VM, with default patience.
+    pub fn new(host: HostName, vm: VmName) -> Self {
+        Self {
+            host,
+            vm,
+            timing: Timing::default(),
+            bounds: Bounds::default(),
+            mutation: None,
+        }
+    }
+
+    /// Makes the node wrong on purpose; the simulator must notice.
+    #[must_use]
+    pub(crate) fn with_mutation(mut self, mutation: Option<Mutation>) -> Self {
+        self.mutation = mutation;
+        self
+    }
+}
+
+/// How long what may take. None of it is needed for safety.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    /// Between two heartbeats, and between two reports of a replica.
+    pub heartbeat: Span,
+    /// A primary is never suspected after less silence.
+    pub suspicion_floor: Span,
+    /// However irregular its heartbeats were, it is suspected after this much.
+    pub suspicion_ceiling: Span,
+    /// A copy that has heard the primary within this time vouches for it.
+    pub lease: Span,
+    /// How much longer each copy waits than the one before it in the order of claiming.
+    pub stagger: Span,
+    /// How long a claimant-to-be waits for somebody to vouch for the primary.
+    pub inquiry: Span,
+    /// How long a claimant that has enough seals waits for those of the other reachable copies.
+    pub seal_grace: Span,
+    /// How long a claimant waits for the sealed copies to take the log they lack.
+    pub bring_along: Span,
+    /// When a claim that has not come through is given up.
+    pub claim_patience: Span,
+    /// Between two attempts at anything that failed.
+    pub retry: Span,
+    /// After this much silence of a replica the primary removes it.
+    pub shrink_after: Span,
+    /// Execution lag of a replica over which the primary is slowed.
+    pub lag_limit: Span,
+    /// How long a planned switchover may take before it is given up.
+    pub switchover_patience: Span,
+    /// A node that is called later than this after the last time was itself not running: what it
+    /// did not hear meanwhile means nothing.
+    pub attention: Span,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            heartbeat: Span::from_millis(20),
+            suspicion_floor: Span::from_millis(200),
+            suspicion_ceiling: Span::from_millis(1_000),
+            lease: Span::from_millis(150),
+            stagger: Span::from_millis(100),
+            inquiry: Span::from_millis(20),
+            seal_grace: Span::from_millis(40),
+            bring_along: Span::from_millis(150),
+            claim_patience: Span::from_millis(1_000),
+            retry: Span::from_millis(200),
+            shrink_after: Span::from_millis(1_000),
+            lag_limit: Span::from_millis(500),
+            switchover_patience: Span::from_millis(3_000),
+            attention: Span::from_millis(30),
+        }
+    }
+}
+
+/// How much may wait. What happens at a bound is [`super::Action::Throttle`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// Log bytes that the primary has recorded and that are not committed.
+    pub uncommitted_log: u64,
+    /// Bytes of output that wait for commit.
+    pub waiting_output: u64,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            uncommitted_log: 32 << 20,
+            waiting_output: 8 << 20,
+        }
+    }
+}
+
+/// What a node must find again after a restart. Small; replaced as a whole, durably.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Durable {
+    /// The present holding. 0 means that there has never been one.
+    pub incarnation: Incarnation,
+    /// What acknowledging meant in this holding.
+    pub acks: Acks,
+    /// The promise to hear no older term.
+    pub promise: Option<Claim>,
+}
+
+/// What a node is restored from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// What was last persisted; the default on a host that has never known the VM.
+    pub durable: Durable,
+    /// The log that was found on disk, whole batches, checked; the default when there is none.
+    pub log: LogTip,
+    /// The store had to give up log that it had reported as synced (a replaced disk, a flipped
+    /// bit), so acknowledged log may be missing.
+    pub damaged: bool,
+}

@@ -1,0 +1,441 @@
+//! The record: the small fact, changed only by compare-and-set, that says who reigns over a VM and
+//! who may succeed (DESIGN.md section 4, "The record").
+
+use std::fmt;
+
+use replay_log::Term;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::name::{Epoch, HostName, Incarnation};
+
+/// The most copies one VM can have.
+pub const MAX_COPIES: usize = 16;
+
+/// Which state of the record: both numbers only rise, and every change raises the epoch.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+pub struct Version {
+    /// The reign.
+    pub term: Term,
+    /// The change.
+    pub epoch: Epoch,
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "term {} epoch {}", self.term, self.epoch)
+    }
+}
+
+/// A copy of the VM: a host, in the incarnation in which it holds the log.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Member {
+    /// Where.
+    pub host: HostName,
+    /// Which unbroken holding there.
+    pub incarnation: Incarnation,
+}
+
+impl fmt::Display for Member {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}#{}", self.host, self.incarnation)
+    }
+}
+
+/// How many copies must hold the log before an output may leave.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rule {
+    /// All copies.
+    #[default]
+    All,
+    /// More than half of all copies, the primary included.
+    Quorum,
+    /// The primary and this many replicas (all of them when there are fewer).
+    Any(u32),
+}
+
+impl Rule {
+    /// `q`: how many of `copies` (the primary included) must hold an entry before output.
+    pub fn needed(self, copies: usize) -> usize {
+        match self {
+            Self::All => copies,
+            Self::Quorum => copies / 2 + 1,
+            Self::Any(replicas) => copies.min(replicas as usize + 1),
+        }
+        .max(1)
+    }
+
+    /// How many of `copies` must be sealed before another may reign: enough that no `q` copies
+    /// are left which could still commit output, and that one of them holds whatever was.
+    pub fn seals(self, copies: usize) -> usize {
+        (copies + 1).saturating_sub(self.needed(copies)).max(1)
+    }
+
+    /// Says in sentences which losses this rule survives with so many copies: what `pair` prints.
+    pub fn survives(self, copies: usize) -> String {
+        let (needed, seals) = (self.needed(copies), self.seals(copies));
+        if copies <= 1 {
+            return "unprotected: the primary is the only copy, and losing it loses the machine"
+                .to_owned();
+        }
+        let replicas = copies - 1;
+        let first = if needed == 1 {
+            "survives no loss: output waits for no replica".to_owned()
+        } else {
+            format!(
+                "survives the loss of any {} of {copies} copies without losing anything \
+                 acknowledged",
+                needed - 1
+            )
+        };
+        let second = if seals > replicas {
+            "after losing the primary nobody can be promoted".to_owned()
+        } else if seals == replicas && replicas > 1 {
+            "after losing the primary, every replica must be reachable to promote one".to_owned()
+        } else {
+            format!("after losing the primary, {seals} of {replicas} replicas must be reachable")
+        };
+        let third = if needed > replicas {
+            "output pauses when any replica is lost, until it is back or removed".to_owned()
+        } else {
+            format!(
+                "output goes on while {} of {replicas} replicas hold the log",
+                needed - 1
+            )
+        };
+        format!("{first}; {second}; {third}")
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::All => f.write_str("all"),
+            Self::Quorum => f.write_str("quorum"),
+            Self::Any(replicas) => write!(f, "any({replicas})"),
+        }
+    }
+}
+
+/// Why a text is no rule.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("{text:?} is no rule: use all, quorum or any(K) with K at least 1")]
+pub struct RuleError {
+    text: String,
+}
+
+impl std::str::FromStr for Rule {
+    type Err = RuleError;
+
+    fn from_str(text: &str) -> Result<Self, RuleError> {
+        let any = || {
+            let inner = text.strip_prefix("any(")?.strip_suffix(')')?;
+            inner
+                .parse()
+                .ok()
+                .filter(|k| (1..=MAX_COPIES as u32).contains(k))
+        };
+        match text {
+            "all" => Ok(Self::All),
+            "quorum" => Ok(Self::Quorum),
+            _ => any().map(Self::Any).ok_or_else(|| RuleError {
+                text: text.to_owned(),
+            }),
+        }
+    }
+}
+
+/// What a copy must have done before it counts as holding the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Acks {
+    /// It has it in memory. A restart loses membership.
+    #[default]
+    Memory,
+    /// It has it durably. A restart keeps membership.
+    Disk,
+}
+
+/// What the primary does about replicas that stop acknowledging.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnLoss {
+    /// Removes them from the record after a second and goes on with the others, or alone.
+    #[default]
+    Shrink,
+    /// Waits for them.
+    Stall,
+}
+
+/// What the owner of a VM chose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Policy {
+    /// Who must hold the log before output.
+    pub rule: Rule,
+    /// What holding means. Fixed for the life of the VM.
+    pub acks: Acks,
+    /// What happens without a replica.
+    pub on_loss: OnLoss,
+    /// With fewer copies than this (the primary included) no output leaves.
+    pub min_copies: u32,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            rule: Rule::All,
+            acks: Acks::Memory,
+            on_loss: OnLoss::Shrink,
+            min_copies: 1,
+        }
+    }
+}
+
+/// The record of one VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "RecordParts")]
+pub struct Record {
+    /// The reign.
+    pub term: Term,
+    /// How often the record has been changed.
+    pub epoch: Epoch,
+    /// Who reigns.
+    pub primary: Member,
+    /// The replicas that hold the log: ordered by host, a host at most once, never the primary.
+    pub members: Vec<Member>,
+    /// The hosts on which the owner wants copies, the primary's included, ordered.
+    pub hosts: Vec<HostName>,
+    /// What the owner chose.
+    pub policy: Policy,
+}
+
+#[derive(Deserialize)]
+struct RecordParts {
+    term: Term,
+    epoch: Epoch,
+    primary: Member,
+    members: Vec<Member>,
+    hosts: Vec<HostName>,
+    policy: Policy,
+}
+
+impl TryFrom<RecordParts> for Record {
+    type Error = RecordError;
+
+    fn try_from(parts: RecordParts) -> Result<Self, RecordError> {
+        let record = Self {
+            term: parts.term,
+            epoch: parts.epoch,
+            primary: parts.primary,
+            members: parts.members,
+            hosts: parts.hosts,
+            policy: parts.policy,
+        };
+        record.check()?;
+        Ok(record)
+    }
+}
+
+/// Why something is no record, or may not replace one.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum RecordError {
+    /// Too many, unordered or doubled copies.
+    #[error("a record lists at most {MAX_COPIES} copies, in order, each host once")]
+    Copies,
+    /// The numbers must rise.
+    #[error("{new} may not follow {old}: the term must not fall and the epoch rises by one")]
+    Order {
+        /// What is there.
+        old: Version,
+        /// What was to replace it.
+        new: Version,
+    },
+    /// Only a new term can have another primary.
+    #[error("another primary needs another term, and {version} has had one")]
+    Primary {
+        /// The version in question.
+        version: Version,
+    },
+}
+
+impl Record {
+    /// Which state of the record this is.
+    pub fn version(&self) -> Version {
+        Version {
+            term: self.term,
+            epoch: self.epoch,
+        }
+    }
+
+    /// How many copies it names, the primary included.
+    pub fn copies(&self) -> usize {
+        1 + self.members.len()
+    }
+
+    /// `q`: how many copies, the primary included, must hold an entry before output.
+    pub fn needed(&self) -> usize {
+        self.policy.rule.needed(self.copies())
+    }
+
+    /// How many of its copies must be sealed before another may reign.
+    pub fn seals(&self) -> usize {
+        self.policy.rule.seals(self.copies())
+    }
+
+    /// Whether there are as many copies as the owner wants at least.
+    pub fn enough_copies(&self) -> bool {
+        self.copies() >= self.policy.min_copies as usize
+    }
+
+    /// Its copies: the replicas in order, then the primary. This is the order in which they claim.
+    pub fn all_copies(&self) -> impl Iterator<Item = &Member> {
+        self.members.iter().chain(std::iter::once(&self.primary))
+    }
+
+    /// The copy on a host.
+    pub fn copy_on(&self, host: &HostName) -> Option<&Member> {
+        self.all_copies().find(|copy| copy.host == *host)
+    }
+
+    /// The replica on a host.
+    pub fn member_on(&self, host: &HostName) -> Option<&Member> {
+        self.members.iter().find(|member| member.host == *host)
+    }
+
+    /// Whether the owner wants a copy there, or there is one.
+    pub fn concerns(&self, host: &HostName) -> bool {
+        self.hosts.contains(host) || self.copy_on(host).is_some()
+    }
+
+    /// The place of a host in the order of claiming.
+    pub fn rank(&self, host: &HostName) -> Option<usize> {
+        self.all_copies().position(|copy| copy.host == *host)
+    }
+
+    /// Whether this record may replace `old`. The keeper of records refuses what may not.
+    pub fn may_follow(&self, old: Option<&Self>) -> Result<(), RecordError> {
+        self.check()?;
+        let before = old.map(Self::version).unwrap_or_default();
+        let new = self.version();
+        if new.term < before.term || new.epoch != before.epoch.next() || new.term == Term(0) {
+            return Err(RecordError::Order { old: before, new });
+        }
+        match old {
+            Some(old) if old.term == self.term && old.primary != self.primary => {
+                Err(RecordError::Primary { version: new })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check(&self) -> Result<(), RecordError> {
+        let ordered = self.members.is_sorted_by(|a, b| a.host < b.host)
+            && self.hosts.is_sorted_by(|a, b| a < b);
+        let fits = self.copies() <= MAX_COPIES && self.hosts.len() <= MAX_COPIES;
+        let single = self.member_on(&self.primary.host).is_none();
+        if ordered && fits && single {
+            Ok(())
+        } else {
+            Err(RecordError::Copies)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn member(host: &str) -> Member {
+        Member {
+            host: HostName::new(host).expect("a name"),
+            incarnation: Incarnation(1),
+        }
+    }
+
+    fn record(term: u64, epoch: u64, members: &[&str]) -> Record {
+        Record {
+            term: Term(term),
+            epoch: Epoch(epoch),
+            primary: member("p"),
+            members: members.iter().map(|m| member(m)).collect(),
+            hosts: vec![],
+            policy: Policy::default(),
+        }
+    }
+
+    #[test]
+    fn sealed_copies_and_committing_copies_always_overlap() {
+        for rule in [
+            Rule::All,
+            Rule::Quorum,
+            Rule::Any(1),
+            Rule::Any(2),
+            Rule::Any(9),
+        ] {
+            for copies in 1..=MAX_COPIES {
+                let (needed, seals) = (rule.needed(copies), rule.seals(copies));
+                assert!((1..=copies).contains(&needed), "{rule} of {copies}");
+                assert!(needed + seals > copies, "{rule} of {copies}");
+                assert_eq!(needed + seals, copies + 1, "no more seals than it takes");
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_rule_survives_is_said() {
+        assert!(Rule::Any(1).survives(3).contains("any 1 of 3"));
+        assert!(
+            Rule::Any(1)
+                .survives(3)
+                .contains("every replica must be reachable")
+        );
+        assert!(
+            Rule::All
+                .survives(3)
+                .contains("1 of 2 replicas must be reachable")
+        );
+        assert!(Rule::All.survives(1).contains("unprotected"));
+    }
+
+    #[test]
+    fn rules_are_read_as_they_are_written() {
+        for rule in [Rule::All, Rule::Quorum, Rule::Any(2)] {
+            assert_eq!(rule.to_string().parse(), Ok(rule));
+        }
+        for bad in ["", "any", "any()", "any(0)", "any(99)", "ALL"] {
+            assert!(bad.parse::<Rule>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_record_follows_another_only_upwards() {
+        let old = record(2, 5, &["a", "b"]);
+        assert_eq!(record(2, 6, &["a"]).may_follow(Some(&old)), Ok(()));
+        assert_eq!(record(3, 6, &["a"]).may_follow(Some(&old)), Ok(()));
+        assert!(record(1, 6, &["a"]).may_follow(Some(&old)).is_err());
+        assert!(record(3, 5, &["a"]).may_follow(Some(&old)).is_err());
+        assert!(record(3, 7, &["a"]).may_follow(Some(&old)).is_err());
+        assert!(record(1, 1, &[]).may_follow(None).is_ok());
+        let mut usurper = record(2, 6, &["a"]);
+        usurper.primary = member("b");
+        assert!(usurper.may_follow(Some(&old)).is_err());
+    }
+
+    #[test]
+    fn what_is_no_record_is_not_decoded() {
+        for bad in [
+            record(1, 1, &["b", "a"]),
+            record(1, 1, &["a", "a"]),
+            record(1, 1, &["p"]),
+        ] {
+            let encoded = postcard::to_stdvec(&bad).expect("it encodes");
+            assert!(postcard::from_bytes::<Record>(&encoded).is_err(), "{bad:?}");
+        }
+        let good = record(1, 1, &["a", "b"]);
+        let encoded = postcard::to_stdvec(&good).expect("it encodes");
+        assert_eq!(postcard::from_bytes::<Record>(&encoded), Ok(good));
+    }
+}
