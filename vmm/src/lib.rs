@@ -8,6 +8,7 @@ pub mod boot;
 pub mod config;
 pub mod devices;
 pub mod disk;
+pub mod host;
 pub mod kvm;
 pub mod machine;
 pub mod model;
@@ -16,6 +17,7 @@ pub mod recorder;
 pub mod replayer;
 pub mod runner;
 pub mod tape;
+pub mod testing;
 
 /// Guest memory. The bitmap remembers what the VMM itself wrote, because KVM's dirty log does not
 /// (DESIGN.md section 2).

@@ -1,1 +1,184 @@
-//! runner
+//! The one run loop: it drives a machine from landmark to landmark, whoever holds the tape.
+//!
+//! ```text
+//!            ┌──────────────── Pending::Nothing ────────────────┐
+//!            │                                                  ▼
+//!   ┌─► at a landmark ── Act ──► settle ──► tape.next ── Run ─► inject? ─► enter guest ─┐
+//!   │        │                     │ exit      │ Deliver, Mark: done, ask again         │
+//!   │        │ Hold                └─► number  │ Wait, Pause                            │
+//!   │        ▼                         it      ▼                                        │
+//!   │      Waiting                           Waiting, Paused, Ended                     │
+//!   └───────────────────────── exit served, group closed, position + 1 ◄────────────────┘
+//! ```
+
+use replay_log::Position;
+
+use crate::machine::{DigestScope, Enter, Entered, Machine, MachineError};
+use crate::tape::{CpuState, GuestEnd, Next, Pending, Tape};
+
+/// Every so many marks the digest is deep: FPU and MSRs too.
+const DEEP_EVERY: u64 = 64;
+/// Pages that a mark scrubs while the guest executes: a few microseconds.
+const SCRUB_BUSY: u32 = 4;
+/// Pages that a mark scrubs while the guest waits: nobody is in a hurry then.
+const SCRUB_WAITING: u32 = 64;
+
+/// Where the run loop stands when it hands control back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// The budget is used up or a kick came; call again.
+    Ran,
+    /// Nothing to do before something happens outside.
+    Waiting,
+    /// The tape asked to leave the loop at this landmark.
+    Paused,
+    /// The guest has ended by its own doing, and the tape has heard of it.
+    Ended(GuestEnd),
+}
+
+/// A machine together with the place it has reached.
+pub struct Runner<M> {
+    machine: M,
+    at: Position,
+    /// The last exit's I/O may be pending.
+    unsettled: bool,
+    /// An interrupt was injected and no exit has come since: there is no room for another.
+    injected: bool,
+    /// A kick took the vCPU out between two landmarks: nothing may be done but to go back in.
+    in_slice: bool,
+    marks: u64,
+    scrub_page: u64,
+}
+
+impl<M: Machine> Runner<M> {
+    /// A machine that was just powered on.
+    pub fn new(machine: M) -> Self {
+        Self {
+            machine,
+            at: Position::START,
+            unsettled: false,
+            injected: false,
+            in_slice: false,
+            marks: 0,
+            scrub_page: 0,
+        }
+    }
+
+    /// The last landmark passed.
+    pub const fn at(&self) -> Position {
+        self.at
+    }
+
+    /// The machine.
+    pub const fn machine(&self) -> &M {
+        &self.machine
+    }
+
+    /// What the vCPU can do, seen from outside: a halted vCPU with an interrupt waiting can run.
+    pub fn cpu(&self) -> CpuState {
+        match self.machine.cpu() {
+            CpuState::Halted if self.injected || self.machine.interrupt_waits() => CpuState::Ready,
+            state => state,
+        }
+    }
+
+    /// Runs on until there is something to tell, for at most `budget` landmarks.
+    pub fn turn(&mut self, tape: &mut dyn Tape, budget: u32) -> Result<Turn, MachineError> {
+        for _ in 0..budget {
+            if !self.in_slice
+                && let Some(turn) = self.landmark(tape)?
+            {
+                return Ok(turn);
+            }
+            if self.enter(Enter::Run, tape)? == Entered::Kicked {
+                return Ok(Turn::Ran);
+            }
+        }
+        Ok(Turn::Ran)
+    }
+
+    /// Does what is to be done at this landmark; `None` when the guest may execute on.
+    fn landmark(&mut self, tape: &mut dyn Tape) -> Result<Option<Turn>, MachineError> {
+        match tape.pending(self.at, self.cpu(), self.machine.can_take())? {
+            Pending::Hold => Ok(Some(self.rest(Turn::Waiting))),
+            Pending::Nothing if !self.needs_care() => Ok(None),
+            Pending::Nothing | Pending::Act => self.attend(tape),
+        }
+    }
+
+    /// Whether the machine itself wants something done at this landmark.
+    fn needs_care(&self) -> bool {
+        self.machine.cpu() != CpuState::Ready || self.machine.interrupt_waits()
+    }
+
+    /// Completes pending I/O and does what the tape says until the guest may execute (`None`) or
+    /// the loop has to be left.
+    fn attend(&mut self, tape: &mut dyn Tape) -> Result<Option<Turn>, MachineError> {
+        loop {
+            while self.unsettled {
+                if self.enter(Enter::Complete, tape)? == Entered::Settled {
+                    break;
+                }
+                if tape.pending(self.at, self.cpu(), self.machine.can_take())? == Pending::Hold {
+                    return Ok(Some(self.rest(Turn::Waiting)));
+                }
+            }
+            match tape.next(self.at, self.cpu(), self.machine.can_take())? {
+                Next::Deliver(delivery) => self.machine.deliver(delivery)?,
+                Next::Mark => self.mark(tape)?,
+                Next::Wait => return Ok(Some(self.rest(Turn::Waiting))),
+                Next::Pause => return Ok(Some(self.rest(Turn::Paused))),
+                Next::Run => {
+                    if !self.injected && self.machine.interrupt_waits() {
+                        self.injected = self.machine.inject()?;
+                    }
+                    return Ok(None);
+                }
+            }
+        }
+    }
+
+    /// Enters the guest once; numbers the exit and closes its group.
+    fn enter(&mut self, how: Enter, tape: &mut dyn Tape) -> Result<Entered, MachineError> {
+        let entered = self.machine.enter(how, tape)?;
+        match entered {
+            Entered::Exit => {
+                self.at = self.at.next();
+                if how == Enter::Run {
+                    self.injected = false;
+                    self.in_slice = false;
+                }
+                self.unsettled = true;
+                tape.close(self.at)?;
+            }
+            Entered::Settled => self.unsettled = false,
+            Entered::Kicked => self.in_slice |= how == Enter::Run,
+        }
+        Ok(entered)
+    }
+
+    fn mark(&mut self, tape: &mut dyn Tape) -> Result<(), MachineError> {
+        let pages = if self.cpu() == CpuState::Ready {
+            SCRUB_BUSY
+        } else {
+            SCRUB_WAITING
+        };
+        let scope = DigestScope {
+            deep: self.marks.is_multiple_of(DEEP_EVERY),
+            scrub: (self.scrub_page, pages),
+        };
+        let digest = self.machine.digest(scope)?;
+        self.marks += 1;
+        self.scrub_page = self.scrub_page.wrapping_add(u64::from(pages));
+        tape.mark(self.at, digest)?;
+        Ok(())
+    }
+
+    /// What leaving the loop means, given how the guest stands.
+    fn rest(&self, turn: Turn) -> Turn {
+        match self.machine.cpu() {
+            CpuState::Stopped(end) => Turn::Ended(end),
+            _ => turn,
+        }
+    }
+}

@@ -133,11 +133,28 @@ pub enum Next {
     Pause,
 }
 
+/// Whether a landmark needs attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pending {
+    /// The guest may execute on as it is.
+    Nothing,
+    /// [`Tape::next`] has something to say: complete pending I/O, then ask.
+    Act,
+    /// The log ends here for now. The guest is not entered, not even to complete pending I/O,
+    /// because that may bring an exit which the log does not show.
+    Hold,
+}
+
 /// A tape: where the outside comes from.
 pub trait Tape {
-    /// Whether [`Tape::next`] would say anything but [`Next::Run`] at this landmark. Cheap: it is
-    /// asked after every exit, before pending I/O is completed.
-    fn pending(&mut self, at: Position, cpu: CpuState, can_take: Sources) -> bool;
+    /// Whether there is anything to do at this landmark but execute on. Cheap: it is asked after
+    /// every exit, before pending I/O is completed.
+    fn pending(
+        &mut self,
+        at: Position,
+        cpu: CpuState,
+        can_take: Sources,
+    ) -> Result<Pending, TapeError>;
 
     /// What to do now. Called between groups only, with pending I/O completed.
     fn next(&mut self, at: Position, cpu: CpuState, can_take: Sources) -> Result<Next, TapeError>;
