@@ -7,6 +7,7 @@
 pub mod boot;
 pub mod config;
 pub mod devices;
+mod digest;
 pub mod disk;
 pub mod host;
 pub mod kvm;
