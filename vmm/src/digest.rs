@@ -36,7 +36,8 @@ impl Exits {
         self.bytes.push(kind);
         self.bytes.push(size as u8);
         self.bytes.extend_from_slice(&address.to_le_bytes());
-        self.bytes.extend_from_slice(&(data.len() as u32).to_le_bytes());
+        self.bytes
+            .extend_from_slice(&(data.len() as u32).to_le_bytes());
         self.bytes.extend_from_slice(data);
     }
 
@@ -52,8 +53,23 @@ impl Exits {
 pub(crate) fn registers(hasher: &mut blake3::Hasher, regs: &kvm_regs, sregs: &kvm_sregs) {
     let mut words = Words::new();
     for register in [
-        regs.rax, regs.rbx, regs.rcx, regs.rdx, regs.rsi, regs.rdi, regs.rsp, regs.rbp, regs.r8,
-        regs.r9, regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15, regs.rip,
+        regs.rax,
+        regs.rbx,
+        regs.rcx,
+        regs.rdx,
+        regs.rsi,
+        regs.rdi,
+        regs.rsp,
+        regs.rbp,
+        regs.r8,
+        regs.r9,
+        regs.r10,
+        regs.r11,
+        regs.r12,
+        regs.r13,
+        regs.r14,
+        regs.r15,
+        regs.rip,
         regs.rflags & !RESUME_FLAG,
     ] {
         words.push(register);
@@ -70,7 +86,13 @@ pub(crate) fn registers(hasher: &mut blake3::Hasher, regs: &kvm_regs, sregs: &kv
         words.push(table.limit.into());
     }
     for register in [
-        sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.cr8, sregs.efer, sregs.apic_base,
+        sregs.cr0,
+        sregs.cr2,
+        sregs.cr3,
+        sregs.cr4,
+        sregs.cr8,
+        sregs.efer,
+        sregs.apic_base,
     ] {
         words.push(register);
     }
@@ -84,7 +106,8 @@ fn attributes(s: &kvm_segment) -> u64 {
     }
     [s.type_, s.present, s.dpl, s.db, s.s, s.l, s.g, s.avl]
         .iter()
-        .fold(0, |word, &byte| word << 7 | u64::from(byte & 0x7f)) << 1
+        .fold(0, |word, &byte| word << 7 | u64::from(byte & 0x7f))
+        << 1
 }
 
 /// Adds FPU and vector registers.
@@ -98,7 +121,11 @@ pub(crate) fn floating_point(hasher: &mut blake3::Hasher, xsave: &kvm_xsave) {
     words.push(region[6].into());
     for (i, pair) in region[8..104].chunks_exact(2).enumerate() {
         // Of an x87 register's 16 bytes the upper six mean nothing.
-        let high = if i < 16 && i % 2 == 1 { pair[0] & 0xffff } else { pair[0] };
+        let high = if i < 16 && i % 2 == 1 {
+            pair[0] & 0xffff
+        } else {
+            pair[0]
+        };
         let upper = if i < 16 && i % 2 == 1 { 0 } else { pair[1] };
         words.push(u64::from(high) | u64::from(upper) << 32);
     }
@@ -152,7 +179,10 @@ struct Words {
 
 impl Words {
     fn new() -> Self {
-        Self { bytes: [0; 640], len: 0 }
+        Self {
+            bytes: [0; 640],
+            len: 0,
+        }
     }
 
     fn push(&mut self, word: u64) {

@@ -3,11 +3,9 @@
 use std::io::Cursor;
 
 use bytes::Bytes;
-use linux_loader::elf::{
-    EI_CLASS, Elf64_Ehdr, Elf64_Phdr, PT_LOAD, PT_NOTE,
-};
-use linux_loader::loader::elf::Elf;
+use linux_loader::elf::{EI_CLASS, Elf64_Ehdr, Elf64_Phdr, PT_LOAD, PT_NOTE};
 use linux_loader::loader::KernelLoader;
+use linux_loader::loader::elf::Elf;
 use vm_memory::ByteValued;
 
 use super::{BootError, KERNEL_MIN};

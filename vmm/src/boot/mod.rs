@@ -101,7 +101,9 @@ pub enum BootError {
         why: &'static str,
     },
     /// The file ends before its own headers say.
-    #[error("the kernel's {what} lies outside its file of {len} bytes: the file is cut off or damaged")]
+    #[error(
+        "the kernel's {what} lies outside its file of {len} bytes: the file is cut off or damaged"
+    )]
     CutOff {
         /// Which part.
         what: &'static str,

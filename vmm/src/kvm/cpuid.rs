@@ -244,7 +244,13 @@ mod tests {
     #[test]
     fn what_lets_the_outside_in_is_hidden() {
         let one = masked(1);
-        for (name, bit) in [("x2APIC", 21), ("TSC deadline", 24), ("XSAVE", 26), ("AVX", 28), ("RDRAND", 30)] {
+        for (name, bit) in [
+            ("x2APIC", 21),
+            ("TSC deadline", 24),
+            ("XSAVE", 26),
+            ("AVX", 28),
+            ("RDRAND", 30),
+        ] {
             assert_eq!(one.ecx & 1 << bit, 0, "{name}");
         }
         assert_ne!(one.ecx & 1 << 20, 0, "SSE4.2 stays");
@@ -252,7 +258,11 @@ mod tests {
         assert_eq!(masked(7).ebx & 1 << 5, 0, "AVX2");
         for function in [0xa, 0xd, 0x15, KVM_FEATURES] {
             let leaf = masked(function);
-            assert_eq!([leaf.eax, leaf.ebx, leaf.ecx, leaf.edx], [0; 4], "{function:#x}");
+            assert_eq!(
+                [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx],
+                [0; 4],
+                "{function:#x}"
+            );
         }
     }
 

@@ -79,8 +79,16 @@ impl HostFingerprint {
         let (family, model) = (s >> 8 & 0xf, s >> 4 & 0xf);
         let wide = family == 0xf || family == 6;
         (
-            if family == 0xf { family + (s >> 20 & 0xff) } else { family },
-            if wide { model | (s >> 16 & 0xf) << 4 } else { model },
+            if family == 0xf {
+                family + (s >> 20 & 0xff)
+            } else {
+                family
+            },
+            if wide {
+                model | (s >> 16 & 0xf) << 4
+            } else {
+                model
+            },
             s & 0xf,
         )
     }
@@ -96,8 +104,16 @@ impl HostFingerprint {
                 });
             }
         };
-        refuse("the kind of KVM", self.kvm.to_string(), other.kvm.to_string());
-        refuse("the CPU's vendor", self.vendor.clone(), other.vendor.clone());
+        refuse(
+            "the kind of KVM",
+            self.kvm.to_string(),
+            other.kvm.to_string(),
+        );
+        refuse(
+            "the CPU's vendor",
+            self.vendor.clone(),
+            other.vendor.clone(),
+        );
         refuse("the CPU's model", self.cpu(), other.cpu());
         refuse(
             "XCR0",
@@ -196,7 +212,10 @@ pub(super) fn required(kvm: &Kvm) -> [(&'static str, bool); 4] {
     [
         ("KVM_CAP_USER_MEMORY", kvm.check_extension(Cap::UserMemory)),
         ("KVM_CAP_EXT_CPUID", kvm.check_extension(Cap::ExtCpuid)),
-        ("KVM_CAP_IMMEDIATE_EXIT", kvm.check_extension(Cap::ImmediateExit)),
+        (
+            "KVM_CAP_IMMEDIATE_EXIT",
+            kvm.check_extension(Cap::ImmediateExit),
+        ),
         ("KVM_CAP_XSAVE", kvm.check_extension(Cap::Xsave)),
     ]
 }

@@ -35,7 +35,11 @@ pub(super) fn register(vm: &VmFd, memory: &GuestMemory, log_dirty: bool) -> Resu
             guest_phys_addr: region.start_addr().0,
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
-            flags: if log_dirty { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+            flags: if log_dirty {
+                KVM_MEM_LOG_DIRTY_PAGES
+            } else {
+                0
+            },
         };
         // SAFETY: the machine drops the VM before the memory, and there is one region, one slot.
         unsafe { vm.set_user_memory_region(slot) }
@@ -45,7 +49,10 @@ pub(super) fn register(vm: &VmFd, memory: &GuestMemory, log_dirty: bool) -> Resu
 }
 
 /// The pages KVM saw written since the last call, one bit each (needs the dirty log).
-pub(super) fn dirty_log(vm: &VmFd, memory: &GuestMemory) -> Result<Vec<u64>, vmm_sys_util::errno::Error> {
+pub(super) fn dirty_log(
+    vm: &VmFd,
+    memory: &GuestMemory,
+) -> Result<Vec<u64>, vmm_sys_util::errno::Error> {
     let bytes: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
     vm.get_dirty_log(SLOT, bytes as usize)
 }

@@ -211,7 +211,10 @@ impl Machine for KvmMachine {
         let (regs, sregs) = self.vcpu.registers()?;
         let mut hasher = blake3::Hasher::new();
         digest::registers(&mut hasher, &regs, &sregs);
-        hasher.update(&[u8::from(self.halted), u8::from(self.vcpu.interrupt_queued())]);
+        hasher.update(&[
+            u8::from(self.halted),
+            u8::from(self.vcpu.interrupt_queued()),
+        ]);
         self.exits.take(&mut hasher);
         self.platform.digest(&mut hasher);
         if scope.deep {

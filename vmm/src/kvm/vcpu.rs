@@ -26,12 +26,7 @@ use super::exit::{self, Exit, PortAccess};
 use super::kick::{KickTarget, Kicker};
 use crate::machine::MachineError;
 
-vmm_sys_util::ioctl_iow_nr!(
-    KVM_INTERRUPT,
-    kvm_bindings::KVMIO,
-    0x86,
-    kvm_interrupt
-);
+vmm_sys_util::ioctl_iow_nr!(KVM_INTERRUPT, kvm_bindings::KVMIO, 0x86, kvm_interrupt);
 
 /// Why the vCPU is out of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,7 +172,10 @@ impl Vcpu {
 
     /// Whether an interrupt can be injected now.
     pub(super) fn ready_for_interrupt(&mut self) -> bool {
-        assert!(self.settled, "injection before completion loses the interrupt");
+        assert!(
+            self.settled,
+            "injection before completion loses the interrupt"
+        );
         let run = self.fd.get_kvm_run();
         !self.queued && run.ready_for_interrupt_injection != 0 && run.if_flag != 0
     }
@@ -201,7 +199,10 @@ impl Vcpu {
 
     /// General and system registers, as they are after completion.
     pub(super) fn registers(&mut self) -> Result<(kvm_regs, kvm_sregs), MachineError> {
-        assert!(self.settled, "registers mean something after completion only");
+        assert!(
+            self.settled,
+            "registers mean something after completion only"
+        );
         if !self.sync_regs {
             let regs = self.fd.get_regs().map_err(|e| refused("KVM_GET_REGS", e))?;
             let sregs = self
