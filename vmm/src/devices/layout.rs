@@ -2,19 +2,21 @@
 //!
 //! | device | where | line |
 //! |---|---|---|
-//! | 8259 pair | ports `0x20 0x21 0xa0 0xa1` | |
+//! | 8259 pair | ports `0x20 0x21 0xa0 0xa1`, edge or level `0x4d0 0x4d1` | |
 //! | serial console, 16550 | ports `0x3f8..0x400` | 4 |
 //! | clock | `0x510` R32: asks the time, returns the low half of the nanoseconds since power-on and latches the high half; `0x514` R32: the latched high half; `0x518` R32: asks the time, returns whole milliseconds, modulo 2^32 | |
 //! | timer 0 | `0x520` W32: low half of the deadline in ns (kept); `0x524` W32: high half, arms (deadline 0 disarms); `0x528` W32: arms with an absolute deadline in ms (0 disarms) | 0 |
 //! | entropy | `0x530` R8/R16/R32: random bits | |
 //! | power | `0x540` W32: 1 switches off, 2 resets | |
-//! | idle | `0x544` W, any size: waits until anything arrives | |
+//! | idle | `0x544` W, any size: looks at all virtio queues as if they were notified, then waits until anything arrives; written with a value other than 0, it does not wait if something has arrived at another exit since the last write here | |
 //! | virtio-mmio | `0xd000_0000 + n * 0x1000`: n = 0 network, n = 1… disks | 5, then 10 + disk (at most 4 disks: 10, 11, 14, 15) |
 
 /// First port of the master 8259 (command, data).
 pub const PIC_MASTER: u16 = 0x20;
 /// First port of the slave 8259 (command, data).
 pub const PIC_SLAVE: u16 = 0xa0;
+/// First port of the 8259s' trigger registers (master, slave): a set bit makes a line level-triggered.
+pub const PIC_TRIGGER: u16 = 0x4d0;
 /// First port of the 16550.
 pub const SERIAL: u16 = 0x3f8;
 /// Interrupt line of the 16550.
@@ -50,4 +52,6 @@ pub const VIRTIO_WINDOW: u64 = 0x1000;
 /// Interrupt line of the network device.
 pub const NET_IRQ: u8 = 5;
 /// Interrupt lines of the disks, in order.
-pub const DISK_IRQS: [u8; 4] = [10, 11, 14, 15];
+pub const DISK_IRQS: [u8; MAX_DISKS] = [10, 11, 14, 15];
+/// How many disks a machine can have.
+pub const MAX_DISKS: usize = 4;

@@ -2,5 +2,13 @@
 //!
 //! [`platform::Platform`] is all of them behind one bus; a machine owns one.
 
+mod clock;
 pub mod layout;
+mod pic;
 pub mod platform;
+mod power;
+mod serial;
+#[cfg(test)]
+mod testing;
+mod timer;
+mod virtio;

@@ -1,9 +1,21 @@
 //! All devices of a machine behind one bus.
 
+use replay_log::{Arrival, DiskOutcome, RequestNumber};
+
+use super::clock::{self, Clock};
+use super::layout;
+use super::pic::{Pic, Register, Which};
+use super::power::Power;
+use super::serial::Serial;
+use super::timer::{TIMER, Timer};
+use super::virtio::block::{Block, REQUESTS};
+use super::virtio::mmio::Mmio;
+use super::virtio::net::{Net, RECEIVE};
+use super::virtio::{Outside, RequestCounter};
 use crate::GuestMemory;
 use crate::config::MachineConfig;
 use crate::machine::MachineError;
-use crate::tape::{CpuState, Delivery, GuestEnd, Sources, Tape, TapeError};
+use crate::tape::{Delivery, GuestEnd, Sources, Tape, TapeError};
 
 /// Which address space an access goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,75 +27,404 @@ pub enum Space {
 }
 
 /// The devices of one machine.
-pub struct Platform {}
+pub struct Platform {
+    pic: Pic,
+    serial: Serial,
+    clock: Clock,
+    timer: Timer,
+    power: Power,
+    requests: RequestCounter,
+    net: Option<Mmio<Net>>,
+    disks: Vec<Mmio<Block>>,
+}
+
+/// A virtio device by its window.
+enum Window {
+    Net,
+    Disk(usize),
+}
 
 impl Platform {
-    /// The devices that `config` asks for, as they are at power-on.
-    pub fn new(_config: &MachineConfig) -> Self {
-        todo!()
+    /// The devices that `config` asks for, as they are at power-on. The configuration was
+    /// checked: it has at most [`layout::MAX_DISKS`] disks.
+    pub fn new(config: &MachineConfig) -> Self {
+        assert!(
+            config.disks.len() <= layout::MAX_DISKS,
+            "a machine's configuration is checked before it is built"
+        );
+        Self {
+            pic: Pic::new(),
+            serial: Serial::new(),
+            clock: Clock::default(),
+            timer: Timer::default(),
+            power: Power::default(),
+            requests: RequestCounter::default(),
+            net: config.mac.map(|mac| Mmio::new(Net::new(mac))),
+            disks: (0..)
+                .zip(&config.disks)
+                .map(|(disk, size)| Mmio::new(Block::new(disk, *size)))
+                .collect(),
+        }
     }
 
     /// The guest reads. Unclaimed addresses read as all ones.
     pub fn read(
         &mut self,
-        _space: Space,
-        _address: u64,
-        _data: &mut [u8],
+        space: Space,
+        address: u64,
+        data: &mut [u8],
         _memory: &GuestMemory,
-        _tape: &mut dyn Tape,
+        tape: &mut dyn Tape,
     ) -> Result<(), TapeError> {
-        todo!()
+        self.power.accessed();
+        match space {
+            Space::Port => self.read_port(address, data, tape)?,
+            Space::Mmio => self.read_mmio(address, data),
+        }
+        self.drive_lines();
+        Ok(())
     }
 
     /// The guest writes. Writes to unclaimed addresses are ignored.
     pub fn write(
         &mut self,
-        _space: Space,
-        _address: u64,
-        _data: &[u8],
-        _memory: &GuestMemory,
-        _tape: &mut dyn Tape,
+        space: Space,
+        address: u64,
+        data: &[u8],
+        memory: &GuestMemory,
+        tape: &mut dyn Tape,
     ) -> Result<(), TapeError> {
-        todo!()
+        self.write_repeated(space, address, data.len(), data, memory, tape)
+    }
+
+    /// The guest writes several times to one address in one exit (`rep outs`): `data` holds
+    /// accesses of `size` bytes each. What it wrote to the console becomes one command.
+    pub fn write_repeated(
+        &mut self,
+        space: Space,
+        address: u64,
+        size: usize,
+        data: &[u8],
+        memory: &GuestMemory,
+        tape: &mut dyn Tape,
+    ) -> Result<(), TapeError> {
+        self.power.accessed();
+        for access in data.chunks(size.max(1)) {
+            match space {
+                Space::Port => self.write_port(address, access, memory, tape)?,
+                Space::Mmio => self.write_mmio(address, access, memory, tape)?,
+            }
+        }
+        self.serial.flush(tape)?;
+        self.drive_lines();
+        Ok(())
+    }
+
+    fn read_port(
+        &mut self,
+        address: u64,
+        data: &mut [u8],
+        tape: &mut dyn Tape,
+    ) -> Result<(), TapeError> {
+        let Ok(port) = u16::try_from(address) else {
+            data.fill(0xff);
+            return Ok(());
+        };
+        if port == layout::ENTROPY && matches!(data.len(), 1 | 2 | 4) {
+            return clock::read_entropy(data, tape);
+        }
+        let word = match (port, data.len()) {
+            (layout::CLOCK_LOW, 4) => Some(self.clock.read_low(tape)?),
+            (layout::CLOCK_HIGH, 4) => Some(self.clock.read_high()),
+            (layout::CLOCK_MILLIS, 4) => Some(Clock::read_millis(tape)?),
+            _ => None,
+        };
+        if let Some(word) = word {
+            data.copy_from_slice(&word.to_le_bytes());
+            return Ok(());
+        }
+        // A wide access to byte-wide devices is one access to each port in turn.
+        for (port, byte) in (u32::from(port)..).zip(data) {
+            *byte = u16::try_from(port).map_or(0xff, |port| self.read_byte(port));
+        }
+        Ok(())
+    }
+
+    fn read_byte(&mut self, port: u16) -> u8 {
+        if let Some((which, register)) = pic_register(port) {
+            self.pic.read(which, register)
+        } else if let Some(offset) = serial_register(port) {
+            self.serial.read(offset)
+        } else {
+            0xff
+        }
+    }
+
+    fn write_port(
+        &mut self,
+        address: u64,
+        data: &[u8],
+        memory: &GuestMemory,
+        tape: &mut dyn Tape,
+    ) -> Result<(), TapeError> {
+        let Ok(port) = u16::try_from(address) else {
+            return Ok(());
+        };
+        if port == layout::IDLE {
+            self.power.write_idle(data.iter().any(|byte| *byte != 0));
+            return self.look_at_queues(memory, tape);
+        }
+        if let Ok(word) = <[u8; 4]>::try_from(data) {
+            let word = u32::from_le_bytes(word);
+            match port {
+                layout::TIMER_LOW => {
+                    self.timer.write_low(word);
+                    return Ok(());
+                }
+                layout::TIMER_HIGH => return self.timer.write_high(word, tape),
+                layout::TIMER_MILLIS => return self.timer.write_millis(word, tape),
+                layout::POWER => {
+                    self.power.write(word);
+                    return Ok(());
+                }
+                _ => {}
+            }
+        }
+        for (port, byte) in (u32::from(port)..).zip(data) {
+            let Ok(port) = u16::try_from(port) else {
+                break;
+            };
+            if let Some((which, register)) = pic_register(port) {
+                self.pic.write(which, register, *byte);
+            } else if let Some(offset) = serial_register(port) {
+                self.serial.write(offset, *byte);
+            }
+        }
+        Ok(())
+    }
+
+    fn look_at_queues(
+        &mut self,
+        memory: &GuestMemory,
+        tape: &mut dyn Tape,
+    ) -> Result<(), TapeError> {
+        let mut outside = Outside {
+            memory,
+            tape,
+            requests: &mut self.requests,
+        };
+        if let Some(net) = &mut self.net {
+            net.look(&mut outside)?;
+        }
+        for disk in &mut self.disks {
+            disk.look(&mut outside)?;
+        }
+        Ok(())
+    }
+
+    fn read_mmio(&self, address: u64, data: &mut [u8]) {
+        match self.window(address, data.len()) {
+            Some((Window::Net, offset)) => {
+                if let Some(net) = &self.net {
+                    net.read(offset, data);
+                }
+            }
+            Some((Window::Disk(disk), offset)) => self.disks[disk].read(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    fn write_mmio(
+        &mut self,
+        address: u64,
+        data: &[u8],
+        memory: &GuestMemory,
+        tape: &mut dyn Tape,
+    ) -> Result<(), TapeError> {
+        let Some((window, offset)) = self.window(address, data.len()) else {
+            return Ok(());
+        };
+        let mut outside = Outside {
+            memory,
+            tape,
+            requests: &mut self.requests,
+        };
+        match (window, &mut self.net) {
+            (Window::Net, Some(net)) => net.write(offset, data, &mut outside),
+            (Window::Net, None) => Ok(()),
+            (Window::Disk(disk), _) => self.disks[disk].write(offset, data, &mut outside),
+        }
+    }
+
+    /// The device whose window holds all of an access, and where in the window.
+    fn window(&self, address: u64, len: usize) -> Option<(Window, u64)> {
+        let offset = address.checked_sub(layout::VIRTIO_BASE)?;
+        let (index, offset) = (
+            offset / layout::VIRTIO_WINDOW,
+            offset % layout::VIRTIO_WINDOW,
+        );
+        let end = offset.checked_add(len as u64)?;
+        let window = match usize::try_from(index).ok()?.checked_sub(1) {
+            None => self.net.as_ref().map(|_| Window::Net)?,
+            Some(disk) => (disk < self.disks.len()).then_some(Window::Disk(disk))?,
+        };
+        (end <= layout::VIRTIO_WINDOW).then_some((window, offset))
     }
 
     /// Takes an arrival; ends the idle state.
     pub fn deliver(
         &mut self,
-        _delivery: Delivery,
-        _memory: &GuestMemory,
+        delivery: Delivery,
+        memory: &GuestMemory,
     ) -> Result<(), MachineError> {
-        todo!()
+        let Delivery { arrival, data } = delivery;
+        let taken = match &arrival {
+            Arrival::Frame { bytes, .. } => self.receive(bytes, memory)?,
+            Arrival::DiskDone { request, outcome } => {
+                self.disk_done(*request, *outcome, data.as_deref(), memory)?
+            }
+            Arrival::TimerDue { timer } if *timer == TIMER => {
+                self.timer.due();
+                true
+            }
+            Arrival::TimerDue { .. } => false,
+            Arrival::Console { bytes } => self.serial.receive(bytes),
+        };
+        if !taken {
+            return Err(MachineError::CannotTake {
+                what: describe(&arrival),
+            });
+        }
+        self.power.arrival();
+        self.drive_lines();
+        Ok(())
+    }
+
+    fn receive(&mut self, frame: &[u8], memory: &GuestMemory) -> Result<bool, MachineError> {
+        if !self.takes_frame(memory) {
+            return Ok(false);
+        }
+        if let Some(net) = &mut self.net {
+            net.serve(RECEIVE, |_, ring| Net::receive(frame, ring, memory))?;
+        }
+        Ok(true)
+    }
+
+    fn disk_done(
+        &mut self,
+        request: RequestNumber,
+        outcome: DiskOutcome,
+        data: Option<&[u8]>,
+        memory: &GuestMemory,
+    ) -> Result<bool, MachineError> {
+        let owner = |disk: &&mut Mmio<Block>| disk.device().knows(request);
+        let Some(disk) = self.disks.iter_mut().find(owner) else {
+            return Ok(false);
+        };
+        match disk.device_mut().finish(request, outcome, data) {
+            Err(_) => return Ok(false),
+            Ok(None) => {}
+            Ok(Some(finished)) => {
+                disk.serve(REQUESTS, |_, ring| finished.tell(data, ring, memory))?;
+            }
+        }
+        Ok(true)
+    }
+
+    fn takes_frame(&self, memory: &GuestMemory) -> bool {
+        self.net
+            .as_ref()
+            .and_then(|net| net.live_ring(RECEIVE))
+            .is_some_and(|ring| ring.available(memory))
     }
 
     /// What can be delivered now.
-    pub fn can_take(&self, _memory: &GuestMemory) -> Sources {
-        todo!()
+    pub fn can_take(&self, memory: &GuestMemory) -> Sources {
+        Sources {
+            frame: self.takes_frame(memory),
+            console: self.serial.room(),
+        }
     }
 
     /// Whether the guest waits at the idle port.
     pub fn idle(&self) -> bool {
-        todo!()
+        self.power.idle()
     }
 
     /// How the guest ended itself through the power port, if it did.
     pub fn ended(&self) -> Option<GuestEnd> {
-        let _ = CpuState::Idle;
-        todo!()
+        self.power.ended()
     }
 
     /// Whether the interrupt controller has an interrupt for the CPU.
     pub fn interrupt_waits(&self) -> bool {
-        todo!()
+        self.pic.interrupt_waits()
     }
 
-    /// Acknowledges the waiting interrupt: its vector.
+    /// Acknowledges the waiting interrupt: its vector. The guest goes on from the idle port.
     pub fn acknowledge_interrupt(&mut self) -> u8 {
-        todo!()
+        self.power.interrupted();
+        self.pic.acknowledge()
     }
 
     /// Adds the state of all devices.
-    pub fn digest(&self, _hasher: &mut blake3::Hasher) {
-        todo!()
+    pub fn digest(&self, hasher: &mut blake3::Hasher) {
+        self.pic.digest(hasher);
+        self.serial.digest(hasher);
+        self.clock.digest(hasher);
+        self.timer.digest(hasher);
+        self.power.digest(hasher);
+        hasher.update(&self.requests.drawn().to_le_bytes());
+        if let Some(net) = &self.net {
+            net.digest(hasher);
+        }
+        for disk in &self.disks {
+            disk.digest(hasher);
+        }
+    }
+
+    /// Puts the levels of all lines to the interrupt controller.
+    fn drive_lines(&mut self) {
+        self.pic.set_line(layout::TIMER_IRQ, self.timer.line());
+        self.pic.set_line(layout::SERIAL_IRQ, self.serial.line());
+        if let Some(net) = &self.net {
+            self.pic.set_line(layout::NET_IRQ, net.line());
+        }
+        for (disk, line) in self.disks.iter().zip(layout::DISK_IRQS) {
+            self.pic.set_line(line, disk.line());
+        }
     }
 }
+
+fn pic_register(port: u16) -> Option<(Which, Register)> {
+    Some(match port {
+        layout::PIC_MASTER => (Which::Master, Register::Command),
+        layout::PIC_SLAVE => (Which::Slave, Register::Command),
+        layout::PIC_TRIGGER => (Which::Master, Register::Trigger),
+        _ if port == layout::PIC_MASTER + 1 => (Which::Master, Register::Data),
+        _ if port == layout::PIC_SLAVE + 1 => (Which::Slave, Register::Data),
+        _ if port == layout::PIC_TRIGGER + 1 => (Which::Slave, Register::Trigger),
+        _ => return None,
+    })
+}
+
+fn serial_register(port: u16) -> Option<u8> {
+    port.checked_sub(layout::SERIAL)
+        .filter(|offset| *offset < 8)
+        .map(|offset| offset as u8)
+}
+
+fn describe(arrival: &Arrival) -> String {
+    match arrival {
+        Arrival::Frame { bytes, .. } => format!("a frame of {} bytes", bytes.len()),
+        Arrival::DiskDone { request, outcome } => {
+            format!("the completion {outcome:?} of disk request {}", request.0)
+        }
+        Arrival::TimerDue { timer } => format!("the deadline of timer {}", timer.0),
+        Arrival::Console { bytes } => format!("{} console bytes", bytes.len()),
+    }
+}
+
+#[cfg(test)]
+#[path = "platform_tests.rs"]
+mod tests;

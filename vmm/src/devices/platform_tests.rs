@@ -1,0 +1,260 @@
+use bytes::Bytes;
+use replay_log::{Arrival, GuestTime, TimerId};
+
+use super::super::testing::{Bench, timer_due};
+use super::*;
+use crate::tape::Command;
+
+#[test]
+fn the_clock_reads_in_halves_that_belong_together() {
+    let mut bench = Bench::new();
+    bench.tape.now = 7 << 32;
+    let low = bench.inl(layout::CLOCK_LOW);
+    bench.tape.now = 9 << 32;
+    let high = bench.inl(layout::CLOCK_HIGH);
+    assert_eq!((high, low), (7, 1_000_000_007));
+    bench.tape.now = 4_000_000_000;
+    assert_eq!(bench.inl(layout::CLOCK_MILLIS), 5_000);
+}
+
+#[test]
+fn accesses_of_the_wrong_size_ask_nothing() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.inb(layout::CLOCK_LOW), 0xff);
+    bench.outb(layout::TIMER_HIGH, 1);
+    bench.outb(layout::POWER, 1);
+    assert_eq!(bench.tape.now, 0);
+    assert!(bench.tape.commands.is_empty());
+    assert_eq!(bench.platform.ended(), None);
+}
+
+#[test]
+fn unclaimed_addresses_read_as_ones() {
+    let mut bench = Bench::new();
+    for (space, address) in [
+        (Space::Port, 0x80),
+        (Space::Port, 0xffff),
+        (Space::Port, u64::MAX),
+        (Space::Mmio, 0),
+        (Space::Mmio, layout::VIRTIO_BASE + 3 * layout::VIRTIO_WINDOW),
+        (Space::Mmio, u64::MAX - 1),
+    ] {
+        let mut data = [0; 4];
+        bench.read(space, address, &mut data);
+        assert_eq!(data, [0xff; 4]);
+        bench.write(space, address, &[0; 4]);
+    }
+}
+
+#[test]
+fn entropy_comes_from_the_tape_in_the_size_asked_for() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.inl(layout::ENTROPY), 0x0403_0201);
+    assert_eq!(bench.inb(layout::ENTROPY), 1);
+}
+
+#[test]
+fn a_tape_with_the_wrong_answer_is_an_error() {
+    let mut bench = Bench::new();
+    bench.tape.confused = true;
+    for port in [layout::CLOCK_LOW, layout::CLOCK_MILLIS, layout::ENTROPY] {
+        let result = bench.platform.read(
+            Space::Port,
+            port.into(),
+            &mut [0; 4],
+            &bench.memory,
+            &mut bench.tape,
+        );
+        assert!(matches!(result, Err(TapeError::Host { .. })));
+    }
+}
+
+#[test]
+fn the_timer_interrupts_once_per_arming() {
+    let mut bench = Bench::new();
+    bench.init_pic();
+    bench.outl(layout::TIMER_LOW, 5);
+    assert!(bench.tape.commands.is_empty());
+    bench.outl(layout::TIMER_HIGH, 1);
+    bench.outl(layout::TIMER_MILLIS, 3);
+    bench.outl(layout::TIMER_MILLIS, 0);
+    bench.outl(layout::TIMER_MILLIS, 4);
+    let arm = |nanos: Option<u64>| Command::ArmTimer {
+        timer: TimerId(0),
+        deadline: nanos.map(GuestTime),
+    };
+    let expected = [
+        arm(Some((1 << 32) + 5)),
+        arm(Some(3_000_000)),
+        arm(None),
+        arm(Some(4_000_000)),
+    ];
+    assert_eq!(bench.tape.commands, expected);
+
+    bench.deliver(timer_due()).unwrap();
+    assert_eq!(bench.platform.acknowledge_interrupt(), 0x20);
+    bench.outb(0x20, 0x20);
+    assert!(!bench.platform.interrupt_waits());
+    bench.outl(layout::TIMER_MILLIS, 5);
+    bench.deliver(timer_due()).unwrap();
+    assert!(bench.platform.interrupt_waits());
+}
+
+#[test]
+fn a_deadline_that_crossed_the_disarming_is_ignored() {
+    let mut bench = Bench::new();
+    bench.init_pic();
+    bench.outl(layout::TIMER_MILLIS, 5);
+    bench.outl(layout::TIMER_MILLIS, 0);
+    bench.deliver(timer_due()).unwrap();
+    assert!(!bench.platform.interrupt_waits());
+    let unknown = Arrival::TimerDue { timer: TimerId(1) };
+    assert!(matches!(
+        bench.deliver(unknown),
+        Err(MachineError::CannotTake { .. })
+    ));
+}
+
+#[test]
+fn console_output_is_one_command_per_exit() {
+    let mut bench = Bench::new();
+    bench.outb(layout::SERIAL, b'a');
+    bench
+        .platform
+        .write_repeated(
+            Space::Port,
+            layout::SERIAL.into(),
+            1,
+            b"bcd",
+            &bench.memory,
+            &mut bench.tape,
+        )
+        .unwrap();
+    let expected = ["a", "bcd"].map(|text| Command::Console(Bytes::from(text)));
+    assert_eq!(bench.tape.commands, expected);
+}
+
+#[test]
+fn typed_bytes_interrupt_and_are_read() {
+    let mut bench = Bench::new();
+    bench.init_pic();
+    bench.outb(layout::SERIAL + 1, 1);
+    let room = bench.can_take().console;
+    assert!(room > 0);
+    let bytes = Bytes::from_static(b"ok");
+    bench.deliver(Arrival::Console { bytes }).unwrap();
+    assert_eq!(bench.can_take().console, room - 2);
+    assert_eq!(bench.platform.acknowledge_interrupt(), 0x24);
+    bench.outb(0x20, 0x20);
+    assert_eq!(bench.inb(layout::SERIAL), b'o');
+    assert_eq!(bench.inb(layout::SERIAL + 5) & 1, 1);
+    assert_eq!(bench.inb(layout::SERIAL), b'k');
+    assert_eq!(bench.inb(layout::SERIAL + 5) & 1, 0);
+    assert!(!bench.platform.interrupt_waits());
+
+    let bytes = Bytes::from(vec![0; room + 1]);
+    assert!(bench.deliver(Arrival::Console { bytes }).is_err());
+    assert_eq!(bench.can_take().console, room);
+}
+
+#[test]
+fn the_transmitter_interrupts_a_driver_that_asks_for_it() {
+    let mut bench = Bench::new();
+    bench.init_pic();
+    bench.outb(layout::SERIAL + 1, 2);
+    assert_eq!(bench.platform.acknowledge_interrupt(), 0x24);
+    assert_eq!(bench.inb(layout::SERIAL + 2) & 0xf, 2);
+    bench.outb(0x20, 0x20);
+    assert!(!bench.platform.interrupt_waits());
+    bench.outb(layout::SERIAL, b'x');
+    assert!(bench.platform.interrupt_waits());
+}
+
+#[test]
+fn the_power_port_ends_the_guest() {
+    for (value, end) in [
+        (1, Some(GuestEnd::PowerOff)),
+        (2, Some(GuestEnd::Reset)),
+        (3, None),
+    ] {
+        let mut bench = Bench::new();
+        bench.outl(layout::POWER, value);
+        assert_eq!(bench.platform.ended(), end);
+    }
+}
+
+#[test]
+fn idle_ends_with_an_arrival_or_an_interrupt() {
+    let mut bench = Bench::new();
+    bench.init_pic();
+    bench.outb(layout::IDLE, 0);
+    assert!(bench.platform.idle());
+    bench.deliver(timer_due()).unwrap();
+    assert!(!bench.platform.idle());
+
+    bench.outl(layout::TIMER_MILLIS, 1);
+    bench.deliver(timer_due()).unwrap();
+    bench.outl(layout::IDLE, 0);
+    assert!(bench.platform.idle(), "0 waits for what comes from now on");
+    bench.platform.acknowledge_interrupt();
+    assert!(!bench.platform.idle());
+}
+
+#[test]
+fn a_careful_guest_does_not_oversleep() {
+    let mut bench = Bench::new();
+    bench.outb(layout::IDLE, 1);
+    assert!(bench.platform.idle());
+    // Both arrive before the guest executes again: it will see them.
+    bench.deliver(timer_due()).unwrap();
+    bench.deliver(timer_due()).unwrap();
+    assert!(!bench.platform.idle());
+    bench.outb(layout::IDLE, 1);
+    assert!(bench.platform.idle());
+    bench.deliver(timer_due()).unwrap();
+    // This one arrives at another exit than the idle port's.
+    bench.inl(layout::CLOCK_LOW);
+    bench.deliver(timer_due()).unwrap();
+    bench.outb(layout::IDLE, 1);
+    assert!(!bench.platform.idle());
+    bench.outb(layout::IDLE, 1);
+    assert!(bench.platform.idle());
+}
+
+#[test]
+fn everything_a_guest_can_change_changes_the_digest() {
+    let mut bench = Bench::new();
+    let mut seen = std::collections::HashSet::from([bench.digest()]);
+    let mut check = |what: &str, bench: &Bench| {
+        assert!(seen.insert(bench.digest()), "{what} is not in the digest");
+    };
+    bench.inl(layout::CLOCK_LOW);
+    bench.inl(layout::CLOCK_LOW);
+    bench.inl(layout::CLOCK_LOW);
+    bench.inl(layout::CLOCK_LOW);
+    bench.inl(layout::CLOCK_LOW);
+    check("the clock's latch", &bench);
+    bench.outl(layout::TIMER_LOW, 1);
+    check("the timer's latch", &bench);
+    bench.outl(layout::TIMER_HIGH, 1);
+    check("the deadline", &bench);
+    bench.deliver(timer_due()).unwrap();
+    check("a due timer", &bench);
+    bench.outb(layout::SERIAL + 7, 1);
+    check("a serial register", &bench);
+    let bytes = Bytes::from_static(b"a");
+    bench.deliver(Arrival::Console { bytes }).unwrap();
+    check("the receive queue", &bench);
+    for (port, value) in [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1), (0x21, 9)] {
+        bench.outb(port, value);
+        check("the interrupt controller", &bench);
+    }
+    bench.outb(layout::IDLE, 0);
+    check("idle", &bench);
+    for device in 0..3 {
+        bench.set_reg(device, 0x70, 1);
+        check("a virtio status", &bench);
+    }
+    bench.outl(layout::POWER, 1);
+    check("power", &bench);
+}
