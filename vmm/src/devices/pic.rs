@@ -30,6 +30,10 @@ enum Stage {
 
 /// One 8259.
 #[derive(Clone, Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "they are independent modes of the chip, each set by its own bit"
+)]
 struct Chip {
     /// Levels of the lines now.
     lines: u8,

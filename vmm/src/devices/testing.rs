@@ -210,9 +210,9 @@ pub struct DriverQueue {
     pub descriptors: u64,
     pub avail: u64,
     pub used: u64,
-    next_descriptor: u16,
-    avail_index: u16,
-    seen: u16,
+    pub next_descriptor: u16,
+    pub avail_index: u16,
+    pub seen: u16,
 }
 
 impl DriverQueue {

@@ -103,3 +103,8 @@ pub trait Device {
     /// Adds what only this kind of device remembers.
     fn digest(&self, hasher: &mut blake3::Hasher);
 }
+
+#[cfg(test)]
+mod hostile_tests;
+#[cfg(test)]
+mod tests;
