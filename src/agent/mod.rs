@@ -1,3 +1,6 @@
-//! agent
+//! The agent of a host: everything that touches sockets, files and processes around the protocol.
 
+pub mod certs;
+pub mod durable;
 pub mod frames;
+pub mod link;

@@ -1,0 +1,257 @@
+//! Requests: one stream for each, a message there and one or more back.
+
+use std::future::Future;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::{Connection, RecvStream, SendStream};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use thiserror::Error;
+use tokio::sync::{Mutex, Semaphore, mpsc};
+use tokio::time::timeout;
+
+use super::endpoint::{DialError, Endpoint, IncomingStream, Peer, StreamKind};
+use super::frame::{self, FrameError, FrameReader, WriteFrameError};
+use super::tls::Purpose;
+use super::{CONTROL_MESSAGE_MAX, CloseReason};
+use crate::agent::certs::Identity;
+
+/// Requests of one kind that are served at the same time; more wait.
+const AT_ONCE: usize = 64;
+/// How long the opener of a stream may take to say what it wants.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A connection for services to one peer, made when it is needed and made anew when it is gone.
+/// Cheap to clone; clones share the connection.
+#[derive(Clone)]
+pub struct Channel {
+    endpoint: Endpoint,
+    peer: Arc<Peer>,
+    current: Arc<Mutex<Option<Connection>>>,
+}
+
+/// Why a request was not answered.
+#[derive(Clone, Debug, Error)]
+pub enum RequestError {
+    /// The peer cannot be reached.
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    /// The peer closed or reset the stream.
+    #[error("{peer} refused the request: {reason}")]
+    Refused {
+        /// Who.
+        peer: Identity,
+        /// With which reason, in words.
+        reason: String,
+    },
+    /// No answer in time.
+    #[error("{peer} did not answer within {after:?}: see whether it is overloaded or cut off")]
+    TimedOut {
+        /// Who.
+        peer: Identity,
+        /// How long it had.
+        after: Duration,
+    },
+    /// The answer makes no sense.
+    #[error(
+        "{peer} answered with what cannot be read: use the same version of Understudy on both sides"
+    )]
+    Garbage {
+        /// Who.
+        peer: Identity,
+    },
+    /// The question is too long to be sent.
+    #[error(transparent)]
+    TooLong(#[from] frame::TooLong),
+}
+
+impl Channel {
+    /// To this peer, by this endpoint. Nothing is dialled yet.
+    pub fn new(endpoint: &Endpoint, peer: Peer) -> Self {
+        Self {
+            endpoint: endpoint.clone(),
+            peer: Arc::new(peer),
+            current: Arc::default(),
+        }
+    }
+
+    /// Who is on the other side.
+    pub fn peer(&self) -> &Identity {
+        &self.peer.identity
+    }
+
+    /// The connection, made if there is none.
+    pub async fn connection(&self) -> Result<Connection, DialError> {
+        let mut current = self.current.lock().await;
+        if let Some(connection) = current.as_ref()
+            && connection.close_reason().is_none()
+        {
+            return Ok(connection.clone());
+        }
+        let connection = self.endpoint.dial(&self.peer, Purpose::Services).await?;
+        *current = Some(connection.clone());
+        Ok(connection)
+    }
+
+    /// Opens a stream of this kind. Its first byte is queued; the peer hears of the stream with it.
+    pub async fn open(&self, kind: StreamKind) -> Result<(SendStream, RecvStream), RequestError> {
+        let connection = self.connection().await?;
+        let opened = connection.open_bi().await;
+        let (mut send, recv) = opened.map_err(|error| self.refused(&error))?;
+        // Fails only when the stream is gone, which the next write shows.
+        let _ = send.set_priority(kind.priority());
+        let first = [kind.byte()];
+        let written = send.write_all(&first).await;
+        written.map_err(|error| self.refused(&error))?;
+        Ok((send, recv))
+    }
+
+    /// Asks and waits for one answer.
+    pub async fn request<Q: Serialize, A: DeserializeOwned>(
+        &self,
+        kind: StreamKind,
+        question: &Q,
+        patience: Duration,
+    ) -> Result<A, RequestError> {
+        let asking = async {
+            let mut answers = self.ask(kind, question).await?;
+            answers.next().await?.ok_or_else(|| RequestError::Garbage {
+                peer: self.peer().clone(),
+            })
+        };
+        match timeout(patience, asking).await {
+            Ok(answer) => answer,
+            Err(_) => Err(RequestError::TimedOut {
+                peer: self.peer().clone(),
+                after: patience,
+            }),
+        }
+    }
+
+    /// Asks and hands out the answers one by one.
+    pub async fn ask<Q: Serialize, A: DeserializeOwned>(
+        &self,
+        kind: StreamKind,
+        question: &Q,
+    ) -> Result<Answers<A>, RequestError> {
+        let question = frame::encode(question, CONTROL_MESSAGE_MAX)?;
+        let (mut send, recv) = self.open(kind).await?;
+        let written = send.write_chunk(question).await;
+        written.map_err(|error| self.refused(&error))?;
+        Ok(Answers {
+            peer: self.peer().clone(),
+            reader: FrameReader::new(recv),
+            _open: send,
+            answer: PhantomData,
+        })
+    }
+
+    fn refused(&self, error: &dyn std::fmt::Display) -> RequestError {
+        RequestError::Refused {
+            peer: self.peer().clone(),
+            reason: error.to_string(),
+        }
+    }
+}
+
+/// The answers to one question. Dropping it tells the peer that no more are wanted.
+#[derive(Debug)]
+pub struct Answers<A> {
+    peer: Identity,
+    reader: FrameReader,
+    /// The question's side stays open for as long as answers are wanted.
+    _open: SendStream,
+    answer: PhantomData<fn() -> A>,
+}
+
+impl<A: DeserializeOwned> Answers<A> {
+    /// The next answer; `None` when there are no more. Cancel safe.
+    pub async fn next(&mut self) -> Result<Option<A>, RequestError> {
+        let read = self.reader.next(CONTROL_MESSAGE_MAX).await;
+        read.map_err(|error| match error {
+            FrameError::Read(quinn::ReadError::Reset(code)) => RequestError::Refused {
+                peer: self.peer.clone(),
+                reason: CloseReason::from_number(code.into_inner())
+                    .map_or_else(|| format!("code {code}"), |reason| reason.to_string()),
+            },
+            FrameError::Read(error) => RequestError::Refused {
+                peer: self.peer.clone(),
+                reason: error.to_string(),
+            },
+            _ => RequestError::Garbage {
+                peer: self.peer.clone(),
+            },
+        })
+    }
+}
+
+/// Where the answers of one request go.
+#[derive(Debug)]
+pub struct Reply {
+    send: SendStream,
+}
+
+impl Reply {
+    /// Sends one answer.
+    pub async fn send<A: Serialize>(&mut self, answer: &A) -> Result<(), WriteFrameError> {
+        frame::write(&mut self.send, answer, CONTROL_MESSAGE_MAX).await
+    }
+
+    /// Resolves when the asker wants no more answers or is gone.
+    pub async fn unwanted(&mut self) {
+        // Every outcome means the same: nobody reads.
+        let _ = self.send.stopped().await;
+    }
+}
+
+/// Serves the requests that arrive at `streams`, each in a task of its own, until the endpoint ends.
+/// `answer` gets who asks, the question, and where the answers go; the stream is finished after it.
+pub async fn serve_requests<Q, H, F>(mut streams: mpsc::Receiver<IncomingStream>, answer: H)
+where
+    Q: DeserializeOwned + Send + 'static,
+    H: Fn(Identity, Q, Reply) -> F + Clone + Send + Sync + 'static,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let places = Arc::new(Semaphore::new(AT_ONCE));
+    while let Some(stream) = streams.recv().await {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+            return;
+        };
+        let answer = answer.clone();
+        tokio::spawn(async move {
+            serve_one(stream, answer).await;
+            drop(place);
+        });
+    }
+}
+
+async fn serve_one<Q, H, F>(stream: IncomingStream, answer: H)
+where
+    Q: DeserializeOwned,
+    H: Fn(Identity, Q, Reply) -> F,
+    F: Future<Output = ()>,
+{
+    let IncomingStream {
+        from,
+        connection,
+        mut send,
+        recv,
+    } = stream;
+    let mut reader = FrameReader::new(recv);
+    let reason = match timeout(REQUEST_TIMEOUT, reader.next::<Q>(CONTROL_MESSAGE_MAX)).await {
+        Ok(Ok(Some(question))) => return answer(from, question, Reply { send }).await,
+        Ok(Ok(None)) => CloseReason::Garbage,
+        Ok(Err(error)) => match error.blame() {
+            Some(reason) => {
+                tracing::warn!(%from, %reason, "closing the connection");
+                return reason.close(&connection);
+            }
+            None => return,
+        },
+        Err(_) => CloseReason::Silent,
+    };
+    // Fails only when the stream is gone, which is what is wanted.
+    let _ = send.reset(reason.code());
+}
