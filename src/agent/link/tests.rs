@@ -412,9 +412,14 @@ async fn a_peer_that_does_not_read_is_cut_off_and_connected_again() {
         until_down(&mut from_b).await,
         Ended::ByUs(CloseReason::QueueFull)
     );
-    assert_eq!(
-        until_down(&mut from_a).await,
-        Ended::ByPeer(CloseReason::QueueFull)
+    // The word of the closing may be lost in the flood; then the newer connection says it.
+    let ended = until_down(&mut from_a).await;
+    assert!(
+        matches!(
+            ended,
+            Ended::ByPeer(CloseReason::QueueFull) | Ended::ByUs(CloseReason::Replaced)
+        ),
+        "{ended:?}"
     );
     until_up(&mut from_b, "b").await;
     until_up(&mut from_a, "a").await;
