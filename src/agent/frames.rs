@@ -2,8 +2,9 @@
 //! whom, and what may be forgotten. Pure: no I/O and no clock. `FrameStreams`
 //! connects it to byte streams.
 //!
-//! Every copy of the VM keeps one, from power-on, and feeds it with the log that it holds and the
-//! outputs that its machine makes; so a replica that is promoted knows what each gateway lacks.
+//! Every copy of the VM keeps one, from power-on, and feeds it with the outputs that its machine
+//! makes; so a replica that is promoted has what each gateway lacks. A copy whose log was cut back
+//! starts its machine anew, and this with it.
 //!
 //! ```text
 //!            lead(term)                         one gateway, while leading:
@@ -15,18 +16,18 @@
 //! ```
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use replay_log::{FrameNumber, FrameSource, GatewayIncarnation, LogIndex, Term};
 use thiserror::Error;
 
 use crate::gateway::frames::{
-    Boot, Hello, Message, NetworkPort, Refusal, SessionId, ToAgent, ToGateway, put_frame,
+    Boot, Hello, Mac, Message, NetworkPort, Refusal, SessionId, ToAgent, ToGateway, put_frame,
 };
+use crate::protocol::{Span, Time, VmName};
 
 /// How long the news of committed frames may wait for outputs to travel with.
-const COMMITTED_WITHIN: Duration = Duration::from_millis(20);
+const COMMITTED_WITHIN: Span = Span::from_millis(20);
 
 /// After how many committed frames the news does not wait.
 const COMMITTED_AFTER: u64 = 64;
@@ -45,7 +46,7 @@ pub struct FrameLimits {
     /// the gateway.
     pub arrivals: usize,
     /// How long a gateway may be away before it is dropped and what was kept for it is forgotten.
-    pub absence: Duration,
+    pub absence: Span,
 }
 
 impl Default for FrameLimits {
@@ -54,7 +55,7 @@ impl Default for FrameLimits {
             gateways: 64,
             outputs: 4 << 20,
             arrivals: 1 << 20,
-            absence: Duration::from_secs(60),
+            absence: Span::from_millis(60_000),
         }
     }
 }
@@ -133,28 +134,28 @@ struct Gateway {
     /// Outputs it has not said it received, oldest first.
     outputs: VecDeque<(FrameNumber, Bytes)>,
     output_bytes: usize,
-    /// The last output for it alone that is not kept any more.
-    forgotten: FrameNumber,
     /// Bytes handed in and not yet taken by the machine.
     arriving_bytes: usize,
     session: Option<SessionId>,
-    absent_since: Option<Duration>,
+    absent_since: Option<Time>,
     /// It was dropped: nothing is kept for it.
     dropped: bool,
 }
 
 impl Gateway {
-    fn forget_outputs(&mut self, through: FrameNumber) {
-        while let Some((number, bytes)) = self.outputs.front()
+    /// Forgets what it has; gives the last one that was for it alone.
+    fn forget_outputs(&mut self, through: FrameNumber) -> Option<FrameNumber> {
+        let mut last = None;
+        while let Some((number, frame)) = self.outputs.front()
             && *number <= through
         {
-            self.output_bytes -= bytes.len();
-            // Copies differ about who was there for a broadcast, so it binds nobody.
-            if Mac::destination(bytes).is_some_and(|mac| !mac.is_group()) {
-                self.forgotten = *number;
+            self.output_bytes -= frame.len();
+            if Mac::destination(frame).is_some_and(|to| !to.is_group()) {
+                last = Some(*number);
             }
             self.outputs.pop_front();
         }
+        last
     }
 }
 
@@ -195,10 +196,10 @@ enum Role {
     Leading(Term),
 }
 
-/// The agent's end. Times are durations since one fixed instant.
+/// The agent's end.
 #[derive(Debug)]
 pub struct FramePort {
-    vm: String,
+    vm: VmName,
     boot: Boot,
     limits: FrameLimits,
     role: Role,
@@ -209,35 +210,23 @@ pub struct FramePort {
     sessions: HashMap<SessionId, Session>,
     arrivals: VecDeque<(FrameSource, Bytes)>,
     last_output: FrameNumber,
+    /// A replica's outputs, not sorted by gateway yet.
+    kept: VecDeque<(FrameNumber, Bytes)>,
     /// What every gateway has, as the primary said.
     forgotten: FrameNumber,
+    /// The last output for each address that is not kept any more: a gateway that lacks it cannot
+    /// go on.
+    forgotten_for: HashMap<Mac, FrameNumber>,
     /// Something is committed that a gateway has not been told.
-    tell_at: Option<Duration>,
+    tell_at: Option<Time>,
     events: VecDeque<FrameEvent>,
     counters: FramePortCounters,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Mac([u8; 6]);
-
-impl Mac {
-    fn destination(frame: &[u8]) -> Option<Self> {
-        Some(Self(frame.get(..6)?.try_into().ok()?))
-    }
-
-    fn source(frame: &[u8]) -> Option<Self> {
-        Some(Self(frame.get(6..12)?.try_into().ok()?))
-    }
-
-    const fn is_group(self) -> bool {
-        self.0[0] & 1 == 1
-    }
 }
 
 impl FramePort {
     /// A port for a machine that starts from power-on (or replays from there). `boot` is that of
     /// the log's header.
-    pub fn new(vm: String, boot: Boot, limits: FrameLimits) -> Self {
+    pub fn new(vm: VmName, boot: Boot, limits: FrameLimits) -> Self {
         Self {
             vm,
             boot,
@@ -249,50 +238,16 @@ impl FramePort {
             sessions: HashMap::new(),
             arrivals: VecDeque::new(),
             last_output: FrameNumber(0),
+            kept: VecDeque::new(),
             forgotten: FrameNumber(0),
+            forgotten_for: HashMap::new(),
             tell_at: None,
             events: VecDeque::new(),
             counters: FramePortCounters::default(),
         }
     }
 
-    // ---- what every copy tells its port ----
-
-    /// The log this copy holds now contains this arrival; `end` is the place after its entry.
-    /// Called for every arriving frame of the log, in order, on the primary and on replicas.
-    pub fn logged(&mut self, source: FrameSource, frame: &Bytes, end: LogIndex) {
-        if let Some(mac) = Mac::source(frame)
-            && !mac.is_group()
-        {
-            self.owners.insert(mac, source.gateway);
-        }
-        let leading = matches!(self.role, Role::Leading(_));
-        let gateway = self.gateways.entry(source.gateway).or_default();
-        gateway.logged = gateway.logged.max(source.number);
-        gateway.accepted = gateway.accepted.max(source.number);
-        if leading {
-            gateway.uncommitted.push_back((end, source.number));
-        }
-        if self.gateways.len() > MOST_REMEMBERED {
-            self.forget_a_gateway();
-        }
-    }
-
-    /// Everything before this place of the log is committed. For the primary.
-    pub fn committed(&mut self, through: LogIndex, now: Duration) {
-        for gateway in self.gateways.values_mut() {
-            let before = gateway.committed;
-            while let Some((end, number)) = gateway.uncommitted.front()
-                && *end <= through
-            {
-                gateway.committed = gateway.committed.max(*number);
-                gateway.uncommitted.pop_front();
-            }
-            if gateway.committed > before && gateway.session.is_some() && self.tell_at.is_none() {
-                self.tell_at = Some(now + COMMITTED_WITHIN);
-            }
-        }
-    }
+    // ---- what the machine and its log tell ----
 
     /// The machine has made an output that the world may see: on the primary after its release, on
     /// a replica as soon as replay makes it. In order; an output that comes again is ignored.
@@ -301,19 +256,22 @@ impl FramePort {
             return;
         }
         self.last_output = number;
-        let Some(destination) = Mac::destination(&frame) else {
+        match self.role {
+            Role::Leading(_) => self.route(number, frame),
+            Role::Following if number <= self.forgotten => self.note_forgotten(number, &frame),
+            Role::Following => self.kept.push_back((number, frame)),
+        }
+    }
+
+    fn route(&mut self, number: FrameNumber, frame: Bytes) {
+        let Some(to) = Mac::destination(&frame) else {
             self.counters.unclaimed += 1;
             return;
         };
-        let owner = (!destination.is_group())
-            .then(|| self.owners.get(&destination))
-            .flatten();
-        if let Some(owner) = owner {
-            let owner = *owner;
-            self.keep(owner, number, frame);
+        if let Some(owner) = self.owners.get(&to) {
+            self.keep(*owner, number, frame);
         } else {
-            // Broadcast, or an address that nobody has used yet: a gateway that it is not for
-            // drops it.
+            // Broadcast, or an address of nobody: whoever it is not for drops it.
             let all: Vec<_> = self.gateways.keys().copied().collect();
             for gateway in all {
                 self.keep(gateway, number, frame.clone());
@@ -323,14 +281,11 @@ impl FramePort {
 
     fn keep(&mut self, incarnation: GatewayIncarnation, number: FrameNumber, frame: Bytes) {
         let Some(gateway) = self.gateways.get_mut(&incarnation) else {
-            self.counters.unclaimed += 1;
             return;
         };
-        if gateway.dropped || number <= self.forgotten {
-            if Mac::destination(&frame).is_some_and(|mac| !mac.is_group()) {
-                gateway.forgotten = number;
-            }
-            self.counters.unclaimed += u64::from(gateway.dropped);
+        if gateway.dropped {
+            self.counters.unclaimed += 1;
+            self.note_forgotten(number, &frame);
             return;
         }
         gateway.output_bytes += frame.len();
@@ -341,49 +296,104 @@ impl FramePort {
         }
     }
 
+    /// Remembers that an output is not kept any more. Copies differ about who was there for a
+    /// broadcast, so a forgotten one binds nobody.
+    fn note_forgotten(&mut self, number: FrameNumber, frame: &Bytes) {
+        if let Some(to) = Mac::destination(frame)
+            && !to.is_group()
+        {
+            self.forgotten_for.insert(to, number);
+        }
+    }
+
+    /// The log of this primary now holds the arrivals of one gateway up to this number; `end` is
+    /// the place after the last of them.
+    pub fn logged(&mut self, through: FrameSource, end: LogIndex) {
+        let gateway = self.known_gateway(through.gateway);
+        gateway.logged = gateway.logged.max(through.number);
+        gateway.accepted = gateway.accepted.max(through.number);
+        gateway.uncommitted.push_back((end, through.number));
+    }
+
+    /// Everything before this place of this primary's log is committed.
+    pub fn committed(&mut self, through: LogIndex, now: Time) {
+        for gateway in self.gateways.values_mut() {
+            let before = gateway.committed;
+            while let Some((end, number)) = gateway.uncommitted.front()
+                && *end <= through
+            {
+                gateway.committed = gateway.committed.max(*number);
+                gateway.uncommitted.pop_front();
+            }
+            if gateway.committed > before && gateway.session.is_some() && self.tell_at.is_none() {
+                self.tell_at = Some(now.plus(COMMITTED_WITHIN));
+            }
+        }
+    }
+
     /// The primary says that every gateway has all outputs up to here. For replicas.
     pub fn forget(&mut self, through: FrameNumber) {
         self.forgotten = self.forgotten.max(through);
-        for gateway in self.gateways.values_mut() {
-            gateway.forget_outputs(through);
+        while let Some((number, _)) = self.kept.front()
+            && *number <= through
+        {
+            if let Some((number, frame)) = self.kept.pop_front() {
+                self.note_forgotten(number, &frame);
+            }
         }
     }
 
     /// Every gateway has all outputs up to here: no copy needs to keep them.
     pub fn received_by_all(&self) -> FrameNumber {
+        let newest = match self.role {
+            Role::Leading(_) => self.last_output,
+            Role::Following => self.forgotten,
+        };
         self.gateways
             .values()
             .filter_map(|gateway| gateway.outputs.front())
             .map(|(number, _)| FrameNumber(number.0.saturating_sub(1)))
             .min()
-            .unwrap_or(self.last_output)
+            .unwrap_or(newest)
     }
 
-    /// This copy reigns: everything it has logged is committed, and gateways are welcomed.
-    pub fn lead(&mut self, term: Term, now: Duration) {
+    /// Bytes of outputs that are kept, each counted once for each gateway.
+    pub fn kept_bytes(&self) -> usize {
+        let own: usize = self.kept.iter().map(|(_, frame)| frame.len()).sum();
+        self.gateways
+            .values()
+            .map(|g| g.output_bytes)
+            .sum::<usize>()
+            + own
+    }
+
+    /// This copy reigns: it has executed its whole log, all of it is committed, and every output
+    /// it led to has been told by [`FramePort::output`]. `logged` says which frame of each gateway
+    /// is the last one in that log. Gateways that wait are welcomed.
+    pub fn lead(
+        &mut self,
+        term: Term,
+        logged: impl IntoIterator<Item = (GatewayIncarnation, FrameNumber)>,
+        now: Time,
+    ) {
+        self.follow(term);
         self.role = Role::Leading(term);
-        self.known = self.known.max(term);
-        self.arrivals.clear();
+        for (incarnation, number) in logged {
+            let gateway = self.known_gateway(incarnation);
+            gateway.logged = gateway.logged.max(number);
+        }
         for gateway in self.gateways.values_mut() {
             gateway.accepted = gateway.logged;
             gateway.committed = gateway.logged;
-            gateway.uncommitted.clear();
-            gateway.arriving_bytes = 0;
-            gateway.session = None;
             gateway.absent_since = (!gateway.dropped).then_some(now);
+        }
+        for (number, frame) in std::mem::take(&mut self.kept) {
+            self.route(number, frame);
         }
         let mut waiting = Vec::new();
         for (id, session) in &mut self.sessions {
-            match std::mem::replace(&mut session.standing, Standing::Silent) {
-                Standing::Waiting(hello) => waiting.push((*id, hello)),
-                Standing::Welcomed(_) => {
-                    session.standing = Standing::Refused;
-                    session.first = Some(ToGateway::Refused {
-                        term,
-                        why: Refusal::OtherTerm,
-                    });
-                }
-                other => session.standing = other,
+            if let Standing::Waiting(hello) = &session.standing {
+                waiting.push((*id, hello.clone()));
             }
         }
         waiting.sort_by_key(|(id, _)| *id);
@@ -392,26 +402,31 @@ impl FramePort {
         }
     }
 
-    /// This copy reigns no more, or has heard of a later term. Frames that are not in its log are
-    /// the next primary's business.
+    /// This copy does not reign, and this is the highest term it knows. Frames that are not in its
+    /// log are the next primary's business.
     pub fn follow(&mut self, known: Term) {
         self.role = Role::Following;
         self.known = self.known.max(known);
         self.arrivals.clear();
         self.tell_at = None;
+        let mut kept = BTreeMap::new();
+        kept.extend(std::mem::take(&mut self.kept));
         for gateway in self.gateways.values_mut() {
+            kept.extend(std::mem::take(&mut gateway.outputs));
+            gateway.output_bytes = 0;
             gateway.session = None;
             gateway.absent_since = None;
             gateway.uncommitted.clear();
             gateway.arriving_bytes = 0;
         }
+        self.kept = kept.into_iter().collect();
         for session in self.sessions.values_mut() {
-            let late = match &session.standing {
+            let over = match &session.standing {
                 Standing::Welcomed(_) => true,
                 Standing::Waiting(hello) => hello.term < self.known,
                 Standing::Silent | Standing::Refused => false,
             };
-            if late {
+            if over {
                 session.standing = Standing::Refused;
                 session.first = Some(ToGateway::Refused {
                     term: self.known,
@@ -419,6 +434,14 @@ impl FramePort {
                 });
             }
         }
+    }
+
+    fn known_gateway(&mut self, incarnation: GatewayIncarnation) -> &mut Gateway {
+        if self.gateways.len() >= MOST_REMEMBERED && !self.gateways.contains_key(&incarnation) {
+            self.forget_a_gateway();
+        }
+        self.owners.insert(Mac::of(incarnation), incarnation);
+        self.gateways.entry(incarnation).or_default()
     }
 
     // ---- sessions ----
@@ -435,7 +458,7 @@ impl FramePort {
     }
 
     /// A session has ended.
-    pub fn disconnected(&mut self, session: SessionId, now: Duration) {
+    pub fn disconnected(&mut self, session: SessionId, now: Time) {
         let Some(ended) = self.sessions.remove(&session) else {
             return;
         };
@@ -469,9 +492,8 @@ impl FramePort {
                         what: "it received an output that it was not sent",
                     });
                 }
-                if let Some(gateway) = self.gateways.get_mut(&flow.gateway) {
-                    gateway.forget_outputs(through);
-                }
+                let gateway = flow.gateway;
+                self.received(gateway, through);
                 Ok(())
             }
             // What was under way when the refusal was said.
@@ -500,39 +522,41 @@ impl FramePort {
             }
         };
         let term = self.known;
-        let Some(session) = self.sessions.get_mut(&id) else {
-            return;
-        };
         if let Some(why) = why {
-            session.standing = Standing::Refused;
-            session.first = Some(ToGateway::Refused { term, why });
+            if let Some(session) = self.sessions.get_mut(&id) {
+                session.standing = Standing::Refused;
+                session.first = Some(ToGateway::Refused { term, why });
+            }
             self.events.push_back(FrameEvent::Refused {
                 gateway: hello.gateway,
                 why,
             });
             return;
         }
-        let gateway = self.gateways.entry(hello.gateway).or_default();
-        gateway.forget_outputs(hello.received);
+        self.received(hello.gateway, hello.received);
+        let gateway = self.known_gateway(hello.gateway);
         let before = gateway.session.replace(id);
         gateway.absent_since = None;
         gateway.dropped = false;
-        session.first = Some(ToGateway::Welcome {
-            term,
-            boot: self.boot,
-            logged: gateway.accepted,
-        });
-        session.standing = Standing::Welcomed(Flow {
-            gateway: hello.gateway,
-            sent: hello.received,
-            resend_through: self.last_output,
-            told_committed: FrameNumber(0),
-            tell_now: true,
-        });
+        let (logged, resent) = (gateway.accepted, gateway.outputs.len());
+        if let Some(session) = self.sessions.get_mut(&id) {
+            session.first = Some(ToGateway::Welcome {
+                term,
+                boot: self.boot,
+                logged,
+            });
+            session.standing = Standing::Welcomed(Flow {
+                gateway: hello.gateway,
+                sent: hello.received,
+                resend_through: self.last_output,
+                told_committed: FrameNumber(0),
+                tell_now: true,
+            });
+        }
         self.events.push_back(FrameEvent::Welcomed {
             gateway: hello.gateway,
-            logged: gateway.accepted,
-            resent: gateway.outputs.len(),
+            logged,
+            resent,
         });
         // The same gateway on an older stream: what comes there is not heard any more.
         if let Some(before) = before.filter(|before| *before != id)
@@ -542,10 +566,21 @@ impl FramePort {
         }
     }
 
+    fn received(&mut self, incarnation: GatewayIncarnation, through: FrameNumber) {
+        if let Some(gateway) = self.gateways.get_mut(&incarnation)
+            && let Some(last) = gateway.forget_outputs(through)
+        {
+            self.forgotten_for.insert(Mac::of(incarnation), last);
+        }
+    }
+
     fn cannot_serve(&self, hello: &Hello) -> Option<Refusal> {
         let served = || self.gateways.values().filter(|g| g.session.is_some());
+        let forgotten = self.forgotten_for.get(&Mac::of(hello.gateway));
         match self.gateways.get(&hello.gateway) {
-            Some(gateway) if hello.received < gateway.forgotten => Some(Refusal::TooLate),
+            _ if forgotten.is_some_and(|forgotten| hello.received < *forgotten) => {
+                Some(Refusal::TooLate)
+            }
             Some(gateway) if gateway.session.is_some() => None,
             _ if served().count() >= self.limits.gateways => Some(Refusal::TooMany),
             _ => None,
@@ -643,21 +678,21 @@ impl FramePort {
     // ---- time ----
 
     /// When [`FramePort::handle_timeout`] wants to be called.
-    pub fn poll_timeout(&self) -> Option<Duration> {
+    pub fn poll_timeout(&self) -> Option<Time> {
         let absent = match self.role {
             Role::Leading(_) => self
                 .gateways
                 .values()
                 .filter_map(|gateway| gateway.absent_since)
                 .min()
-                .map(|since| since + self.limits.absence),
+                .map(|since| since.plus(self.limits.absence)),
             Role::Following => None,
         };
         [absent, self.tell_at].into_iter().flatten().min()
     }
 
     /// Does what has become due; every session is to be asked for what it has to write then.
-    pub fn handle_timeout(&mut self, now: Duration) {
+    pub fn handle_timeout(&mut self, now: Time) {
         if self.tell_at.is_some_and(|at| at <= now) {
             self.tell_at = None;
             for session in self.sessions.values_mut() {
@@ -675,7 +710,7 @@ impl FramePort {
             .filter(|(_, gateway)| {
                 gateway
                     .absent_since
-                    .is_some_and(|since| since + self.limits.absence <= now)
+                    .is_some_and(|since| since.plus(self.limits.absence) <= now)
             })
             .map(|(incarnation, _)| *incarnation)
             .collect();
@@ -689,7 +724,9 @@ impl FramePort {
             return;
         };
         let outputs = gateway.outputs.len();
-        gateway.forget_outputs(FrameNumber(u64::MAX));
+        if let Some(last) = gateway.forget_outputs(FrameNumber(u64::MAX)) {
+            self.forgotten_for.insert(Mac::of(incarnation), last);
+        }
         gateway.absent_since = None;
         gateway.dropped = true;
         if let Some(session) = gateway.session.take()
@@ -718,7 +755,8 @@ impl FramePort {
             .map(|(incarnation, _)| *incarnation);
         if let Some(victim) = victim {
             self.gateways.remove(&victim);
-            self.owners.retain(|_, owner| *owner != victim);
+            self.owners.remove(&Mac::of(victim));
+            self.forgotten_for.remove(&Mac::of(victim));
         }
     }
 
@@ -745,6 +783,16 @@ impl FramePort {
 mod tests {
     use super::*;
 
+    const START: Time = Time::from_nanos(0);
+
+    fn seconds(seconds: u64) -> Time {
+        START.plus(Span::from_millis(seconds * 1_000))
+    }
+
+    fn vm(name: &str) -> VmName {
+        VmName::new(name).expect("a name")
+    }
+
     const GATEWAY: GatewayIncarnation = GatewayIncarnation(5);
     const OTHER: GatewayIncarnation = GatewayIncarnation(6);
 
@@ -753,29 +801,32 @@ mod tests {
             gateways: 2,
             outputs: 100,
             arrivals: 30,
-            absence: Duration::from_secs(60),
+            absence: Span::from_millis(60_000),
         };
-        FramePort::new("vm".into(), Boot([1; 16]), limits)
+        FramePort::new(vm("vm"), Boot([1; 16]), limits)
     }
 
     fn hello(gateway: GatewayIncarnation, term: u64, received: u64) -> ToAgent {
         ToAgent::Hello(Hello {
-            vm: "vm".into(),
+            vm: vm("vm"),
             gateway,
             term: Term(term),
             received: FrameNumber(received),
         })
     }
 
-    fn ethernet(from: GatewayIncarnation, to: u8) -> Bytes {
-        Bytes::copy_from_slice(&[2, 0, 0, 0, 0, to, 2, 0, 0, 0, 0, from.0 as u8, 8, 0, 42])
+    /// An output, 15 bytes long.
+    fn ethernet(to: GatewayIncarnation) -> Bytes {
+        [&Mac::of(to).0[..], &[2, 0, 0, 0, 0, 99, 8, 0, 42]]
+            .concat()
+            .into()
     }
 
     fn frame(number: u64) -> ToAgent {
         ToAgent::Frame {
             port: NetworkPort::default(),
             number: FrameNumber(number),
-            bytes: ethernet(GATEWAY, 99),
+            bytes: Bytes::from_static(&[0; 15]),
         }
     }
 
@@ -806,14 +857,8 @@ mod tests {
     /// A leading port whose machine has logged one frame of each of two gateways.
     fn leading() -> FramePort {
         let mut port = port();
-        for (index, gateway) in [(1, GATEWAY), (2, OTHER)] {
-            let source = FrameSource {
-                gateway,
-                number: FrameNumber(1),
-            };
-            port.logged(source, &ethernet(gateway, 99), LogIndex(index));
-        }
-        port.lead(Term(1), Duration::ZERO);
+        let logged = [(GATEWAY, FrameNumber(1)), (OTHER, FrameNumber(1))];
+        port.lead(Term(1), logged, START);
         port
     }
 
@@ -837,7 +882,7 @@ mod tests {
         let mut port = port();
         join(&mut port, 1, GATEWAY, 0);
         assert_eq!(written(&mut port, SessionId(1)), (vec![], false));
-        port.lead(Term(1), Duration::ZERO);
+        port.lead(Term(1), [], START);
         let (messages, ends) = written(&mut port, SessionId(1));
         assert!(matches!(messages[..], [ToGateway::Welcome { .. }]));
         assert!(!ends);
@@ -853,9 +898,9 @@ mod tests {
         let mut port = leading();
         join(&mut port, 1, GATEWAY, 0);
         join(&mut port, 2, OTHER, 0);
-        port.output(FrameNumber(1), ethernet(OTHER, GATEWAY.0 as u8));
-        port.output(FrameNumber(4), ethernet(GATEWAY, OTHER.0 as u8));
-        let mut broadcast = ethernet(GATEWAY, 0).to_vec();
+        port.output(FrameNumber(1), ethernet(GATEWAY));
+        port.output(FrameNumber(4), ethernet(OTHER));
+        let mut broadcast = ethernet(GATEWAY).to_vec();
         broadcast[..6].fill(0xff);
         port.output(FrameNumber(5), broadcast.into());
         let mut numbers = |session| {
@@ -883,14 +928,14 @@ mod tests {
     fn a_gateway_that_stays_away_is_dropped_and_cannot_come_back() {
         let mut port = leading();
         join(&mut port, 1, GATEWAY, 0);
-        port.output(FrameNumber(1), ethernet(OTHER, GATEWAY.0 as u8));
-        port.output(FrameNumber(2), ethernet(GATEWAY, OTHER.0 as u8));
+        port.output(FrameNumber(1), ethernet(GATEWAY));
+        port.output(FrameNumber(2), ethernet(OTHER));
         assert_eq!(port.received_by_all(), FrameNumber(0));
-        port.disconnected(SessionId(1), Duration::from_secs(10));
+        port.disconnected(SessionId(1), seconds(10));
         // The other gateway was known from the log and never came: it goes first.
-        assert_eq!(port.poll_timeout(), Some(Duration::from_secs(60)));
-        port.handle_timeout(Duration::from_secs(60));
-        port.handle_timeout(Duration::from_secs(70));
+        assert_eq!(port.poll_timeout(), Some(seconds(60)));
+        port.handle_timeout(seconds(60));
+        port.handle_timeout(seconds(70));
         let dropped: Vec<_> = std::iter::from_fn(|| port.poll_event())
             .filter_map(|event| match event {
                 FrameEvent::Dropped { gateway, why, .. } => Some((gateway, why)),
@@ -913,7 +958,7 @@ mod tests {
         let mut port = leading();
         join(&mut port, 1, GATEWAY, 0);
         for number in 1..=7 {
-            port.output(FrameNumber(number), ethernet(OTHER, GATEWAY.0 as u8));
+            port.output(FrameNumber(number), ethernet(GATEWAY));
         }
         assert_eq!(refusal(&mut port, SessionId(1)), Some(Refusal::TooLate));
         assert_eq!(port.received_by_all(), FrameNumber(7));
@@ -937,13 +982,13 @@ mod tests {
         join(&mut port, 1, GATEWAY, 0);
         written(&mut port, SessionId(1));
         port.message(SessionId(1), frame(2)).expect("a frame");
-        let (source, bytes) = port.poll_arrival().expect("it arrives");
-        port.logged(source, &bytes, LogIndex(7));
-        port.committed(LogIndex(6), Duration::ZERO);
-        assert_eq!(port.poll_timeout(), Some(Duration::from_secs(60)));
-        port.committed(LogIndex(7), Duration::ZERO);
+        let (source, _) = port.poll_arrival().expect("it arrives");
+        port.logged(source, LogIndex(7));
+        port.committed(LogIndex(6), START);
+        assert_eq!(port.poll_timeout(), Some(seconds(60)));
+        port.committed(LogIndex(7), START);
         assert_eq!(written(&mut port, SessionId(1)).0, []);
-        port.handle_timeout(COMMITTED_WITHIN);
+        port.handle_timeout(START.plus(COMMITTED_WITHIN));
         assert_eq!(
             written(&mut port, SessionId(1)).0,
             [ToGateway::Committed {
@@ -956,13 +1001,13 @@ mod tests {
     fn a_replica_keeps_outputs_until_all_gateways_have_them() {
         let mut port = leading();
         port.follow(Term(1));
-        port.output(FrameNumber(1), ethernet(OTHER, GATEWAY.0 as u8));
-        port.output(FrameNumber(2), ethernet(OTHER, GATEWAY.0 as u8));
+        port.output(FrameNumber(1), ethernet(GATEWAY));
+        port.output(FrameNumber(2), ethernet(GATEWAY));
         port.forget(FrameNumber(3));
         // Replay comes to it later than the gateway did.
-        port.output(FrameNumber(3), ethernet(OTHER, GATEWAY.0 as u8));
-        port.output(FrameNumber(4), ethernet(OTHER, GATEWAY.0 as u8));
-        port.lead(Term(2), Duration::ZERO);
+        port.output(FrameNumber(3), ethernet(GATEWAY));
+        port.output(FrameNumber(4), ethernet(GATEWAY));
+        port.lead(Term(2), [], START);
         port.connected(SessionId(1));
         port.message(SessionId(1), hello(GATEWAY, 2, 3))
             .expect("hello");
@@ -988,7 +1033,7 @@ mod tests {
         port.connected(SessionId(1));
         assert!(port.message(SessionId(1), frame(1)).is_err());
         let wrong = ToAgent::Hello(Hello {
-            vm: "another".into(),
+            vm: vm("another"),
             gateway: GATEWAY,
             term: Term(1),
             received: FrameNumber(0),

@@ -2,15 +2,15 @@
 //! machine, and anything that can go wrong between them, in an order that proptest chooses.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;
 use replay_log::{FrameNumber, FrameSource, GatewayIncarnation, LogIndex, Term};
 
-use super::frames::{Boot, Message, SessionId, ToAgent, ToGateway};
+use super::frames::{Boot, Mac, Message, SessionId, ToAgent, ToGateway};
 use super::port::{GatewayPort, PortAction};
 use crate::agent::frames::{FrameLimits, FramePort};
+use crate::protocol::{Span, Time, VmName};
 
 const COPIES: usize = 3;
 const GATEWAYS: u64 = 2;
@@ -68,7 +68,7 @@ struct Copy {
 impl Copy {
     fn new() -> Self {
         Self {
-            port: FramePort::new("vm".into(), BOOT, FrameLimits::default()),
+            port: FramePort::new(vm(), BOOT, FrameLimits::default()),
             machine: Machine::default(),
             log: Vec::new(),
             executed: 0,
@@ -77,9 +77,18 @@ impl Copy {
     }
 
     fn append(&mut self, source: FrameSource, frame: Bytes) {
-        self.log.push((source, frame.clone()));
-        self.port
-            .logged(source, &frame, LogIndex(self.log.len() as u64));
+        self.log.push((source, frame));
+    }
+
+    /// Takes over, with everything executed.
+    fn lead(&mut self, term: Term, now: Time) {
+        self.replay(usize::MAX);
+        let logged: BTreeMap<_, _> = self
+            .log
+            .iter()
+            .map(|(source, _)| (source.gateway, source.number))
+            .collect();
+        self.port.lead(term, logged, now);
     }
 
     /// Replays up to `upto` entries; a replica's outputs go to its port at once.
@@ -102,7 +111,7 @@ struct Gateway {
 }
 
 struct World {
-    now: Duration,
+    now: Time,
     term: Term,
     primary: usize,
     copies: Vec<Option<Copy>>,
@@ -112,19 +121,23 @@ struct World {
 }
 
 fn mac(gateway: u64) -> [u8; 6] {
-    [2, 0, 0, 0, 0, gateway as u8]
+    Mac::of(GatewayIncarnation(gateway)).0
+}
+
+fn vm() -> VmName {
+    VmName::new("vm").expect("a name")
 }
 
 impl World {
     fn new() -> Self {
         let mut world = Self {
-            now: Duration::ZERO,
+            now: Time::default(),
             term: Term(1),
             primary: 0,
             copies: (0..COPIES).map(|_| Some(Copy::new())).collect(),
             gateways: (1..=GATEWAYS)
                 .map(|incarnation| Gateway {
-                    port: GatewayPort::new("vm".into(), GatewayIncarnation(incarnation), 1 << 20),
+                    port: GatewayPort::new(vm(), GatewayIncarnation(incarnation), 1 << 20),
                     pipes: BTreeMap::new(),
                     sent: Vec::new(),
                     passed: Vec::new(),
@@ -133,7 +146,7 @@ impl World {
             committed: 0,
             next_agent_session: 1,
         };
-        world.copy(0).port.lead(Term(1), Duration::ZERO);
+        world.copy(0).lead(Term(1), Time::default());
         for gateway in 0..GATEWAYS as usize {
             world.tell(gateway);
         }
@@ -253,6 +266,7 @@ impl World {
             copy.append(source, frame.clone());
             copy.executed += 1;
             let end = LogIndex(copy.log.len() as u64);
+            copy.port.logged(source, end);
             for (number, output) in copy.machine.arrive(&frame) {
                 copy.unreleased.push_back((end, number, output));
             }
@@ -308,8 +322,6 @@ impl World {
         let (term, now) = (self.term, self.now);
         let log = self.copy(heir).log.clone();
         assert!(log.len() >= self.committed, "the heir holds too little");
-        let copy = self.copy(heir);
-        copy.replay(usize::MAX);
         self.committed = log.len();
         // The new record's members all hold the heir's log.
         for index in 0..COPIES {
@@ -320,7 +332,7 @@ impl World {
                 member.port.follow(term);
             }
         }
-        self.copy(heir).port.lead(term, now);
+        self.copy(heir).lead(term, now);
         if replace {
             let mut fresh = Copy::new();
             for (source, frame) in &log {
@@ -343,8 +355,7 @@ impl World {
         self.primary = to;
         let (term, now) = (self.term, self.now);
         self.copy(from).port.follow(term);
-        self.copy(to).replay(usize::MAX);
-        self.copy(to).port.lead(term, now);
+        self.copy(to).lead(term, now);
     }
 
     fn break_pipe(&mut self, index: usize, which: usize) {
@@ -362,7 +373,7 @@ impl World {
     }
 
     fn pass_time(&mut self, millis: u64) {
-        self.now += Duration::from_millis(millis);
+        self.now = self.now.plus(Span::from_millis(millis));
         let now = self.now;
         for gateway in &mut self.gateways {
             gateway.port.handle_timeout(now);

@@ -21,14 +21,14 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use replay_log::{FrameNumber, GatewayIncarnation, Term};
 use thiserror::Error;
 
+use crate::protocol::VmName;
+use crate::protocol::name::MAX_NAME;
+
 /// The version of what is written here. It is the first byte after the kind of a `Hello`.
 pub const FRAMES_VERSION: u8 = 1;
 
 /// The longest frame that is accepted, in bytes: an Ethernet frame with tags to spare.
 pub const MAX_FRAME: usize = 2_048;
-
-/// The longest name of a VM, in bytes.
-pub const MAX_VM_NAME: usize = 64;
 
 /// Which network device of which VM a frame is for, on a network between VMs. A gateway speaks to
 /// one VM and leaves both at 0.
@@ -45,6 +45,33 @@ pub struct NetworkPort {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Boot(pub [u8; 16]);
 
+/// An Ethernet address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Mac(pub [u8; 6]);
+
+impl Mac {
+    /// The guest-side address of a gateway: locally administered, unicast, and derived from the
+    /// incarnation alone, so that every copy knows whom an output is for.
+    pub fn of(gateway: GatewayIncarnation) -> Self {
+        // The finalizer of SplitMix64: every bit of the incarnation reaches every bit kept.
+        let mut mixed = gateway.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        let [a, b, c, d, e, ..] = (mixed ^ (mixed >> 31)).to_le_bytes();
+        Self([0x02, a, b, c, d, e])
+    }
+
+    /// To whom a frame goes; `None` when it is no frame.
+    pub fn destination(frame: &[u8]) -> Option<Self> {
+        Some(Self(frame.get(..6)?.try_into().ok()?))
+    }
+
+    /// Whether it stands for several stations (multicast, broadcast).
+    pub const fn is_group(self) -> bool {
+        self.0[0] & 1 == 1
+    }
+}
+
 /// The name of one session, unique within a gateway or an agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionId(pub u64);
@@ -52,8 +79,8 @@ pub struct SessionId(pub u64);
 /// How a gateway introduces itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
-    /// The VM it serves; at most [`MAX_VM_NAME`] bytes.
-    pub vm: String,
+    /// The VM it serves.
+    pub vm: VmName,
     /// Which run of which gateway it is.
     pub gateway: GatewayIncarnation,
     /// The term that the record's keeper told it.
@@ -190,8 +217,8 @@ pub enum WireError {
     /// A number does not fit its type.
     #[error("a number is too large for its field")]
     Number,
-    /// A name is not UTF-8.
-    #[error("the name of the VM is not UTF-8")]
+    /// A name is none.
+    #[error("the name of the VM is not a name")]
     Name,
 }
 
@@ -216,8 +243,8 @@ impl Message for ToAgent {
         match self {
             Self::Hello(hello) => {
                 out.put_slice(&[HELLO, FRAMES_VERSION]);
-                put_varint(out, hello.vm.len() as u64);
-                out.put_slice(hello.vm.as_bytes());
+                put_varint(out, hello.vm.as_str().len() as u64);
+                out.put_slice(hello.vm.as_str().as_bytes());
                 put_varint(out, hello.gateway.0);
                 put_varint(out, hello.term.0);
                 put_varint(out, hello.received.0);
@@ -244,15 +271,16 @@ impl Message for ToAgent {
                 if theirs != FRAMES_VERSION {
                     return Err(WireError::Version { theirs });
                 }
-                let Some(length) = cursor.length("VM name", MAX_VM_NAME)? else {
+                let Some(length) = cursor.length("VM name", MAX_NAME)? else {
                     return Ok(None);
                 };
                 let Some(name) = cursor.take(length) else {
                     return Ok(None);
                 };
                 let vm = std::str::from_utf8(name)
-                    .map_err(|_| WireError::Name)?
-                    .to_owned();
+                    .ok()
+                    .and_then(|name| VmName::new(name).ok())
+                    .ok_or(WireError::Name)?;
                 let (Some(gateway), Some(term), Some(received)) =
                     (cursor.varint()?, cursor.varint()?, cursor.varint()?)
                 else {
@@ -261,7 +289,7 @@ impl Message for ToAgent {
                 let used = cursor.used();
                 from.advance(used);
                 Ok(Some(Self::Hello(Hello {
-                    vm,
+                    vm: vm,
                     gateway: GatewayIncarnation(gateway),
                     term: Term(term),
                     received: FrameNumber(received),
@@ -481,9 +509,9 @@ mod tests {
 
     fn to_agent() -> impl Strategy<Value = ToAgent> {
         prop_oneof![
-            ("[a-zé]{0,30}", any::<u64>(), any::<u64>(), number()).prop_map(
+            ("[a-z][a-z0-9-]{0,30}", any::<u64>(), any::<u64>(), number()).prop_map(
                 |(vm, gateway, term, received)| ToAgent::Hello(Hello {
-                    vm,
+                    vm: VmName::new(&vm).expect("a name"),
                     gateway: GatewayIncarnation(gateway),
                     term: Term(term),
                     received,

@@ -15,7 +15,6 @@
 //! counted and dropped.
 
 use std::collections::VecDeque;
-use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use replay_log::{FrameNumber, GatewayIncarnation, Term};
@@ -24,16 +23,17 @@ use thiserror::Error;
 use super::frames::{
     Boot, Hello, Message, NetworkPort, Refusal, SessionId, ToAgent, ToGateway, put_frame,
 };
+use crate::protocol::{Span, Time, VmName};
 
 /// How long after a failure the primary is tried again.
-pub const RETRY_AFTER: Duration = Duration::from_millis(15);
+pub const RETRY_AFTER: Span = Span::from_millis(15);
 
 /// How long a primary may take to welcome before it is asked anew. It may be dead, or have lost
 /// the question; being welcomed takes one round trip when it reigns already.
-pub const WELCOME_WITHIN: Duration = Duration::from_millis(1_000);
+pub const WELCOME_WITHIN: Span = Span::from_millis(1_000);
 
 /// How long the news of received frames may wait for frames to travel with.
-const RECEIVED_WITHIN: Duration = Duration::from_millis(20);
+const RECEIVED_WITHIN: Span = Span::from_millis(20);
 
 /// After how many received frames the news does not wait.
 const RECEIVED_AFTER: u32 = 64;
@@ -100,7 +100,7 @@ pub enum PortError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Standing {
     /// Hello is under way; give up at this time.
-    Dialling { until: Duration },
+    Dialling { until: Time },
     /// Frames flow; the next to be sent has this number.
     Welcomed { next: FrameNumber },
 }
@@ -111,10 +111,10 @@ struct Session {
     standing: Standing,
 }
 
-/// The gateway's end. `H` names hosts. Times are durations since one fixed instant.
+/// The gateway's end. `H` names hosts.
 #[derive(Debug)]
 pub struct GatewayPort<H> {
-    vm: String,
+    vm: VmName,
     incarnation: GatewayIncarnation,
     /// Frames that may have to be sent again; the first one's number is one after `committed`.
     unforgotten: VecDeque<Bytes>,
@@ -126,11 +126,11 @@ pub struct GatewayPort<H> {
     received: FrameNumber,
     told_received: FrameNumber,
     untold: u32,
-    tell_at: Option<Duration>,
+    tell_at: Option<Time>,
     boot: Option<Boot>,
     reign: Option<(Term, H)>,
     session: Option<Session>,
-    retry_at: Option<Duration>,
+    retry_at: Option<Time>,
     next_session: u64,
     actions: VecDeque<PortAction<H>>,
     counters: PortCounters,
@@ -140,7 +140,7 @@ pub struct GatewayPort<H> {
 impl<H: Clone + PartialEq> GatewayPort<H> {
     /// A port that has sent and received nothing. Frames beyond `most_bytes` that are not
     /// committed yet make [`GatewayPort::has_room`] false.
-    pub fn new(vm: String, incarnation: GatewayIncarnation, most_bytes: usize) -> Self {
+    pub fn new(vm: VmName, incarnation: GatewayIncarnation, most_bytes: usize) -> Self {
         Self {
             vm,
             incarnation,
@@ -211,7 +211,7 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
     }
 
     /// The record's keeper says who reigns. Older news is ignored.
-    pub fn reign(&mut self, term: Term, primary: H, now: Duration) {
+    pub fn reign(&mut self, term: Term, primary: H, now: Time) {
         if let Some((known, host)) = &self.reign
             && (*known > term || (*known == term && *host == primary))
         {
@@ -230,7 +230,7 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
         }
     }
 
-    fn dial(&mut self, now: Duration) {
+    fn dial(&mut self, now: Time) {
         let Some((term, host)) = self.reign.clone() else {
             return;
         };
@@ -241,7 +241,7 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
         self.session = Some(Session {
             id,
             standing: Standing::Dialling {
-                until: now + WELCOME_WITHIN,
+                until: now.plus(WELCOME_WITHIN),
             },
         });
         self.actions.push_back(PortAction::Open {
@@ -257,11 +257,11 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
     }
 
     /// The stream of a session has ended or could not be opened.
-    pub fn lost(&mut self, session: SessionId, now: Duration) {
+    pub fn lost(&mut self, session: SessionId, now: Time) {
         if self.is_current(session) {
             self.session = None;
             self.tell_at = None;
-            self.retry_at = Some(now + RETRY_AFTER);
+            self.retry_at = Some(now.plus(RETRY_AFTER));
         }
     }
 
@@ -275,7 +275,7 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
     }
 
     /// When [`GatewayPort::handle_timeout`] wants to be called.
-    pub fn poll_timeout(&self) -> Option<Duration> {
+    pub fn poll_timeout(&self) -> Option<Time> {
         let welcome = match &self.session {
             Some(Session {
                 standing: Standing::Dialling { until },
@@ -290,7 +290,7 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
     }
 
     /// Does what has become due.
-    pub fn handle_timeout(&mut self, now: Duration) {
+    pub fn handle_timeout(&mut self, now: Time) {
         if self.retry_at.is_some_and(|at| at <= now) {
             self.dial(now);
         }
@@ -324,7 +324,7 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
         &mut self,
         session: SessionId,
         message: ToGateway,
-        now: Duration,
+        now: Time,
     ) -> Result<Option<Bytes>, PortError> {
         let Some(current) = self.session.as_mut().filter(|s| s.id == session) else {
             if matches!(message, ToGateway::Frame { .. }) {
@@ -339,7 +339,7 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
             (Standing::Dialling { .. }, ToGateway::Refused { why, .. }) => {
                 self.last_refusal = Some(why);
                 self.drop_session();
-                self.retry_at = Some(now + RETRY_AFTER);
+                self.retry_at = Some(now.plus(RETRY_AFTER));
                 if why == Refusal::TooLate {
                     return Err(PortError::HistoryLost {
                         why: "it was away from the primary for too long",
@@ -349,7 +349,7 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
             }
             (Standing::Welcomed { .. }, ToGateway::Refused { .. }) => {
                 self.drop_session();
-                self.retry_at = Some(now + RETRY_AFTER);
+                self.retry_at = Some(now.plus(RETRY_AFTER));
                 Ok(None)
             }
             (Standing::Welcomed { .. }, ToGateway::Frame { number, bytes, .. }) => {
@@ -369,9 +369,9 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
         }
     }
 
-    fn broken<T>(&mut self, what: &'static str, now: Duration) -> Result<T, PortError> {
+    fn broken<T>(&mut self, what: &'static str, now: Time) -> Result<T, PortError> {
         self.drop_session();
-        self.retry_at = Some(now + RETRY_AFTER);
+        self.retry_at = Some(now.plus(RETRY_AFTER));
         Err(PortError::Broken { what })
     }
 
@@ -380,7 +380,7 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
         term: Term,
         boot: Boot,
         logged: FrameNumber,
-        now: Duration,
+        now: Time,
     ) -> Result<(), PortError> {
         // An agent that knows of a later term may be right, but it is not the one to say so.
         if self.reign.as_ref().is_none_or(|(known, _)| *known != term) {
@@ -408,9 +408,9 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
         Ok(())
     }
 
-    fn history_lost<T>(&mut self, why: &'static str, now: Duration) -> Result<T, PortError> {
+    fn history_lost<T>(&mut self, why: &'static str, now: Time) -> Result<T, PortError> {
         self.drop_session();
-        self.retry_at = Some(now + RETRY_AFTER);
+        self.retry_at = Some(now.plus(RETRY_AFTER));
         Err(PortError::HistoryLost { why })
     }
 
@@ -418,7 +418,7 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
         FrameNumber(self.committed.0 + self.unforgotten.len() as u64)
     }
 
-    fn output(&mut self, number: FrameNumber, bytes: Bytes, now: Duration) -> Option<Bytes> {
+    fn output(&mut self, number: FrameNumber, bytes: Bytes, now: Time) -> Option<Bytes> {
         if number <= self.received {
             self.counters.duplicates += 1;
             return None;
@@ -426,7 +426,7 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
         self.received = number;
         self.untold += 1;
         if self.tell_at.is_none() {
-            self.tell_at = Some(now + RECEIVED_WITHIN);
+            self.tell_at = Some(now.plus(RECEIVED_WITHIN));
         }
         self.counters.frames_from_guest += 1;
         self.counters.bytes_from_guest += bytes.len() as u64;
@@ -490,6 +490,12 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
 mod tests {
     use super::*;
 
+    const START: Time = Time::from_nanos(0);
+
+    fn vm() -> VmName {
+        VmName::new("vm").expect("a name")
+    }
+
     const BOOT: Boot = Boot([1; 16]);
 
     fn frame(number: u64) -> ToGateway {
@@ -509,7 +515,7 @@ mod tests {
     }
 
     fn port() -> GatewayPort<&'static str> {
-        GatewayPort::new("vm".into(), GatewayIncarnation(1), 20)
+        GatewayPort::new(vm(), GatewayIncarnation(1), 20)
     }
 
     fn opened(port: &mut GatewayPort<&'static str>) -> (SessionId, &'static str, Hello) {
@@ -528,15 +534,12 @@ mod tests {
     #[test]
     fn an_output_that_comes_twice_passes_once() {
         let mut port = port();
-        port.reign(Term(1), "a", Duration::ZERO);
+        port.reign(Term(1), "a", START);
         let (session, ..) = opened(&mut port);
-        port.handle(session, welcome(1, 0), Duration::ZERO)
-            .expect("welcome");
+        port.handle(session, welcome(1, 0), START).expect("welcome");
         let mut passed = Vec::new();
         for number in [3, 3, 2, 5, 3] {
-            let frame = port
-                .handle(session, frame(number), Duration::ZERO)
-                .expect("a frame");
+            let frame = port.handle(session, frame(number), START).expect("a frame");
             passed.push(frame.is_some());
         }
         assert_eq!(passed, [true, false, false, true, false]);
@@ -547,19 +550,18 @@ mod tests {
     #[test]
     fn nothing_of_a_term_that_is_over_passes() {
         let mut port = port();
-        port.reign(Term(1), "a", Duration::ZERO);
+        port.reign(Term(1), "a", START);
         let (old, ..) = opened(&mut port);
-        port.handle(old, welcome(1, 0), Duration::ZERO)
-            .expect("welcome");
-        port.reign(Term(2), "b", Duration::ZERO);
-        let late = port.handle(old, frame(1), Duration::ZERO).expect("dropped");
+        port.handle(old, welcome(1, 0), START).expect("welcome");
+        port.reign(Term(2), "b", START);
+        let late = port.handle(old, frame(1), START).expect("dropped");
         assert_eq!(late, None);
         assert_eq!(port.counters().dropped_old_term, 1);
         let (_, host, hello) = opened(&mut port);
         assert_eq!((host, hello.term), ("b", Term(2)));
         assert_eq!(hello.received, FrameNumber(0));
         // Old news from the keeper change nothing.
-        port.reign(Term(1), "a", Duration::ZERO);
+        port.reign(Term(1), "a", START);
         assert_eq!(port.reigning(), Some(&(Term(2), "b")));
         assert_eq!(port.poll_action(), None);
     }
@@ -567,9 +569,9 @@ mod tests {
     #[test]
     fn who_claims_a_term_the_keeper_did_not_name_is_not_believed() {
         let mut port = port();
-        port.reign(Term(1), "a", Duration::ZERO);
+        port.reign(Term(1), "a", START);
         let (session, ..) = opened(&mut port);
-        let refused = port.handle(session, welcome(9, 0), Duration::ZERO);
+        let refused = port.handle(session, welcome(9, 0), START);
         assert!(matches!(refused, Err(PortError::Broken { .. })));
         assert_eq!(port.reigning(), Some(&(Term(1), "a")));
         assert!(!port.is_welcomed());
@@ -578,15 +580,15 @@ mod tests {
     #[test]
     fn a_lost_primary_is_tried_again_soon() {
         let mut port = port();
-        port.reign(Term(1), "a", Duration::ZERO);
+        port.reign(Term(1), "a", START);
         let (first, ..) = opened(&mut port);
-        port.lost(first, Duration::ZERO);
-        assert_eq!(port.poll_timeout(), Some(RETRY_AFTER));
-        port.handle_timeout(RETRY_AFTER);
+        port.lost(first, START);
+        assert_eq!(port.poll_timeout(), Some(START.plus(RETRY_AFTER)));
+        port.handle_timeout(START.plus(RETRY_AFTER));
         let (second, ..) = opened(&mut port);
         assert_ne!(first, second);
         // No welcome comes: asked anew.
-        port.handle_timeout(RETRY_AFTER + WELCOME_WITHIN);
+        port.handle_timeout(START.plus(RETRY_AFTER).plus(WELCOME_WITHIN));
         let (third, ..) = opened(&mut port);
         assert_ne!(second, third);
     }
@@ -594,10 +596,9 @@ mod tests {
     #[test]
     fn a_machine_that_lost_history_ends_the_incarnation() {
         let mut port = port();
-        port.reign(Term(1), "a", Duration::ZERO);
+        port.reign(Term(1), "a", START);
         let (session, ..) = opened(&mut port);
-        port.handle(session, welcome(1, 0), Duration::ZERO)
-            .expect("welcome");
+        port.handle(session, welcome(1, 0), START).expect("welcome");
         port.send(Bytes::from_static(&[0; 15]));
         port.send(Bytes::from_static(&[0; 15]));
         assert!(!port.has_room(), "30 bytes of 20 wait");
@@ -608,13 +609,13 @@ mod tests {
             ToGateway::Committed {
                 through: FrameNumber(1),
             },
-            Duration::ZERO,
+            START,
         )
         .expect("committed");
         assert!(port.has_room());
-        port.reign(Term(2), "b", Duration::ZERO);
+        port.reign(Term(2), "b", START);
         let (session, ..) = opened(&mut port);
-        let lost = port.handle(session, welcome(2, 0), Duration::ZERO);
+        let lost = port.handle(session, welcome(2, 0), START);
         assert!(matches!(lost, Err(PortError::HistoryLost { .. })));
     }
 
@@ -627,18 +628,17 @@ mod tests {
             welcome(1, 0),
         ] {
             let mut port = port();
-            port.reign(Term(1), "a", Duration::ZERO);
+            port.reign(Term(1), "a", START);
             let (session, ..) = opened(&mut port);
-            port.handle(session, welcome(1, 0), Duration::ZERO)
-                .expect("welcome");
-            let refused = port.handle(session, lie, Duration::ZERO);
+            port.handle(session, welcome(1, 0), START).expect("welcome");
+            let refused = port.handle(session, lie, START);
             assert!(matches!(refused, Err(PortError::Broken { .. })));
             assert!(!port.is_welcomed());
         }
         let mut port = port();
-        port.reign(Term(1), "a", Duration::ZERO);
+        port.reign(Term(1), "a", START);
         let (session, ..) = opened(&mut port);
-        let refused = port.handle(session, welcome(1, u64::MAX), Duration::ZERO);
+        let refused = port.handle(session, welcome(1, u64::MAX), START);
         assert!(matches!(refused, Err(PortError::Broken { .. })));
     }
 }

@@ -13,7 +13,6 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::net::Ipv4Addr;
-use std::time::Duration;
 
 use bytes::Bytes;
 use replay_log::GatewayIncarnation;
@@ -27,6 +26,8 @@ use smoltcp::wire::{
 use thiserror::Error;
 
 use super::device::FrameDevice;
+use super::frames::Mac;
+use crate::protocol::{Span, Time};
 
 /// Where the guest is and how it is spoken to.
 #[derive(Clone, Debug)]
@@ -38,9 +39,9 @@ pub struct StackConfig {
     /// The bytes buffered each way for each connection.
     pub buffer: usize,
     /// How long an acknowledgement may wait for data to travel with. `None`: not at all.
-    pub ack_delay: Option<Duration>,
+    pub ack_delay: Option<Span>,
     /// How long the guest may take to answer a connection's first frame.
-    pub connect_timeout: Duration,
+    pub connect_timeout: Span,
 }
 
 impl StackConfig {
@@ -50,8 +51,8 @@ impl StackConfig {
             guest,
             prefix,
             buffer: 32 * 1024,
-            ack_delay: Some(Duration::from_millis(10)),
-            connect_timeout: Duration::from_secs(30),
+            ack_delay: Some(Span::from_millis(10)),
+            connect_timeout: Span::from_millis(30_000),
         }
     }
 }
@@ -83,20 +84,20 @@ impl GuestSideAddress {
             });
         }
         let digest = blake3::hash(&incarnation.0.to_le_bytes());
-        let [a, b, c, d, e, f, g, h, i, j, k, ..] = *digest.as_bytes();
+        let [a, b, c, d, e, f, ..] = *digest.as_bytes();
         let host_bits = 32 - u32::from(config.prefix);
         let base = u32::from(config.guest) >> host_bits << host_bits;
         // 254 or more addresses are left: neither all zeroes, nor all ones, nor the guest's.
         let hosts = (1u32 << host_bits) - 2;
-        let mut host = u32::from_le_bytes([f, g, h, i]) % hosts + 1;
+        let mut host = u32::from_le_bytes([a, b, c, d]) % hosts + 1;
         if base + host == u32::from(config.guest) {
             host = host % hosts + 1;
         }
         let ports = u16::MAX - LOWEST_PORT;
         Ok(Self {
-            mac: EthernetAddress([0x02, a, b, c, d, e]),
+            mac: EthernetAddress(Mac::of(incarnation).0),
             ip: Ipv4Addr::from(base + host),
-            first_port: LOWEST_PORT + u16::from_le_bytes([j, k]) % ports,
+            first_port: LOWEST_PORT + u16::from_le_bytes([e, f]) % ports,
         })
     }
 }
@@ -121,7 +122,7 @@ pub enum Progress {
 struct Connection {
     sockets: SocketSet<'static>,
     handle: SocketHandle,
-    opened: Duration,
+    opened: Time,
     progress: Progress,
     /// The guest's FIN has arrived.
     guest_finished: bool,
@@ -132,7 +133,7 @@ struct Connection {
     /// Listed in `to_poll`.
     to_poll: bool,
     /// The earliest entry in the heap of timers.
-    timer: Option<Duration>,
+    timer: Option<Time>,
 }
 
 impl Connection {
@@ -189,7 +190,7 @@ pub enum StackError {
     },
 }
 
-/// The stack. Every method that needs the time takes it as a duration since one fixed instant.
+/// The stack. Every method that needs the time takes it from one clock.
 pub struct Stack {
     config: StackConfig,
     address: GuestSideAddress,
@@ -201,7 +202,7 @@ pub struct Stack {
     next_port: u16,
     touched: Vec<ConnectionId>,
     to_poll: Vec<ConnectionId>,
-    timers: BinaryHeap<Reverse<(Duration, ConnectionId)>>,
+    timers: BinaryHeap<Reverse<(Time, ConnectionId)>>,
 }
 
 impl Stack {
@@ -209,7 +210,7 @@ impl Stack {
     pub fn new(
         incarnation: GatewayIncarnation,
         config: StackConfig,
-        now: Duration,
+        now: Time,
     ) -> Result<Self, StackError> {
         let address = GuestSideAddress::derive(incarnation, &config)?;
         let mut device = FrameDevice::new();
@@ -250,7 +251,7 @@ impl Stack {
     }
 
     /// Opens a connection to a TCP port of the guest.
-    pub fn connect(&mut self, port: u16, now: Duration) -> Result<ConnectionId, StackError> {
+    pub fn connect(&mut self, port: u16, now: Time) -> Result<ConnectionId, StackError> {
         let id = self.free_port()?;
         let mut socket = tcp::Socket::new(
             tcp::SocketBuffer::new(vec![0; self.config.buffer]),
@@ -259,7 +260,8 @@ impl Stack {
         // What a client writes at once arrives here at once, and clients that wait for an answer
         // gain nothing from waiting for an acknowledgement.
         socket.set_nagle_enabled(false);
-        socket.set_ack_delay(self.config.ack_delay.map(Into::into));
+        let ack_delay = self.config.ack_delay.map(|span| span.as_nanos() / 1_000);
+        socket.set_ack_delay(ack_delay.map(smoltcp::time::Duration::from_micros));
         socket
             .connect(
                 self.interface.context(),
@@ -284,7 +286,7 @@ impl Stack {
             },
         );
         self.schedule(id);
-        self.set_timer(id, now + self.config.connect_timeout);
+        self.set_timer(id, now.plus(self.config.connect_timeout));
         Ok(id)
     }
 
@@ -300,7 +302,7 @@ impl Stack {
     }
 
     /// Takes a frame from the guest. Frames that make no sense are dropped.
-    pub fn handle_frame(&mut self, frame: Bytes, now: Duration) {
+    pub fn handle_frame(&mut self, frame: Bytes, now: Time) {
         let (is_arp, id) = destination(&frame);
         self.device.offer(frame);
         let connection = id.and_then(|id| self.connections.get_mut(&id));
@@ -350,7 +352,7 @@ impl Stack {
     }
 
     /// Lets every connection that has something to send make its frames.
-    pub fn egress(&mut self, now: Duration) {
+    pub fn egress(&mut self, now: Time) {
         let mut waiting = Vec::new();
         for id in std::mem::take(&mut self.to_poll) {
             let Some(connection) = self.connections.get_mut(&id) else {
@@ -380,8 +382,9 @@ impl Stack {
                 } else {
                     let micros = u64::try_from(due.total_micros()).unwrap_or(0);
                     // Never now: what could be sent now has been.
-                    let soonest = now + Duration::from_millis(1);
-                    self.set_timer(id, Duration::from_micros(micros).max(soonest));
+                    let soonest = now.plus(Span::from_millis(1));
+                    let due = Time::from_nanos(micros.saturating_mul(1_000));
+                    self.set_timer(id, due.max(soonest));
                 }
             }
         }
@@ -392,7 +395,7 @@ impl Stack {
 
     /// Makes sure that the connection is looked at by then. An earlier look costs little; so a
     /// timer that moves to a later time, as they mostly do, costs nothing before it is due.
-    fn set_timer(&mut self, id: ConnectionId, due: Duration) {
+    fn set_timer(&mut self, id: ConnectionId, due: Time) {
         if let Some(connection) = self.connections.get_mut(&id)
             && connection.timer.is_none_or(|timer| due < timer)
         {
@@ -402,12 +405,12 @@ impl Stack {
     }
 
     /// When [`Stack::handle_timeout`] wants to be called.
-    pub fn poll_timeout(&self) -> Option<Duration> {
+    pub fn poll_timeout(&self) -> Option<Time> {
         self.timers.peek().map(|Reverse((due, _))| *due)
     }
 
     /// Does what has become due; [`Stack::egress`] then sends it.
-    pub fn handle_timeout(&mut self, now: Duration) {
+    pub fn handle_timeout(&mut self, now: Time) {
         while let Some(&Reverse((due, id))) = self.timers.peek() {
             if due > now {
                 break;
@@ -420,7 +423,7 @@ impl Stack {
                 continue;
             }
             connection.timer = None;
-            let give_up = connection.opened + self.config.connect_timeout;
+            let give_up = connection.opened.plus(self.config.connect_timeout);
             if connection.progress == Progress::Connecting {
                 if now >= give_up {
                     connection.progress = Progress::Reset;
@@ -532,7 +535,7 @@ impl Stack {
     }
 
     /// Resets a connection at once. The guest hears of it, and the connection is forgotten.
-    pub fn abort(&mut self, id: ConnectionId, now: Duration) {
+    pub fn abort(&mut self, id: ConnectionId, now: Time) {
         if let Some(mut connection) = self.connections.remove(&id) {
             connection.socket_mut().abort();
             // Its one reset segment goes out whatever room there is: an abort happens once.
@@ -550,8 +553,8 @@ impl Stack {
     }
 }
 
-fn at(now: Duration) -> Instant {
-    Instant::from_micros(i64::try_from(now.as_micros()).unwrap_or(i64::MAX))
+fn at(now: Time) -> Instant {
+    Instant::from_micros(i64::try_from(now.as_nanos() / 1_000).unwrap_or(i64::MAX))
 }
 
 /// Whether a frame is ARP, and which connection it is for if it is TCP.
