@@ -136,17 +136,20 @@ impl KvmMachine {
     }
 
     fn serve_port(&mut self, access: &PortAccess, tape: &mut dyn Tape) -> Result<(), TapeError> {
-        let port = u64::from(access.port);
+        let (port, size) = (u64::from(access.port), access.size);
         let data = self.vcpu.port_data(access);
         let (platform, memory) = (&mut self.platform, &self.memory);
-        for element in data.chunks_exact_mut(access.size) {
-            match access.direction {
-                Direction::In => platform.read(Space::Port, port, element, memory, tape)?,
-                Direction::Out => platform.write(Space::Port, port, element, memory, tape)?,
+        match access.direction {
+            Direction::In => {
+                for element in data.chunks_exact_mut(size) {
+                    platform.read(Space::Port, port, element, memory, tape)?;
+                }
+            }
+            Direction::Out => {
+                platform.write_repeated(Space::Port, port, size, data, memory, tape)?;
             }
         }
-        self.exits
-            .add(kind(&Exit::Port(*access)), port, access.size, data);
+        self.exits.add(kind(&Exit::Port(*access)), port, size, data);
         Ok(())
     }
 }

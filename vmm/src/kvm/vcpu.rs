@@ -64,7 +64,8 @@ impl Vcpu {
             fd,
             run_size,
             sync_regs,
-            settled: false,
+            // Nothing has run, so nothing is pending.
+            settled: true,
             queued: false,
         })
     }

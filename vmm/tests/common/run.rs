@@ -1,0 +1,232 @@
+//! Recording and replaying a guest on KVM, under a storm of kicks.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use bytes::Bytes;
+use replay_log::{Batch, Header, Position, Term};
+use vmm::boot::BootImage;
+use vmm::config::MachineConfig;
+use vmm::host::Output;
+use vmm::kvm::{Kicker, KvmMachine};
+use vmm::recorder::{Policy, Recorder};
+use vmm::replayer::Replayer;
+use vmm::runner::{Runner, Turn};
+use vmm::tape::GuestEnd;
+use vmm::testing::MemoryHost;
+
+use super::{all_memory, config, machine};
+
+/// A disk of 64 sectors.
+const DISK: u64 = 64 * 512;
+/// How far the host's clock moves with each look at it.
+const STEP: u64 = 20_000;
+/// How far it moves when the guest waits.
+const PATIENCE: u64 = 100_000;
+
+/// How often a replay may wait in a row: a disk takes a few looks.
+const WAITS_MAX: u32 = 100;
+
+/// A guest and what happens to it.
+#[derive(Clone)]
+pub struct Scenario {
+    pub image: BootImage,
+    pub config: MachineConfig,
+    /// How many frames are sent to it.
+    pub frames: u32,
+    /// A mark at least so often.
+    pub mark_landmarks: u64,
+    /// How many marks a replay must have compared.
+    pub marks_at_least: u64,
+    /// Whether kicks storm.
+    pub storm: bool,
+}
+
+/// What a primary left behind.
+pub struct Recorded {
+    pub batches: Vec<Batch>,
+    pub outputs: Vec<Output>,
+    pub at: Position,
+    pub memory: Vec<u8>,
+    pub kicks: u64,
+}
+
+/// What a replica came to.
+pub struct Replayed {
+    pub outputs: Vec<Output>,
+    pub at: Position,
+    pub memory: Vec<u8>,
+    pub marks: u64,
+}
+
+impl Scenario {
+    pub fn new(image: BootImage) -> Self {
+        Self {
+            image,
+            config: config(),
+            frames: 0,
+            mark_landmarks: 3,
+            marks_at_least: 2,
+            storm: true,
+        }
+    }
+
+    #[must_use]
+    pub fn with_network(mut self) -> Self {
+        self.config.mac = Some([2, 0, 0, 0, 0, 1]);
+        self
+    }
+
+    #[must_use]
+    pub fn with_frames(mut self, frames: u32) -> Self {
+        self.frames = frames;
+        self
+    }
+
+    #[must_use]
+    pub fn with_disk(mut self) -> Self {
+        self.config.disks = vec![DISK];
+        self
+    }
+
+    pub fn header(&self) -> Header {
+        Header {
+            machine_model: vmm::MACHINE_MODEL,
+            image: self.image.digest(),
+            config: Bytes::new(),
+            disks: Vec::new(),
+            term: Term(1),
+            boot: [5; 16],
+        }
+    }
+
+    pub fn host(&self, seed: u64) -> MemoryHost {
+        MemoryHost::new(STEP, &self.config.disks, seed)
+    }
+
+    pub fn machine(&self) -> KvmMachine {
+        machine(&self.config, &self.image)
+    }
+
+    /// Policy with marks as often as the scenario wants.
+    pub fn policy(&self) -> Policy {
+        Policy {
+            mark_landmarks: self.mark_landmarks,
+            mark_age: u64::MAX,
+            ..Policy::default()
+        }
+    }
+
+    /// The n-th frame that is sent to it.
+    pub fn frame(n: u32) -> Bytes {
+        let len = 60 + n as usize * 37 % 1400;
+        (0..len).map(|i| (i as u32 * 31 + n) as u8).collect()
+    }
+}
+
+/// Runs a primary to the end of its guest.
+pub fn record(scenario: &Scenario) -> Recorded {
+    let mut tape = Recorder::start(scenario.host(3), scenario.policy(), scenario.header())
+        .expect("the recorder starts");
+    let machine = scenario.machine();
+    let storm = scenario.storm.then(|| Storm::start(machine.kicker()));
+    let mut runner = Runner::new(machine);
+    let mut sent = 0;
+    loop {
+        // Frames come by threes, so that some wait.
+        if tape.host().quiet() {
+            for _ in 0..3.min(scenario.frames - sent) {
+                tape.host().send_frame(Scenario::frame(sent));
+                sent += 1;
+            }
+        }
+        match runner.turn(&mut tape, 64).expect("the primary runs") {
+            Turn::Ran | Turn::Paused => {}
+            Turn::Waiting => tape.host().advance(PATIENCE),
+            Turn::Ended(end) => {
+                assert_eq!(end, GuestEnd::PowerOff, "the guest found something wrong");
+                break;
+            }
+        }
+    }
+    tape.flush().expect("the rest is shipped");
+    Recorded {
+        kicks: storm.map_or(0, Storm::stop),
+        at: runner.at(),
+        memory: all_memory(runner.machine()),
+        batches: std::mem::take(&mut tape.host().batches),
+        outputs: std::mem::take(&mut tape.host().outputs),
+    }
+}
+
+/// Replays a whole log on a fresh machine.
+pub fn replay(scenario: &Scenario, batches: &[Batch]) -> Result<Replayed, String> {
+    let mut tape = Replayer::new(scenario.host(99), scenario.header());
+    let machine = scenario.machine();
+    let storm = scenario.storm.then(|| Storm::start(machine.kicker()));
+    let mut runner = Runner::new(machine);
+    for batch in batches {
+        tape.feed(batch).map_err(|e| e.to_string())?;
+    }
+    let mut waits = 0;
+    let end = loop {
+        match runner.turn(&mut tape, 64).map_err(|e| e.to_string())? {
+            Turn::Ran | Turn::Paused => waits = 0,
+            turn if tape.drained() => break turn,
+            // Its own disk has not finished yet.
+            Turn::Waiting if waits < WAITS_MAX => waits += 1,
+            turn => return Err(format!("the replay stands at {turn:?} before the log ends")),
+        }
+    };
+    storm.map(Storm::stop);
+    if end != Turn::Ended(GuestEnd::PowerOff) {
+        return Err(format!("the replay ends with {end:?}"));
+    }
+    Ok(Replayed {
+        at: runner.at(),
+        memory: all_memory(runner.machine()),
+        marks: tape.marks(),
+        outputs: std::mem::take(&mut tape.host().outputs),
+    })
+}
+
+/// Kicks a vCPU at uneven intervals.
+pub struct Storm {
+    stop: Arc<AtomicBool>,
+    kicks: Arc<AtomicU64>,
+    thread: JoinHandle<()>,
+}
+
+impl Storm {
+    pub fn start(kicker: Kicker) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let kicks = Arc::new(AtomicU64::new(0));
+        let thread = std::thread::spawn({
+            let (stop, kicks) = (Arc::clone(&stop), Arc::clone(&kicks));
+            move || {
+                let mut pause = 1u64;
+                while !stop.load(Ordering::Relaxed) {
+                    kicker.kick();
+                    kicks.fetch_add(1, Ordering::Relaxed);
+                    pause = pause * 5 % 397;
+                    // The pace of the storm, not a wait for anything.
+                    std::thread::sleep(Duration::from_micros(pause));
+                }
+            }
+        });
+        Self {
+            stop,
+            kicks,
+            thread,
+        }
+    }
+
+    /// Ends it; how many kicks there were.
+    pub fn stop(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("the storm does not panic");
+        self.kicks.load(Ordering::Relaxed)
+    }
+}
