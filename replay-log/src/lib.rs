@@ -8,8 +8,12 @@
 pub mod batch;
 pub mod codec;
 mod compress;
+pub mod conformance;
 pub mod entry;
 pub mod position;
+pub mod store;
+mod store_file;
+mod store_memory;
 pub mod stream;
 #[cfg(test)]
 mod testing;
@@ -24,4 +28,13 @@ pub use entry::{
     TimerId,
 };
 pub use position::{Chain, LogIndex, LogTip, Position, Term};
+pub use store::{
+    AppendError, Damage, DamageReason, Dropped, IoFailure, LogReader, OpenError, Poisoned,
+    ReadError, Store, SyncError, TruncateError,
+};
+pub use store_file::inspect::{
+    Inspector, LocatedBatch, Report, SegmentReport, TornEnd, inspect, verify,
+};
+pub use store_file::{FileOptions, FileStore, SyncPolicy};
+pub use store_memory::MemoryStore;
 pub use stream::{StreamBytes, StreamDecoder, StreamEncoder, StreamError};

@@ -3,10 +3,17 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+use bytes::Bytes;
+
 use super::*;
 use crate::batch::{Batch, BatchBuilder, MAX_BATCH};
-use crate::position::Chain;
+use crate::entry::{
+    Answer, Arrival, DiskOutcome, Entry, GatewayIncarnation, GroupBody, GuestTime, Mark,
+    MarkDigest, RequestNumber,
+};
+use crate::position::{Chain, Term};
 use crate::testing::{arbitrary_log, entries_of, group};
+use crate::varint::put;
 
 fn build(entries: &[Entry]) -> Batch {
     let mut builder = BatchBuilder::new(Term(1), LogIndex::START);

@@ -1,0 +1,496 @@
+//! The suite for every store, and what can happen to files.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use tempfile::TempDir;
+
+use super::inspect::{inspect, verify};
+use super::*;
+use crate::conformance::{self, Place, sample_batches};
+use crate::position::Term;
+use crate::store::{Damage, DamageReason};
+
+/// Segments and checkpoints so small that a few samples fill several.
+const SMALL: FileOptions = FileOptions {
+    sync: SyncPolicy::Explicit,
+    segment_bytes: 1500,
+    checkpoint_bytes: 400,
+    retain: None,
+};
+
+struct Folder {
+    dir: TempDir,
+    options: FileOptions,
+}
+
+impl Place for Folder {
+    fn open(&mut self, retain: Option<u64>) -> Box<dyn Store> {
+        let options = FileOptions {
+            retain,
+            ..self.options
+        };
+        Box::new(FileStore::open(self.dir.path(), options).unwrap())
+    }
+}
+
+fn fill(dir: &Path, options: FileOptions, count: usize) -> Vec<Batch> {
+    let mut store = FileStore::open(dir, options).unwrap();
+    let batches = sample_batches(3, Term(1), store.tip().index, count);
+    for batch in &batches {
+        store.append(batch).unwrap();
+    }
+    batches
+}
+
+/// Every file of a folder with its contents.
+fn contents(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    fs::read_dir(dir)
+        .unwrap()
+        .map(|file| file.unwrap().path())
+        .map(|path| (path.clone(), fs::read(path).unwrap()))
+        .collect()
+}
+
+fn last_file(dir: &Path) -> (PathBuf, Vec<u8>) {
+    contents(dir).pop_last().unwrap()
+}
+
+fn read_all(store: &FileStore) -> Result<Vec<Batch>, ReadError> {
+    let mut reader = store.read_from(store.first())?;
+    std::iter::from_fn(|| reader.next_batch().transpose()).collect()
+}
+
+/// The batches that can be read without opening the log, and the error after them.
+fn inspect_all(dir: &Path) -> (Vec<Batch>, Option<OpenError>) {
+    let mut batches = Vec::new();
+    for found in inspect(dir).unwrap() {
+        match found {
+            Ok(found) => batches.push(found.batch),
+            Err(error) => return (batches, Some(error)),
+        }
+    }
+    (batches, None)
+}
+
+fn damage(error: OpenError) -> Damage {
+    match error {
+        OpenError::Damaged(damage) => damage,
+        other => panic!("expected damage, not {other}"),
+    }
+}
+
+#[test]
+fn keeps_what_every_store_promises() {
+    let policies = [
+        SyncPolicy::Explicit,
+        SyncPolicy::EveryBatch,
+        SyncPolicy::Interval(Duration::ZERO),
+    ];
+    for sync in policies {
+        conformance::all(&mut || {
+            Box::new(Folder {
+                dir: TempDir::new().unwrap(),
+                options: FileOptions { sync, ..SMALL },
+            })
+        });
+    }
+}
+
+#[test]
+fn policies_say_when_the_tip_is_durable() {
+    let durable_after = |sync| {
+        let dir = TempDir::new().unwrap();
+        let mut store = FileStore::open(dir.path(), FileOptions { sync, ..SMALL }).unwrap();
+        let batch = &sample_batches(3, Term(1), LogIndex::START, 1)[0];
+        let tip = store.append(batch).unwrap();
+        let after_append = store.durable_tip() == tip;
+        let after_sync = store.sync().unwrap() == tip;
+        (after_append, after_sync)
+    };
+    assert_eq!(durable_after(SyncPolicy::Never), (false, false));
+    assert_eq!(durable_after(SyncPolicy::Explicit), (false, true));
+    let hour = Duration::from_hours(1);
+    assert_eq!(durable_after(SyncPolicy::Interval(hour)), (false, true));
+    let always = SyncPolicy::Interval(Duration::ZERO);
+    assert_eq!(durable_after(always), (true, true));
+    assert_eq!(durable_after(SyncPolicy::EveryBatch), (true, true));
+}
+
+#[test]
+fn the_kernel_has_what_append_returned_for() {
+    let (dir, copy) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let mut store = FileStore::open(dir.path(), SMALL).unwrap();
+    let batches = sample_batches(3, Term(1), LogIndex::START, 40);
+    for (i, batch) in batches.iter().enumerate() {
+        store.append(batch).unwrap();
+        // What another process finds while this one still has the log open and unsynced is what
+        // would be left of it after SIGKILL.
+        let (found, error) = inspect_all(dir.path());
+        assert!(error.is_none());
+        assert_eq!(found, batches[..=i]);
+    }
+    for (path, bytes) in contents(dir.path()) {
+        fs::write(copy.path().join(path.file_name().unwrap()), bytes).unwrap();
+    }
+    let copied = FileStore::open(copy.path(), SMALL).unwrap();
+    assert_eq!(copied.tip(), store.tip());
+}
+
+#[test]
+fn a_torn_end_is_cut_off_at_every_byte() {
+    let dir = TempDir::new().unwrap();
+    let options = FileOptions {
+        segment_bytes: 1 << 20,
+        ..SMALL
+    };
+    let batches = fill(dir.path(), options, 12);
+    let (path, whole) = last_file(dir.path());
+    let ends: Vec<_> = inspect(dir.path())
+        .unwrap()
+        .map(|found| found.unwrap().offset as usize)
+        .skip(1)
+        .chain([whole.len()])
+        .collect();
+    for len in 0..whole.len() {
+        fs::write(&path, &whole[..len]).unwrap();
+        // A checkpoint before a batch belongs to neither: hence at least, and at most one less.
+        let whole_batches = ends.iter().filter(|end| **end <= len).count();
+        let (seen, error) = inspect_all(dir.path());
+        assert!(error.is_none(), "cut at {len}: {error:?}");
+        assert_eq!(fs::read(&path).unwrap(), &whole[..len], "inspecting reads");
+        let mut store = FileStore::open(dir.path(), options).unwrap();
+        let kept = read_all(&store).unwrap();
+        assert_eq!(seen, kept);
+        assert_eq!(kept, batches[..kept.len()], "cut at {len}");
+        assert!(kept.len() == whole_batches || kept.len() == whole_batches + 1);
+        store.append(&batches[kept.len()]).unwrap();
+        drop(store);
+        let store = FileStore::open(dir.path(), options).unwrap();
+        assert_eq!(read_all(&store).unwrap(), batches[..=kept.len()]);
+        drop(store);
+        // Cut to nothing the segment was made anew.
+        fs::write(&path, &whole).unwrap();
+    }
+}
+
+#[test]
+fn a_hole_at_the_end_is_a_torn_end() {
+    let dir = TempDir::new().unwrap();
+    let batches = fill(dir.path(), SMALL, 3);
+    let (path, whole) = last_file(dir.path());
+    for hole in [1, 11, 12, 700, 5000] {
+        let mut torn = whole.clone();
+        torn.resize(whole.len() + hole, 0);
+        fs::write(&path, &torn).unwrap();
+        let report = verify(dir.path(), |_| {}).unwrap();
+        assert_eq!(report.torn.unwrap().bytes, hole as u64);
+        let store = FileStore::open(dir.path(), SMALL).unwrap();
+        assert_eq!(read_all(&store).unwrap(), batches);
+        assert_eq!(fs::read(&path).unwrap(), whole);
+    }
+}
+
+#[test]
+fn a_flipped_bit_anywhere_is_named_and_nothing_is_written() {
+    let dir = TempDir::new().unwrap();
+    let batches = fill(dir.path(), SMALL, 40);
+    let files = contents(dir.path());
+    assert!(files.len() >= 3);
+    let newest = files.last_key_value().unwrap().0.clone();
+    for (path, whole) in &files {
+        for at in 0..whole.len() {
+            let mut flipped = whole.clone();
+            flipped[at] ^= 1 << (at % 8);
+            fs::write(path, &flipped).unwrap();
+
+            let (seen, error) = inspect_all(dir.path());
+            let found = damage(error.unwrap_or_else(|| panic!("byte {at} of {path:?}")));
+            assert_eq!(&found.segment, path);
+            assert!(found.offset <= at as u64);
+            assert_eq!(seen, batches[..seen.len()], "the good prefix is readable");
+            let report = verify(dir.path(), |_| {}).unwrap();
+            assert_eq!(
+                report.tip.index,
+                seen.last().map_or(LogIndex::START, Batch::end)
+            );
+            assert!(report.damage.is_some() && report.torn.is_none());
+
+            // The newest segment is read wholly on opening, the others when they are read.
+            match FileStore::open(dir.path(), SMALL) {
+                Err(error) => assert_eq!(&damage(error).segment, path),
+                Ok(store) => {
+                    assert_ne!(path, &newest);
+                    let error = read_all(&store).unwrap_err();
+                    assert!(error.to_string().contains("is damaged at byte"), "{error}");
+                }
+            }
+            assert_eq!(fs::read(path).unwrap(), flipped);
+        }
+        fs::write(path, whole).unwrap();
+    }
+    let store = FileStore::open(dir.path(), SMALL).unwrap();
+    assert_eq!(read_all(&store).unwrap(), batches);
+}
+
+/// What a log of several segments looks like after something was done to one of its files.
+fn refused_after(change: impl FnOnce(&[PathBuf])) -> OpenError {
+    let dir = TempDir::new().unwrap();
+    fill(dir.path(), SMALL, 60);
+    let files: Vec<_> = contents(dir.path()).into_keys().collect();
+    assert!(files.len() >= 4);
+    change(&files);
+    let before = contents(dir.path());
+    let error = FileStore::open(dir.path(), SMALL).unwrap_err();
+    assert_eq!(contents(dir.path()), before, "refusing writes nothing");
+    error
+}
+
+#[test]
+fn what_is_not_this_log_is_refused() {
+    let newer = refused_after(|files| {
+        let last = files.last().unwrap();
+        let mut bytes = fs::read(last).unwrap();
+        bytes[8] += 1;
+        fs::write(last, bytes).unwrap();
+    });
+    assert!(newer.to_string().contains("format version 2"), "{newer}");
+    assert!(matches!(
+        damage(newer).reason,
+        DamageReason::Version { found: 2 }
+    ));
+
+    let foreign = refused_after(|files| fs::write(&files[1], "something else").unwrap());
+    assert!(matches!(damage(foreign).reason, DamageReason::NotASegment));
+
+    let missing = refused_after(|files| fs::remove_file(&files[1]).unwrap());
+    let reason = damage(missing).reason;
+    assert!(matches!(reason, DamageReason::Misplaced { .. }));
+
+    let renamed = refused_after(|files| fs::rename(&files[1], &files[2]).unwrap());
+    let reason = damage(renamed).reason;
+    assert!(matches!(reason, DamageReason::Misplaced { .. }));
+
+    // A sealed segment that ends early was not torn by a crash.
+    let short = refused_after(|files| {
+        let file = OpenOptions::new().write(true).open(&files[1]).unwrap();
+        file.set_len(file.metadata().unwrap().len() - 1).unwrap();
+    });
+    assert!(matches!(damage(short).reason, DamageReason::NoTrailer));
+
+    let strange = refused_after(|files| {
+        fs::write(files[0].with_file_name("my.seg"), "mine").unwrap();
+    });
+    assert!(matches!(strange, OpenError::StrangeFile { .. }));
+
+    // Another log's segment in the place of this one's.
+    let other = TempDir::new().unwrap();
+    let mut store = FileStore::open(other.path(), SMALL).unwrap();
+    for batch in sample_batches(3, Term(2), LogIndex::START, 60) {
+        store.append(&batch).unwrap();
+    }
+    let theirs: Vec<_> = contents(other.path()).into_keys().collect();
+    let mixed = refused_after(|files| {
+        assert_eq!(files[1].file_name(), theirs[1].file_name());
+        fs::copy(&theirs[1], &files[1]).unwrap();
+    });
+    assert!(matches!(damage(mixed).reason, DamageReason::Chain));
+}
+
+#[test]
+fn two_processes_cannot_have_it_open() {
+    let dir = TempDir::new().unwrap();
+    let store = FileStore::open(dir.path(), SMALL).unwrap();
+    let error = FileStore::open(dir.path(), SMALL).unwrap_err();
+    assert!(matches!(error, OpenError::Locked { .. }));
+    drop(store);
+    FileStore::open(dir.path(), SMALL).unwrap();
+}
+
+#[test]
+fn whatever_step_of_sealing_was_the_last_the_log_is_whole() {
+    let dir = TempDir::new().unwrap();
+    let batches = fill(dir.path(), SMALL, 40);
+    let sealed: Vec<_> = contents(dir.path()).into_keys().collect();
+    let (open, before) = sealed.split_last().unwrap();
+    let sealed_last = before.last().unwrap();
+    // The trailer is written, the name not changed, the next segment being made.
+    fs::rename(open, open.with_extension("tmp")).unwrap();
+    fs::rename(sealed_last, sealed_last.with_extension("open")).unwrap();
+    let mut store = FileStore::open(dir.path(), SMALL).unwrap();
+    assert!(sealed_last.exists());
+    assert!(!open.with_extension("tmp").exists());
+    let kept = read_all(&store).unwrap();
+    assert_eq!(kept, batches[..kept.len()]);
+    for batch in &batches[kept.len()..] {
+        store.append(batch).unwrap();
+    }
+    assert_eq!(read_all(&store).unwrap(), batches);
+}
+
+#[test]
+fn reading_begins_near_what_is_wanted_in_segments_of_an_earlier_run() {
+    let dir = TempDir::new().unwrap();
+    let batches = fill(dir.path(), SMALL, 200);
+    let store = FileStore::open(dir.path(), SMALL).unwrap();
+    for (i, batch) in batches.iter().enumerate().rev() {
+        let mut reader = store.read_from(batch.first()).unwrap();
+        assert_eq!(reader.next_batch().unwrap().as_ref(), Some(batch));
+        assert_eq!(reader.next_batch().unwrap().as_ref(), batches.get(i + 1));
+    }
+    let known = store.index.lock();
+    let learnt = |s: &Segment| s.checkpoints.as_ref().is_some_and(|c| c.len() > 1);
+    assert!(known.segments.iter().filter(|s| s.sealed).all(learnt));
+}
+
+/// A disk that fails on command.
+#[derive(Default)]
+struct Faults {
+    /// How many bytes more it takes before a write stops in the middle.
+    room: Option<AtomicU32>,
+    fail_syncs: AtomicU32,
+}
+
+struct Faulty(File, Arc<Faults>);
+
+impl SegmentIo for Faulty {
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let Some(room) = &self.1.room else {
+            return SegmentIo::write_all(&mut self.0, bytes);
+        };
+        let left = room.load(Ordering::Relaxed) as usize;
+        let fits = left.min(bytes.len());
+        room.store((left - fits) as u32, Ordering::Relaxed);
+        SegmentIo::write_all(&mut self.0, &bytes[..fits])?;
+        if fits < bytes.len() {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        Ok(())
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        if self.1.fail_syncs.load(Ordering::Relaxed) > 0 {
+            return Err(io::Error::other("the disk is gone"));
+        }
+        self.0.sync()
+    }
+
+    fn set_len(&mut self, len: u64) -> io::Result<()> {
+        SegmentIo::set_len(&mut self.0, len)
+    }
+}
+
+fn open_faulty(dir: &Path, options: FileOptions, faults: &Arc<Faults>) -> FileStore {
+    let faults = Arc::clone(faults);
+    let wrap = move |file| Box::new(Faulty(file, Arc::clone(&faults))) as Box<dyn SegmentIo>;
+    FileStore::open_with(dir, options, Box::new(wrap)).unwrap()
+}
+
+#[test]
+fn a_full_disk_stops_the_store_and_loses_nothing() {
+    let batches = sample_batches(3, Term(1), LogIndex::START, 60);
+    let mut failed_in_append = 0;
+    for room in (0..4000).step_by(37) {
+        let dir = TempDir::new().unwrap();
+        let faults = Arc::new(Faults {
+            room: Some(AtomicU32::new(room)),
+            ..Faults::default()
+        });
+        let mut store = open_faulty(dir.path(), SMALL, &faults);
+        let mut taken = 0;
+        let error = loop {
+            match store.append(&batches[taken]) {
+                Ok(_) => taken += 1,
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(error, AppendError::Io(_)), "{error}");
+        failed_in_append += 1;
+        assert_eq!(store.tip().index, batches[taken].first());
+        let again = store.append(&batches[taken]).unwrap_err();
+        let said = again.to_string();
+        assert!(said.contains("takes no more entries"), "{said}");
+        assert!(store.sync().is_err());
+        assert_eq!(read_all(&store).unwrap(), batches[..taken]);
+        drop(store);
+        // With room again, it goes on from exactly there.
+        let mut store = FileStore::open(dir.path(), SMALL).unwrap();
+        assert_eq!(read_all(&store).unwrap(), batches[..taken]);
+        store.append(&batches[taken]).unwrap();
+    }
+    assert!(failed_in_append > 100);
+}
+
+#[test]
+fn a_failed_sync_is_not_acknowledged() {
+    for sync in [SyncPolicy::Explicit, SyncPolicy::EveryBatch] {
+        let dir = TempDir::new().unwrap();
+        let faults = Arc::new(Faults::default());
+        let options = FileOptions { sync, ..SMALL };
+        let mut store = open_faulty(dir.path(), options, &faults);
+        let batches = sample_batches(3, Term(1), LogIndex::START, 3);
+        store.append(&batches[0]).unwrap();
+        let durable = store.sync().unwrap();
+        faults.fail_syncs.store(1, Ordering::Relaxed);
+        let appended = store.append(&batches[1]);
+        assert_eq!(appended.is_ok(), sync == SyncPolicy::Explicit);
+        assert!(store.sync().is_err());
+        assert_eq!(store.durable_tip(), durable);
+        faults.fail_syncs.store(0, Ordering::Relaxed);
+        let error = store.append(&batches[2]).unwrap_err();
+        let gone = "cannot sync";
+        assert!(
+            error.to_string().contains(gone) || appended.is_err(),
+            "{error}"
+        );
+        assert!(store.sync().is_err(), "a later sync proves nothing");
+        assert_eq!(store.durable_tip(), durable);
+    }
+}
+
+mod survive {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::batch::BatchBuilder;
+    use crate::testing::arbitrary_log;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        #[test]
+        fn arbitrary_logs(
+            entries in arbitrary_log(60), each in 1..6usize,
+            segment_bytes in 100..4000u64, checkpoint_bytes in 1..2000u64, reopen in 1..20usize,
+        ) {
+            let dir = TempDir::new().unwrap();
+            let options = FileOptions { sync: SyncPolicy::Never, segment_bytes, checkpoint_bytes, retain: None };
+            let mut builder = BatchBuilder::new(Term(1), LogIndex::START);
+            let mut store = FileStore::open(dir.path(), options).unwrap();
+            for (i, some) in entries.chunks(each).enumerate() {
+                for entry in some {
+                    builder.push(entry).unwrap();
+                }
+                store.append(&builder.finish().unwrap()).unwrap();
+                if i % reopen == 0 {
+                    drop(store);
+                    store = FileStore::open(dir.path(), options).unwrap();
+                }
+            }
+            let read: Vec<_> = read_all(&store).unwrap().iter().flat_map(|b| b.decode().unwrap()).collect();
+            prop_assert_eq!(read, entries);
+        }
+
+        #[test]
+        fn arbitrary_bytes_are_refused(tail in prop::collection::vec(any::<u8>(), 0..300), header: bool) {
+            let dir = TempDir::new().unwrap();
+            let mut bytes = if header { format::header(LogTip::default()) } else { Vec::new() };
+            bytes.extend(&tail);
+            let path = dir.path().join(format!("{:020}.seg", 0));
+            fs::write(&path, bytes).unwrap();
+            prop_assert!(FileStore::open(dir.path(), SMALL).is_err());
+            prop_assert_eq!(inspect_all(dir.path()).0, []);
+        }
+    }
+}
