@@ -4,12 +4,18 @@
 
 pub mod api;
 pub mod config;
+mod controller;
+mod core;
+mod detector;
 pub mod event;
+mod feed;
 pub mod message;
 pub mod mutation;
 pub mod name;
 pub mod node;
+mod primary;
 pub mod record;
+mod replica;
 pub mod status;
 pub mod time;
 pub mod wire;

@@ -1,0 +1,614 @@
+//! The switchover controller: a copy that claims a term (DESIGN.md section 4, "Promotion").
+//!
+//! ```text
+//!   claim ──► Sealing ──────────► Fetching ─────► Bringing ─────────► Committing ──► Won
+//!               │  enough seals,     │  own log     │  the sealed        │  compare-   (Primary)
+//!               │  and the others    │  is the      │  copies hold it,   │  and-set on
+//!               │  had their chance  │  longest     │  or are left out   │  the base
+//!               │                    │              │                    │
+//!               └────────────────────┴──────────────┴────────────────────┴──► given up (Replica)
+//!                  record moved on, a higher claim, out of time
+//!
+//!   first boot, cold boot:  (drop the old log) ──► Committing ──► Won
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use replay_log::{Batch, LogIndex, LogTip, Term};
+
+use super::api::{Action, Swapped};
+use super::core::Core;
+use super::event::Event;
+use super::message::{Authority, Claim, Message, Refusal};
+use super::mutation::Mutation;
+use super::name::{HostName, Incarnation};
+use super::node::Turn;
+use super::record::{MAX_COPIES, Member, Policy, Record, Version};
+use super::time::{Span, Time};
+
+/// Why a host claims.
+#[derive(Clone, Debug)]
+pub(super) enum Kind {
+    /// The VM is new.
+    First {
+        /// Where copies are wanted.
+        hosts: Vec<HostName>,
+        /// The owner's choice.
+        policy: Policy,
+    },
+    /// The primary is silent.
+    Succession {
+        /// The copies that said so.
+        awake: BTreeSet<HostName>,
+    },
+    /// The primary asked for this claim.
+    Handover(Claim),
+    /// Nobody has the log any more; the disks are here.
+    Cold,
+    /// An operator accepts loss.
+    Forced {
+        /// For how long the last primary had been silent.
+        silence: Span,
+    },
+}
+
+impl Kind {
+    /// Whether the guest starts from power-on, with an empty log.
+    pub(super) fn boots(&self) -> bool {
+        matches!(self, Self::First { .. } | Self::Cold)
+    }
+}
+
+/// A copy that has promised itself to this claim.
+#[derive(Clone, Copy, Debug)]
+struct Sealed {
+    incarnation: Incarnation,
+    tip: LogTip,
+    /// It holds the chosen log through here.
+    held: LogIndex,
+    left_out: bool,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// The old log is being dropped, before a boot.
+    Preparing,
+    Sealing,
+    Fetching {
+        from: HostName,
+        accepted: bool,
+    },
+    Bringing {
+        since: Time,
+    },
+    Committing {
+        new: Box<Record>,
+        asking: bool,
+        again_at: Time,
+    },
+}
+
+/// A claim in progress.
+#[derive(Debug)]
+pub(super) struct Controller {
+    kind: Kind,
+    claim: Claim,
+    base: Option<Record>,
+    phase: Phase,
+    began: Time,
+    sealed: BTreeMap<HostName, Sealed>,
+    refused: BTreeSet<HostName>,
+    /// The log the new reign begins with: the longest sealed one.
+    chosen: LogTip,
+    ask_at: Time,
+}
+
+impl Controller {
+    pub(super) fn new(core: &mut Core, kind: Kind, base: Option<Record>) -> Self {
+        let version = base.as_ref().map(Record::version).unwrap_or_default();
+        let claim = match &kind {
+            Kind::Handover(claim) => claim.clone(),
+            _ => Claim {
+                term: core.highest.max(version.term).next(),
+                claimant: core.host().clone(),
+                base: version,
+            },
+        };
+        core.highest = core.highest.max(claim.term);
+        core.feeds.stop_all(&mut core.actions);
+        let seals = match (&base, &kind) {
+            (Some(base), Kind::Succession { .. } | Kind::Handover(_)) => base.seals(),
+            _ => 0,
+        };
+        core.journal(Event::Claimed {
+            term: claim.term,
+            base: version,
+            seals,
+        });
+        Self {
+            kind,
+            claim,
+            base,
+            phase: Phase::Sealing,
+            began: core.now,
+            sealed: BTreeMap::new(),
+            refused: BTreeSet::new(),
+            chosen: core.log.appended,
+            ask_at: core.now,
+        }
+    }
+
+    /// Begins, and goes as far as it can at once.
+    pub(super) fn begin(&mut self, core: &mut Core) -> Turn {
+        if self.kind.boots() {
+            if core.log.appended.index > LogIndex::START {
+                core.renew(true, "the machine is to be booted");
+            }
+            self.phase = Phase::Preparing;
+        } else {
+            core.promise(self.claim.clone());
+            self.ask(core);
+        }
+        self.advance(core)
+    }
+
+    fn ask(&mut self, core: &mut Core) {
+        self.ask_at = core.now.plus(core.config.timing.retry);
+        let consent = matches!(self.kind, Kind::Handover(_) | Kind::Forced { .. });
+        for host in self.others(core) {
+            if !self.sealed.contains_key(&host) {
+                let claim = self.claim.clone();
+                core.send(&host, Message::Seal { claim, consent });
+            }
+        }
+    }
+
+    /// The connected copies of the record, without this host.
+    fn others(&self, core: &Core) -> Vec<HostName> {
+        let copies = self.base.iter().flat_map(Record::all_copies);
+        copies
+            .map(|copy| copy.host.clone())
+            .filter(|host| host != core.host() && core.is_up(host))
+            .collect()
+    }
+
+    // --- messages ----------------------------------------------------------------------------
+
+    pub(super) fn message(&mut self, core: &mut Core, from: &HostName, message: Message) -> Turn {
+        match message {
+            Message::Sealed {
+                term,
+                incarnation,
+                tip,
+                held,
+            } if term == self.claim.term => self.sealed(core, from, incarnation, tip, held),
+            Message::Refused {
+                term, why, promise, ..
+            } if term == self.claim.term => {
+                if let Some(promise) = promise {
+                    core.highest = core.highest.max(promise.term);
+                }
+                self.refused.insert(from.clone());
+                if why == Refusal::PrimaryAlive && self.hopeless(core) {
+                    return self.give_up(core, "the primary is alive");
+                }
+            }
+            Message::Stream {
+                authority: Authority::Loan(term),
+                after,
+            } if term == self.claim.term => self.loan(core, from, after),
+            Message::Log { term, batch } if term == self.claim.term => {
+                self.loaned(core, from, &batch);
+            }
+            Message::Diverged {
+                authority: Authority::Loan(term),
+                ..
+            } if term == self.claim.term => {
+                return self.give_up(core, "the log here is not the beginning of the longest");
+            }
+            Message::Diverged {
+                authority: Authority::Claim(_),
+                ..
+            } => {}
+            Message::Ack(ack) | Message::Report(ack) if ack.term == self.claim.term => {
+                if let Some(sealed) = self.sealed.get_mut(from)
+                    && sealed.incarnation == ack.incarnation
+                {
+                    sealed.held = sealed.held.max(ack.held);
+                }
+            }
+            Message::Inquire { base } => {
+                let alive = core.version() > base;
+                core.send(from, Message::Heard { base, alive });
+            }
+            Message::Seal { claim, consent } => return self.rival(core, from, claim, consent),
+            Message::Heartbeat { version, .. } => {
+                // The primary lives after all. The promise stands: it has to be confirmed by the
+                // keeper, or this claim comes through.
+                if core.sealed_against(version) {
+                    core.refuse(from, version.term, Refusal::Sealed, version);
+                }
+            }
+            _ => {}
+        }
+        self.advance(core)
+    }
+
+    fn sealed(
+        &mut self,
+        core: &Core,
+        from: &HostName,
+        incarnation: Incarnation,
+        tip: LogTip,
+        held: LogIndex,
+    ) {
+        let named = self.base.as_ref().and_then(|base| base.copy_on(from));
+        if named.is_none_or(|copy| copy.incarnation != incarnation) || from == core.host() {
+            return;
+        }
+        let too_late = !matches!(self.phase, Phase::Sealing);
+        let same = tip == self.chosen;
+        self.sealed.entry(from.clone()).or_insert(Sealed {
+            incarnation,
+            tip,
+            held,
+            left_out: too_late && !same,
+        });
+    }
+
+    /// Whether too few copies are left that could be sealed.
+    fn hopeless(&self, core: &Core) -> bool {
+        let Some(base) = &self.base else { return false };
+        let possible = self
+            .others(core)
+            .iter()
+            .filter(|h| !self.refused.contains(*h))
+            .count();
+        possible + 1 < base.seals()
+    }
+
+    fn rival(&mut self, core: &mut Core, from: &HostName, claim: Claim, consent: bool) -> Turn {
+        core.highest = core.highest.max(claim.term);
+        if claim.base < core.version() {
+            core.refuse(from, claim.term, Refusal::RecordMovedOn, claim.base);
+        } else if core.promised_otherwise(&claim) || self.may_have_won() {
+            core.refuse(from, claim.term, Refusal::Promised, claim.base);
+        } else {
+            self.give_up(core, "another host claims a higher term");
+            return Turn::Yield {
+                to: from.clone(),
+                message: Message::Seal { claim, consent },
+            };
+        }
+        Turn::Stay
+    }
+
+    /// Whether the record may name this host already.
+    fn may_have_won(&self) -> bool {
+        matches!(self.phase, Phase::Committing { .. })
+    }
+
+    fn loan(&mut self, core: &mut Core, from: &HostName, after: LogTip) {
+        if let Phase::Fetching {
+            from: holder,
+            accepted,
+        } = &mut self.phase
+            && holder == from
+        {
+            *accepted = after == core.log.appended;
+        }
+    }
+
+    fn loaned(&mut self, core: &mut Core, from: &HostName, batch: &Batch) {
+        let Phase::Fetching {
+            from: holder,
+            accepted: true,
+        } = &self.phase
+        else {
+            return;
+        };
+        let tip = core.log.appended;
+        let fits = batch.first() == tip.index
+            && batch.end() <= self.chosen.index
+            && batch.term() >= tip.term
+            && batch.term() <= self.chosen.term;
+        if holder == from && fits {
+            core.append(batch.clone());
+        }
+    }
+
+    // --- progress ----------------------------------------------------------------------------
+
+    /// Goes as far as it can.
+    pub(super) fn advance(&mut self, core: &mut Core) -> Turn {
+        loop {
+            let turn = match &self.phase {
+                Phase::Preparing => self.prepare(core),
+                Phase::Sealing => self.choose(core),
+                Phase::Fetching { .. } => self.fetch(core),
+                Phase::Bringing { since } => self.bring(core, *since),
+                Phase::Committing { .. } => None,
+            };
+            match turn {
+                None => return Turn::Stay,
+                Some(Turn::Stay) => {}
+                Some(turn) => return turn,
+            }
+        }
+    }
+
+    /// The suspected primary is a copy too, but nobody waits for its seal unless it has answered
+    /// the inquiry: its connection says nothing.
+    fn is_dead(&self, host: &HostName) -> bool {
+        let primary = self
+            .base
+            .as_ref()
+            .is_some_and(|base| base.primary.host == *host);
+        match &self.kind {
+            Kind::Succession { awake } => primary && !awake.contains(host),
+            _ => false,
+        }
+    }
+
+    fn prepare(&mut self, core: &mut Core) -> Option<Turn> {
+        if !core.settled() || core.log.appended.index > LogIndex::START {
+            return None;
+        }
+        self.chosen = LogTip::default();
+        self.propose(core, vec![]);
+        Some(Turn::Stay)
+    }
+
+    /// Sealing is over when enough copies are sealed and every other reachable one has had its
+    /// chance: one that is left out and has taken more log must start from the beginning.
+    fn choose(&mut self, core: &mut Core) -> Option<Turn> {
+        let forced = matches!(self.kind, Kind::Forced { .. });
+        let own = core.persisted.promise.as_ref() == Some(&self.claim)
+            && core.log.stored.index >= core.log.appended.index;
+        let needed = self.base.as_ref().map_or(1, Record::seals);
+        let enough = forced || self.sealed.len() + 1 >= needed;
+        let answered = self.others(core).iter().all(|host| {
+            self.sealed.contains_key(host) || self.refused.contains(host) || self.is_dead(host)
+        });
+        let waited = core.now.since(self.began) >= core.config.timing.seal_grace;
+        if !(own && enough && (answered || waited)) {
+            return None;
+        }
+        let here = (core.log.appended, core.host().clone());
+        let (longest, holder) = self
+            .sealed
+            .iter()
+            .map(|(host, sealed)| (sealed.tip, host.clone()))
+            .chain([here])
+            .max_by(|(a, at_a), (b, at_b)| {
+                // Of equal logs the own is taken.
+                let key = |tip: &LogTip, at: &HostName| (tip.term, tip.index, at == core.host());
+                key(a, at_a).cmp(&key(b, at_b))
+            })?;
+        self.chosen = longest;
+        let by = self.sealed.keys().chain([core.host()]).cloned().collect();
+        core.journal(Event::SealsWon {
+            term: self.claim.term,
+            by,
+            index: longest.index,
+            holder: holder.clone(),
+        });
+        if longest != core.log.appended {
+            let message = Message::Fetch {
+                term: self.claim.term,
+                after: core.log.appended,
+            };
+            core.send(&holder, message);
+        }
+        self.phase = Phase::Fetching {
+            from: holder,
+            accepted: false,
+        };
+        Some(Turn::Stay)
+    }
+
+    fn fetch(&mut self, core: &mut Core) -> Option<Turn> {
+        let tip = core.log.appended;
+        if tip.index < self.chosen.index {
+            return None;
+        }
+        if tip != self.chosen {
+            return Some(self.give_up(core, "what was fetched is not the longest log"));
+        }
+        core.ensure_replay();
+        let ours = self.chosen;
+        for (host, sealed) in &mut self.sealed {
+            if sealed.left_out || sealed.tip == ours {
+                continue;
+            }
+            let authority = Authority::Claim(self.claim.clone());
+            core.feed(host, authority, sealed.tip);
+            // What it held before counts only once it is known to be the beginning of this log.
+            sealed.held = LogIndex::START;
+            sealed.left_out = !core.feeds.serves(host);
+        }
+        self.phase = Phase::Bringing { since: core.now };
+        Some(Turn::Stay)
+    }
+
+    fn bring(&mut self, core: &mut Core, since: Time) -> Option<Turn> {
+        if core.held() < self.chosen.index {
+            return None;
+        }
+        let everything = core.mutated(Mutation::MemberWithoutLog);
+        let holds =
+            |sealed: &Sealed| everything || (!sealed.left_out && sealed.held >= self.chosen.index);
+        let complete = self.sealed.values().all(|s| s.left_out || holds(s));
+        let waited = core.now.since(since) >= core.config.timing.bring_along;
+        if !complete && !waited {
+            return None;
+        }
+        let holders = self.sealed.iter().filter(|(_, sealed)| holds(sealed));
+        let members = holders
+            .map(|(host, sealed)| Member {
+                host: host.clone(),
+                incarnation: sealed.incarnation,
+            })
+            .collect();
+        self.propose(core, members);
+        Some(Turn::Stay)
+    }
+
+    fn propose(&mut self, core: &mut Core, members: Vec<Member>) {
+        let (mut hosts, policy) = match (&self.kind, &self.base) {
+            (Kind::First { hosts, policy }, _) => (hosts.clone(), *policy),
+            (_, Some(base)) => (base.hosts.clone(), base.policy),
+            (_, None) => (vec![], Policy::default()),
+        };
+        hosts.push(core.host().clone());
+        hosts.sort();
+        hosts.dedup();
+        hosts.truncate(MAX_COPIES);
+        let new = Record {
+            term: self.claim.term,
+            epoch: self.claim.base.epoch.next(),
+            primary: core.me(),
+            members,
+            hosts,
+            policy,
+        };
+        core.journal(Event::RecordProposed {
+            version: new.version(),
+            copies: new.all_copies().cloned().collect(),
+            why: "to reign".to_owned(),
+        });
+        self.phase = Phase::Committing {
+            new: Box::new(new),
+            asking: false,
+            again_at: core.now,
+        };
+        self.swap(core);
+    }
+
+    fn swap(&mut self, core: &mut Core) {
+        let expect = self.base.as_ref().map(Record::version);
+        if let Phase::Committing {
+            new,
+            asking,
+            again_at,
+        } = &mut self.phase
+            && !*asking
+            && core.now >= *again_at
+        {
+            *asking = true;
+            *again_at = core.now.plus(core.config.timing.claim_patience);
+            core.do_(Action::SwapRecord {
+                expect,
+                new: new.as_ref().clone(),
+            });
+        }
+    }
+
+    pub(super) fn swapped(&mut self, core: &mut Core, swapped: Swapped) -> Turn {
+        let Phase::Committing {
+            new,
+            asking,
+            again_at,
+        } = &mut self.phase
+        else {
+            return Turn::Stay;
+        };
+        *asking = false;
+        match swapped {
+            Swapped::Done(record) if record == **new => self.won(core),
+            Swapped::Conflict(Some(record)) if record == **new => self.won(core),
+            Swapped::Done(record) | Swapped::Conflict(Some(record)) => {
+                core.learn(record);
+                self.give_up(core, "the record has moved on")
+            }
+            Swapped::Conflict(None) => self.give_up(core, "the keeper does not know the VM"),
+            Swapped::Unknown { reason } => {
+                *again_at = core.now.plus(core.config.timing.retry);
+                core.journal(Event::RecordUnreachable { reason });
+                Turn::Stay
+            }
+        }
+    }
+
+    fn won(&mut self, core: &mut Core) -> Turn {
+        let Phase::Committing { new, .. } = &self.phase else {
+            return Turn::Stay;
+        };
+        let record = new.as_ref().clone();
+        if let Kind::Forced { silence } = &self.kind {
+            core.journal(Event::LossAccepted {
+                entries: core.committed.since(self.chosen.index),
+                silence_ms: silence.as_millis(),
+            });
+        }
+        core.learn(record);
+        Turn::Reign {
+            kind: self.kind.clone(),
+            base: self.chosen,
+        }
+    }
+
+    /// The record is known to be another than the one this claim rests on.
+    pub(super) fn record_changed(&mut self, core: &mut Core) -> Turn {
+        if let Phase::Committing { new, .. } = &self.phase
+            && core.record.as_ref() == Some(new.as_ref())
+        {
+            return self.won(core);
+        }
+        let base: Version = self.claim.base;
+        if core.version() > base {
+            return self.give_up(core, "the record has moved on");
+        }
+        Turn::Stay
+    }
+
+    fn give_up(&mut self, core: &mut Core, why: &str) -> Turn {
+        core.journal(Event::ClaimGivenUp {
+            term: self.claim.term,
+            why: why.to_owned(),
+        });
+        core.feeds.stop_all(&mut core.actions);
+        Turn::StandDown
+    }
+
+    pub(super) fn tick(&mut self, core: &mut Core) -> Turn {
+        let out_of_time =
+            core.now.since(self.began) >= core.config.timing.claim_patience.plus(self.slack(core));
+        if out_of_time {
+            return self.give_up(core, "it took too long");
+        }
+        if matches!(self.phase, Phase::Sealing) && core.now >= self.ask_at {
+            self.ask(core);
+        }
+        self.swap(core);
+        self.advance(core)
+    }
+
+    /// The keeper may be unreachable for long; the first boot waits for it.
+    fn slack(&self, core: &Core) -> Span {
+        if self.kind.boots() {
+            core.config.timing.claim_patience.times(4)
+        } else {
+            Span::ZERO
+        }
+    }
+
+    pub(super) fn timeout(&self, core: &Core) -> Time {
+        let timing = &core.config.timing;
+        let at = match &self.phase {
+            Phase::Sealing => self.began.plus(timing.seal_grace),
+            Phase::Bringing { since } => since.plus(timing.bring_along),
+            Phase::Committing {
+                again_at,
+                asking: false,
+                ..
+            } => *again_at,
+            _ => core.now.plus(timing.heartbeat),
+        };
+        if at > core.now {
+            at.min(core.now.plus(timing.heartbeat))
+        } else {
+            core.now.plus(timing.heartbeat)
+        }
+    }
+}

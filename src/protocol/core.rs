@@ -1,0 +1,521 @@
+//! What a host knows of a VM whatever its role: its log, its promise, the record, its peers.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use replay_log::{Batch, FrameNumber, LogIndex, LogTip, Position, Term};
+
+use super::api::{Action, StopReason};
+use super::config::{Config, Durable, Restored};
+use super::detector::Attention;
+use super::event::Event;
+use super::feed::Feeds;
+use super::message::{Ack, Authority, Claim, Message, PROTOCOL_VERSION, Refusal};
+use super::mutation::Mutation;
+use super::name::{HostName, Incarnation, VmRun};
+use super::record::{Acks, Member, Record, Version};
+use super::time::Time;
+
+/// The log this host holds.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct OwnLog {
+    /// What the store was asked to append.
+    pub(super) appended: LogTip,
+    /// What it holds in memory.
+    pub(super) stored: LogTip,
+    /// What it holds on disk.
+    pub(super) synced: LogTip,
+    syncing: bool,
+}
+
+/// What a peer last said of itself.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Greeting {
+    pub(super) incarnation: Incarnation,
+    pub(super) tip: LogTip,
+}
+
+/// Another host.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Peer {
+    pub(super) up: bool,
+    pub(super) greeting: Option<Greeting>,
+    refused_at: Option<Time>,
+    record_sent_at: Option<Time>,
+}
+
+/// A log that is being given up for a new, empty one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Renewal {
+    None,
+    /// The new incarnation is being persisted; then the log is dropped.
+    Drop,
+    /// The new incarnation is being persisted; the log stays as a beginning.
+    Keep,
+}
+
+/// What the present run of the VMM does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Vm {
+    /// There is none.
+    Absent,
+    /// It replays the log.
+    Replaying,
+    /// It records, or has been told to.
+    Recording,
+}
+
+/// The state that all roles share.
+#[derive(Debug)]
+pub(super) struct Core {
+    pub(super) config: Config,
+    pub(super) now: Time,
+    pub(super) attention: Attention,
+    /// What is, or is being, persisted.
+    pub(super) durable: Durable,
+    /// What is known to be persisted.
+    pub(super) persisted: Durable,
+    pub(super) log: OwnLog,
+    renewal: Renewal,
+    pub(super) run: VmRun,
+    pub(super) vm: Vm,
+    pub(super) executed: LogIndex,
+    pub(super) position: Position,
+    pub(super) record: Option<Record>,
+    /// Whether the keeper has answered since this node started.
+    pub(super) record_read: bool,
+    reading: Option<Time>,
+    pub(super) peers: BTreeMap<HostName, Peer>,
+    pub(super) feeds: Feeds,
+    pub(super) committed: LogIndex,
+    pub(super) forgotten: FrameNumber,
+    /// The highest term that anybody reigned by or claimed, as far as is known.
+    pub(super) highest: Term,
+    pub(super) actions: VecDeque<Action>,
+}
+
+impl Core {
+    pub(super) fn new(config: Config, restored: Restored, now: Time) -> Self {
+        let attention = Attention::new(now, &config.timing);
+        let Restored {
+            durable,
+            log,
+            damaged,
+        } = restored;
+        let highest = durable.promise.as_ref().map_or(Term(0), |p| p.term);
+        let mut core = Self {
+            config,
+            now,
+            attention,
+            persisted: durable.clone(),
+            durable,
+            log: OwnLog {
+                appended: log,
+                stored: log,
+                ..OwnLog::default()
+            },
+            renewal: Renewal::None,
+            run: VmRun::default(),
+            vm: Vm::Absent,
+            executed: LogIndex::START,
+            position: Position::START,
+            record: None,
+            record_read: false,
+            reading: None,
+            peers: BTreeMap::new(),
+            feeds: Feeds::default(),
+            committed: LogIndex::START,
+            forgotten: FrameNumber(0),
+            highest: highest.max(log.term),
+            actions: VecDeque::new(),
+        };
+        core.begin(damaged);
+        core
+    }
+
+    /// Decides whether the holding found on disk is still the one that was acknowledged.
+    fn begin(&mut self, damaged: bool) {
+        let had = self.durable.incarnation != Incarnation(0);
+        let forgetful = self.durable.acks == Acks::Memory && !self.mutated(Mutation::Amnesia);
+        let kept = had && !damaged && !forgetful;
+        if !kept {
+            self.durable.incarnation = self.durable.incarnation.next();
+            self.persist();
+        }
+        if had {
+            self.journal(Event::Restarted {
+                incarnation: self.durable.incarnation,
+                kept,
+                index: self.log.appended.index,
+            });
+        }
+        self.sync();
+        self.read_record();
+    }
+
+    pub(super) fn mutated(&self, mutation: Mutation) -> bool {
+        self.config.mutation == Some(mutation)
+    }
+
+    pub(super) fn host(&self) -> &HostName {
+        &self.config.host
+    }
+
+    pub(super) fn awake(&self) -> Time {
+        self.attention.awake()
+    }
+
+    /// This host's holding, as a record would name it.
+    pub(super) fn me(&self) -> Member {
+        Member {
+            host: self.config.host.clone(),
+            incarnation: self.durable.incarnation,
+        }
+    }
+
+    pub(super) fn do_(&mut self, action: Action) {
+        self.actions.push_back(action);
+    }
+
+    pub(super) fn journal(&mut self, event: Event) {
+        self.do_(Action::Journal(event));
+    }
+
+    pub(super) fn send(&mut self, to: &HostName, message: Message) {
+        if self.peers.get(to).is_some_and(|peer| peer.up) {
+            self.do_(Action::Send {
+                to: to.clone(),
+                message,
+            });
+        }
+    }
+
+    /// The connected hosts.
+    pub(super) fn up_peers(&self) -> Vec<HostName> {
+        let up = self.peers.iter().filter(|(_, peer)| peer.up);
+        up.map(|(host, _)| host.clone()).collect()
+    }
+
+    pub(super) fn is_up(&self, host: &HostName) -> bool {
+        self.peers.get(host).is_some_and(|peer| peer.up)
+    }
+
+    // --- durable state -----------------------------------------------------------------------
+
+    pub(super) fn persist(&mut self) {
+        let durable = self.durable.clone();
+        self.do_(Action::Persist(durable));
+    }
+
+    /// Whether this host's identity is durable and its log is the one that identity stands for.
+    pub(super) fn settled(&self) -> bool {
+        self.renewal == Renewal::None
+            && self.persisted.incarnation == self.durable.incarnation
+            && self.durable.incarnation != Incarnation(0)
+    }
+
+    /// Something was persisted. Says whether the holding has just become settled.
+    pub(super) fn persisted(&mut self, durable: Durable) -> bool {
+        let before = self.settled();
+        self.persisted = durable;
+        let named = self.persisted.incarnation == self.durable.incarnation;
+        match self.renewal {
+            Renewal::Drop if named => {
+                self.renewal = Renewal::None;
+                self.log = OwnLog::default();
+                self.executed = LogIndex::START;
+                self.position = Position::START;
+                self.do_(Action::DropLog {
+                    incarnation: self.durable.incarnation,
+                });
+            }
+            Renewal::Keep if named => self.renewal = Renewal::None,
+            _ => {}
+        }
+        !before && self.settled()
+    }
+
+    /// Gives the holding up for a new one: an empty one, or one that begins with the same log.
+    pub(super) fn renew(&mut self, drop_log: bool, why: &str) {
+        if !(drop_log && self.mutated(Mutation::Amnesia)) {
+            self.durable.incarnation = self.durable.incarnation.next();
+        }
+        self.persist();
+        self.renewal = match (drop_log, self.renewal) {
+            (true, _) | (_, Renewal::Drop) => Renewal::Drop,
+            _ => Renewal::Keep,
+        };
+        self.feeds.stop_all(&mut self.actions);
+        if drop_log {
+            self.stop_vm(StopReason::Resynchronised);
+            let incarnation = self.durable.incarnation;
+            let why = why.to_owned();
+            self.journal(Event::Resynchronising { incarnation, why });
+        }
+    }
+
+    /// Whether a promise forbids to hear somebody who reigns by this state of the record.
+    pub(super) fn sealed_against(&self, version: Version) -> bool {
+        let promise = self.durable.promise.as_ref();
+        promise.is_some_and(|promise| version <= promise.base)
+    }
+
+    /// Whether an earlier promise forbids to promise this.
+    pub(super) fn promised_otherwise(&self, claim: &Claim) -> bool {
+        self.durable.promise.as_ref().is_some_and(|promise| {
+            promise.term > claim.term || (promise.term == claim.term && promise != claim)
+        })
+    }
+
+    pub(super) fn promise(&mut self, claim: Claim) {
+        self.highest = self.highest.max(claim.term);
+        self.durable.promise = Some(claim);
+        self.persist();
+    }
+
+    // --- the log -----------------------------------------------------------------------------
+
+    /// What counting as a holder of the log means for this VM.
+    pub(super) fn acks(&self) -> Acks {
+        let wanted = self.record.as_ref().map(|record| record.policy.acks);
+        match (wanted, self.persisted.acks) {
+            // Until a restart would give up the holding, memory is no promise.
+            (Some(Acks::Memory), Acks::Memory) => Acks::Memory,
+            _ => Acks::Disk,
+        }
+    }
+
+    /// Through where this host holds its log, in the VM's sense of holding.
+    pub(super) fn held(&self) -> LogIndex {
+        match self.acks() {
+            Acks::Memory => self.log.stored.index,
+            Acks::Disk => self.log.synced.index,
+        }
+    }
+
+    pub(super) fn append(&mut self, batch: Batch) {
+        self.log.appended = batch.tip(self.log.appended.chain);
+        self.highest = self.highest.max(batch.term());
+        self.do_(Action::Append { batch });
+        if self.acks() == Acks::Disk {
+            self.sync();
+        }
+    }
+
+    fn sync(&mut self) {
+        if !self.log.syncing && self.log.synced.index < self.log.appended.index {
+            self.log.syncing = true;
+            self.do_(Action::Sync);
+        }
+    }
+
+    pub(super) fn stored(&mut self, incarnation: Incarnation, tip: LogTip) {
+        if self.is_current(incarnation) && tip.index > self.log.stored.index {
+            self.log.stored = tip;
+        }
+    }
+
+    pub(super) fn synced(&mut self, incarnation: Incarnation, tip: LogTip) {
+        if self.is_current(incarnation) {
+            self.log.syncing = false;
+            if tip.index > self.log.synced.index {
+                self.log.synced = tip;
+                self.log.stored = self.log.stored.max(tip);
+            }
+            if self.acks() == Acks::Disk {
+                self.sync();
+            }
+        }
+    }
+
+    /// The store failed: what it held may be gone.
+    pub(super) fn store_failed(&mut self, reason: String) {
+        self.journal(Event::StoreFailed { reason });
+        self.renew(true, "the local store failed");
+    }
+
+    fn is_current(&self, incarnation: Incarnation) -> bool {
+        incarnation == self.durable.incarnation && self.renewal != Renewal::Drop
+    }
+
+    pub(super) fn ack(&self, term: Term) -> Ack {
+        Ack {
+            term,
+            incarnation: self.durable.incarnation,
+            held: self.held(),
+            executed: self.executed,
+            position: self.position,
+            known: self.version(),
+        }
+    }
+
+    /// Begins to serve this host's log to another.
+    pub(super) fn feed(&mut self, to: &HostName, authority: Authority, theirs: LogTip) {
+        let ours = self.log.appended;
+        self.feeds
+            .start(to, authority, theirs, ours, &mut self.actions);
+    }
+
+    // --- the record --------------------------------------------------------------------------
+
+    pub(super) fn version(&self) -> Version {
+        self.record
+            .as_ref()
+            .map(Record::version)
+            .unwrap_or_default()
+    }
+
+    /// Hears of a committed record. Says whether it is news.
+    pub(super) fn learn(&mut self, record: Record) -> bool {
+        if record.version() <= self.version() {
+            return false;
+        }
+        self.highest = self.highest.max(record.term);
+        self.journal(Event::RecordCommitted {
+            version: record.version(),
+            primary: record.primary.clone(),
+            members: record.members.clone(),
+        });
+        self.record = Some(record);
+        self.agree_on_acks();
+        true
+    }
+
+    /// Remembers durably what acknowledging means for this VM: it decides what a restart costs.
+    pub(super) fn agree_on_acks(&mut self) {
+        let wanted = self.record.as_ref().map(|record| record.policy.acks);
+        if let Some(wanted) = wanted.filter(|acks| *acks != self.durable.acks)
+            && self.settled()
+        {
+            self.durable.acks = wanted;
+            self.persist();
+        }
+    }
+
+    /// Whether the record names this very holding as a copy.
+    pub(super) fn is_copy(&self) -> bool {
+        let record = self.record.as_ref();
+        let named = record.and_then(|record| record.copy_on(&self.config.host));
+        named.is_some_and(|copy| copy.incarnation == self.durable.incarnation)
+    }
+
+    /// Asks the keeper, unless an answer is still due.
+    pub(super) fn read_record(&mut self) {
+        let patience = self.config.timing.claim_patience;
+        if self
+            .reading
+            .is_none_or(|since| self.now.since(since) > patience)
+        {
+            self.reading = Some(self.now);
+            self.do_(Action::ReadRecord);
+        }
+    }
+
+    /// The keeper has answered, or will not.
+    pub(super) fn read_ended(&mut self) {
+        self.reading = None;
+    }
+
+    // --- talking -----------------------------------------------------------------------------
+
+    pub(super) fn hello(&mut self, to: &HostName) {
+        if self.settled() {
+            let message = Message::Hello {
+                protocol: PROTOCOL_VERSION,
+                incarnation: self.durable.incarnation,
+                tip: self.log.appended,
+                known: self.version(),
+            };
+            self.send(to, message);
+        }
+    }
+
+    pub(super) fn hello_all(&mut self) {
+        for host in self.up_peers() {
+            self.hello(&host);
+        }
+    }
+
+    pub(super) fn send_record(&mut self, to: &HostName) {
+        if let Some(record) = self.record.clone() {
+            self.send(to, Message::Record(record));
+        }
+    }
+
+    /// Sends the record to a peer that knows an older one, but not with every message of its.
+    pub(super) fn inform(&mut self, host: &HostName, known: Version) {
+        let (now, pause) = (self.now, self.config.timing.heartbeat.times(3));
+        if known >= self.version() {
+            return;
+        }
+        if let Some(peer) = self.peers.get_mut(host)
+            && peer.record_sent_at.is_none_or(|at| now.since(at) >= pause)
+        {
+            peer.record_sent_at = Some(now);
+            self.send_record(host);
+        }
+    }
+
+    /// Refuses what a peer asks under a term. Repeated refusals are neither sent nor written down
+    /// more often than a few times a second.
+    pub(super) fn refuse(&mut self, peer: &HostName, term: Term, why: Refusal, asked: Version) {
+        let (now, pause) = (self.now, self.config.timing.heartbeat.times(3));
+        let entry = self.peers.entry(peer.clone()).or_default();
+        if entry.refused_at.is_some_and(|at| now.since(at) < pause) {
+            return;
+        }
+        entry.refused_at = Some(now);
+        let newer = self
+            .record
+            .clone()
+            .filter(|record| record.version() > asked);
+        let message = Message::Refused {
+            term,
+            why,
+            promise: self.durable.promise.clone(),
+            record: newer,
+        };
+        self.send(peer, message);
+        let peer = peer.clone();
+        self.journal(Event::Refused { peer, term, why });
+    }
+
+    // --- the VM ------------------------------------------------------------------------------
+
+    /// Starts a replay of the stored log, unless one is running.
+    pub(super) fn ensure_replay(&mut self) {
+        if self.vm != Vm::Replaying {
+            self.begin_run(Vm::Replaying);
+            self.do_(Action::Replay { run: self.run });
+        }
+    }
+
+    /// Gives the next VMM its number. What an earlier one still reports is ignored.
+    pub(super) fn begin_run(&mut self, vm: Vm) {
+        self.run = self.run.next();
+        self.vm = vm;
+        self.executed = LogIndex::START;
+        self.position = Position::START;
+    }
+
+    /// Ends the VMM, if there is one.
+    pub(super) fn stop_vm(&mut self, why: StopReason) {
+        if self.vm != Vm::Absent {
+            self.do_(Action::StopVm { run: self.run, why });
+            self.begin_run(Vm::Absent);
+        }
+    }
+
+    pub(super) fn executed(&mut self, run: VmRun, through: LogIndex, position: Position) {
+        if run == self.run {
+            self.executed = self.executed.max(through);
+            self.position = self.position.max(position);
+        }
+    }
+
+    pub(super) fn forget(&mut self, through: FrameNumber) {
+        if through > self.forgotten {
+            self.forgotten = through;
+            self.do_(Action::ForgetOutputs { through });
+        }
+    }
+}

@@ -1,0 +1,612 @@
+//! The host that reigns: it ships the log, counts who holds it, lets output out, and keeps the
+//! record true.
+//!
+//! ```text
+//!   won ──► GoingLive ── WentLive ──► Live ◄──────────────────────────────┐
+//!                                      │ ▲                                │ given up
+//!                    Switchover        │ └─── the record is confirmed ──┐ │
+//!                                      ▼                                │ │
+//!                                   Pausing ── Paused ──► Draining ─────┼─┘
+//!                                                            │          │
+//!                             the target holds and has done   ▼          │ out of time
+//!                             everything; promise to it    Handing ─────┘
+//!                                                            │
+//!   any of these ── a higher term reigns ──► deposed, or handed over (Replica)
+//!                ── VMM or store failed ───► abdicated (Replica)
+//! ```
+//!
+//! [`change`] proposes new records, [`switchover`] hands over, [`followers`] counts.
+
+mod change;
+mod followers;
+mod switchover;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use replay_log::{Batch, LogIndex, LogTip, Term};
+
+use self::change::Change;
+use self::followers::{Follower, Pace};
+use self::switchover::Phase;
+use super::api::{Action, Operator, StopReason};
+use super::controller::Kind;
+use super::core::{Core, Vm};
+use super::event::Event;
+use super::message::{Ack, Authority, Claim, Message, Refusal};
+use super::mutation::Mutation;
+use super::name::{HostName, VmRun};
+use super::node::Turn;
+use super::record::{OnLoss, Record, Version};
+use super::status::{FollowerStatus, RoleName};
+use super::time::{Span, Time};
+
+/// Output that waits this many heartbeats is worth a line in the journal.
+const STALL_HEARTBEATS: u64 = 10;
+
+/// The state of a host that reigns.
+#[derive(Debug)]
+pub(super) struct Primary {
+    term: Term,
+    phase: Phase,
+    /// The log this reign began with; all members of its first record held it.
+    base: LogTip,
+    followers: BTreeMap<HostName, Follower>,
+    /// Through where output has been let out.
+    committed: LogIndex,
+    change: Option<Change>,
+    /// A claim that interrupts this reign; the keeper is to decide.
+    challenge: Option<Claim>,
+    pace: Pace,
+    throttled: bool,
+    output_waits: u64,
+    waiting_since: Option<Time>,
+    stalled: bool,
+    unprotected_since: Option<Time>,
+    wanted: Option<Operator>,
+    beat_at: Time,
+    read_at: Time,
+}
+
+impl Primary {
+    /// The record names this host; the reign begins at `base`.
+    pub(super) fn new(core: &mut Core, kind: &Kind, base: LogTip) -> Self {
+        let term = core.version().term;
+        core.journal(Event::Promoted {
+            term,
+            index: base.index,
+        });
+        core.feeds.stop_all(&mut core.actions);
+        core.committed = base.index;
+        let mut primary = Self {
+            term,
+            phase: Phase::GoingLive,
+            base,
+            followers: BTreeMap::new(),
+            committed: base.index,
+            change: None,
+            challenge: None,
+            pace: Pace::default(),
+            throttled: false,
+            output_waits: 0,
+            waiting_since: None,
+            stalled: false,
+            unprotected_since: None,
+            wanted: None,
+            beat_at: core.now,
+            read_at: core.now,
+        };
+        primary.start_vm(core, kind, base);
+        primary.meet_members(core);
+        primary.announce(core);
+        primary
+    }
+
+    fn start_vm(&mut self, core: &mut Core, kind: &Kind, base: LogTip) {
+        let term = self.term;
+        if kind.boots() || base.index == LogIndex::START {
+            // An empty log in a record that is not the first was lost with everybody's memory.
+            let cold = core.version().epoch.0 > 1;
+            core.begin_run(Vm::Recording);
+            let run = core.run;
+            core.do_(Action::Boot { run, term, cold });
+            core.journal(Event::Booted { term, cold });
+        } else {
+            core.ensure_replay();
+            core.vm = Vm::Recording;
+            let run = core.run;
+            core.do_(Action::GoLive {
+                run,
+                term,
+                at: base,
+            });
+        }
+        if base.index > LogIndex::START {
+            core.do_(Action::Release {
+                term,
+                through: base.index,
+            });
+        }
+    }
+
+    /// The members of the new record hold the log through its beginning.
+    fn meet_members(&mut self, core: &mut Core) {
+        let Some(record) = core.record.clone() else {
+            return;
+        };
+        for member in &record.members {
+            let mut follower = Follower::new(member.incarnation, core.awake());
+            follower.held = self.base.index;
+            self.followers.insert(member.host.clone(), follower);
+        }
+        self.note_protection(core);
+        for host in core.up_peers() {
+            core.send_record(&host);
+            if record.member_on(&host).is_some() {
+                core.feed(&host, Authority::Reign(record.version()), self.base);
+            }
+        }
+    }
+
+    fn version(core: &Core) -> Version {
+        core.version()
+    }
+
+    // --- inputs ------------------------------------------------------------------------------
+
+    pub(super) fn message(&mut self, core: &mut Core, from: &HostName, message: Message) -> Turn {
+        match message {
+            Message::Ack(ack) | Message::Report(ack) => self.acked(core, from, ack),
+            Message::Inquire { base } => {
+                let alive = core.version() > base || !self.phase.is_handing();
+                core.send(from, Message::Heard { base, alive });
+                core.inform(from, base);
+            }
+            Message::Seal { claim, .. } => self.seal(core, from, &claim),
+            Message::Refused {
+                term,
+                why: Refusal::Sealed,
+                promise: Some(promise),
+                ..
+            } if term == self.term => self.challenged(core, from, promise),
+            Message::Refused { term, why, .. } => self.refused(core, from, term, why),
+            Message::Fetch { term, after } => {
+                let promised = core.durable.promise.as_ref();
+                if promised.is_some_and(|p| p.term == term && p.claimant == *from) {
+                    core.feed(from, Authority::Loan(term), after);
+                }
+            }
+            Message::Heartbeat { version, .. } if version < core.version() => {
+                core.refuse(from, version.term, Refusal::RecordMovedOn, version);
+            }
+            Message::Stream { authority, .. } => {
+                let version = Version {
+                    term: authority.term(),
+                    ..Version::default()
+                };
+                if authority.term() < self.term {
+                    core.refuse(from, authority.term(), Refusal::RecordMovedOn, version);
+                }
+            }
+            _ => {}
+        }
+        self.advance(core)
+    }
+
+    /// A host says what it holds: it is to have what it lacks.
+    pub(super) fn greeted(&mut self, core: &mut Core, from: &HostName) {
+        let Some(greeting) = core.peers.get(from).and_then(|peer| peer.greeting) else {
+            return;
+        };
+        let wanted = core
+            .record
+            .as_ref()
+            .is_some_and(|record| record.concerns(from));
+        if !wanted {
+            return;
+        }
+        let follower = self
+            .followers
+            .entry(from.clone())
+            .and_modify(|follower| {
+                if follower.incarnation != greeting.incarnation {
+                    *follower = Follower::new(greeting.incarnation, core.attention.awake());
+                }
+            })
+            .or_insert_with(|| Follower::new(greeting.incarnation, core.attention.awake()));
+        follower.refuses = false;
+        let authority = Authority::Reign(Self::version(core));
+        core.feed(from, authority, greeting.tip);
+    }
+
+    fn acked(&mut self, core: &mut Core, from: &HostName, ack: Ack) {
+        core.inform(from, ack.known);
+        if ack.term != self.term {
+            return;
+        }
+        let own = core.log.appended.index;
+        let Some(follower) = self.followers.get_mut(from) else {
+            return;
+        };
+        if follower.incarnation != ack.incarnation || ack.held > own {
+            return;
+        }
+        follower.acked(&ack, core.attention.awake());
+    }
+
+    pub(super) fn recorded(&mut self, core: &mut Core, run: VmRun, batch: &Batch) -> Turn {
+        let next = core.log.appended.index;
+        if run != core.run || batch.first() != next || batch.term() != self.term {
+            return Turn::Stay;
+        }
+        let bytes = batch.payload().len() as u64;
+        core.append(batch.clone());
+        let ours = core.log.appended;
+        core.feeds.grown(ours, &mut core.actions);
+        core.executed = ours.index;
+        self.pace.recorded(core.now, ours.index, bytes);
+        self.advance(core)
+    }
+
+    pub(super) fn went_live(&mut self, core: &mut Core, run: VmRun) -> Turn {
+        if run == core.run && matches!(self.phase, Phase::GoingLive) {
+            self.phase = Phase::Live;
+            core.journal(Event::WentLive { term: self.term });
+        }
+        self.advance(core)
+    }
+
+    pub(super) fn output_waits(&mut self, core: &mut Core, bytes: u64) {
+        self.output_waits = bytes;
+        self.watch_pace(core);
+    }
+
+    pub(super) fn gateway_received(&mut self, core: &mut Core, through: replay_log::FrameNumber) {
+        core.forget(through);
+    }
+
+    pub(super) fn operator(&mut self, core: &mut Core, wish: Operator) -> Turn {
+        let refused = match wish {
+            Operator::Pair { policy, .. } => {
+                let acks = core.record.as_ref().map(|record| record.policy.acks);
+                if acks == Some(policy.acks) {
+                    self.wanted = Some(wish);
+                    return self.advance(core);
+                }
+                "what acknowledging means is fixed for the life of a VM: pair with the same acks"
+            }
+            Operator::Switchover { to } => match self.begin_switchover(core, to) {
+                Ok(()) => return self.advance(core),
+                Err(why) => why,
+            },
+            Operator::Create { .. } => "the VM exists: use pair to change its copies",
+            Operator::AcceptLoss => "this host is the primary: nothing is lost",
+        };
+        core.journal(Event::OperatorRefused {
+            why: refused.to_owned(),
+        });
+        Turn::Stay
+    }
+
+    pub(super) fn peer_up(&mut self, core: &mut Core, host: &HostName) {
+        core.send_record(host);
+    }
+
+    // --- another claims ----------------------------------------------------------------------
+
+    fn seal(&mut self, core: &mut Core, from: &HostName, claim: &Claim) {
+        core.highest = core.highest.max(claim.term);
+        if core.version() > claim.base {
+            core.refuse(from, claim.term, Refusal::RecordMovedOn, claim.base);
+        } else if self.phase.is_handing() && core.persisted.promise.as_ref() == Some(claim) {
+            let message = Message::Sealed {
+                term: claim.term,
+                incarnation: core.durable.incarnation,
+                tip: core.log.appended,
+                held: core.held(),
+            };
+            core.send(from, message);
+        } else {
+            core.refuse(from, claim.term, Refusal::PrimaryAlive, claim.base);
+        }
+    }
+
+    /// A member is sealed for somebody else: it hears nothing of this state of the record. Only
+    /// the keeper can say who is right; a confirmed record voids the claim.
+    fn challenged(&mut self, core: &mut Core, from: &HostName, promise: Claim) {
+        core.highest = core.highest.max(promise.term);
+        if promise.base < core.version() {
+            return;
+        }
+        core.feeds.stop(from, &mut core.actions);
+        if let Some(follower) = self.followers.get_mut(from) {
+            follower.refuses = true;
+        }
+        if self.challenge.is_none() && !self.phase.is_handing() {
+            core.journal(Event::Challenged {
+                by: from.clone(),
+                term: promise.term,
+                claimant: promise.claimant.clone(),
+            });
+            self.challenge = Some(promise);
+        }
+    }
+
+    fn refused(&mut self, core: &mut Core, from: &HostName, term: Term, why: Refusal) {
+        if term == self.term && why != Refusal::RecordMovedOn {
+            core.feeds.stop(from, &mut core.actions);
+        }
+        self.switchover_refused(core, from, term);
+    }
+
+    // --- commit ------------------------------------------------------------------------------
+
+    /// Through where this record's rule is satisfied.
+    fn committed_by(&self, core: &Core, record: &Record) -> LogIndex {
+        if !record.enough_copies() {
+            return LogIndex::START;
+        }
+        let evicted = |follower: &Follower| {
+            core.mutated(Mutation::LocalEviction)
+                && follower.silence(core.awake()) > core.config.timing.suspicion_floor
+        };
+        let replicas = record.members.iter().filter_map(|member| {
+            let follower = self.followers.get(&member.host);
+            let follower = follower.filter(|f| f.incarnation == member.incarnation);
+            match follower {
+                Some(follower) if evicted(follower) => None,
+                Some(follower) => Some(follower.held),
+                None => Some(LogIndex::START),
+            }
+        });
+        let mut held: Vec<_> = replicas.chain([core.held()]).collect();
+        held.sort_unstable_by(|a, b| b.cmp(a));
+        let needed = record.policy.rule.needed(held.len());
+        held.get(needed - 1).copied().unwrap_or(LogIndex::START)
+    }
+
+    /// Lets out what enough copies hold: by the record, and by the one that may replace it.
+    fn commit(&mut self, core: &mut Core) {
+        let Some(record) = core.record.as_ref() else {
+            return;
+        };
+        if core.sealed_against(record.version()) {
+            return;
+        }
+        let mut through = self.committed_by(core, record);
+        if let Some(change) = &self.change
+            && !core.mutated(Mutation::ShrinkEarly)
+        {
+            through = through.min(self.committed_by(core, &change.new));
+        }
+        if core.mutated(Mutation::ReleaseBeforeCommit) {
+            through = core.log.appended.index;
+        }
+        if through > self.committed {
+            self.committed = through;
+            core.committed = through;
+            self.pace.committed(through);
+            core.do_(Action::Release {
+                term: self.term,
+                through,
+            });
+        }
+    }
+
+    fn watch_stall(&mut self, core: &mut Core) {
+        if self.committed >= core.log.appended.index {
+            if let Some(since) = self.waiting_since.take()
+                && std::mem::take(&mut self.stalled)
+            {
+                core.journal(Event::OutputResumed {
+                    after_ms: core.now.since(since).as_millis(),
+                });
+            }
+            return;
+        }
+        let committed = core.committed;
+        let since = match self.waiting_since {
+            Some(since) if self.pace.stuck_at(committed) => since,
+            _ => {
+                self.pace.note(committed);
+                *self.waiting_since.insert(core.now)
+            }
+        };
+        let limit = core.config.timing.heartbeat.times(STALL_HEARTBEATS);
+        if core.now.since(since) < limit {
+            return;
+        }
+        if !self.stalled
+            && let Some(record) = core.record.clone()
+        {
+            self.stalled = true;
+            let tail = core.log.appended.index;
+            let members = record.members.iter();
+            let held_by = members.filter(|m| self.holds(m, tail)).count();
+            core.journal(Event::OutputStalled {
+                held_by: held_by + usize::from(core.held() >= tail),
+                needed: record.needed(),
+            });
+        }
+        // Whoever cannot be heard may be following another primary by now.
+        if core.now >= self.read_at {
+            self.read_at = core.now.plus(core.config.timing.retry);
+            core.read_record();
+        }
+    }
+
+    // --- slowing down ------------------------------------------------------------------------
+
+    fn watch_pace(&mut self, core: &mut Core) {
+        let bounds = core.config.bounds;
+        let limit = core.config.timing.lag_limit;
+        let lag = self.worst_lag(core);
+        let half = self.throttled;
+        let over = |value: u64, bound: u64| value > if half { bound / 2 } else { bound };
+        let why = if over(lag.as_nanos(), limit.as_nanos()) {
+            format!("a replica executes {lag} behind")
+        } else if over(self.pace.uncommitted_bytes(), bounds.uncommitted_log) {
+            "too much log is not committed".to_owned()
+        } else if over(self.output_waits, bounds.waiting_output) {
+            "too much output waits for its commit".to_owned()
+        } else {
+            String::new()
+        };
+        let on = !why.is_empty();
+        if on != self.throttled {
+            self.throttled = on;
+            core.do_(Action::Throttle { on });
+            let why = if on {
+                why
+            } else {
+                "everybody keeps up".to_owned()
+            };
+            core.journal(Event::Throttled { on, why });
+        }
+    }
+
+    // --- time --------------------------------------------------------------------------------
+
+    /// Whatever may have become possible.
+    pub(super) fn advance(&mut self, core: &mut Core) -> Turn {
+        self.commit(core);
+        self.watch_stall(core);
+        self.watch_pace(core);
+        self.consider_change(core);
+        self.advance_switchover(core)
+    }
+
+    pub(super) fn tick(&mut self, core: &mut Core) -> Turn {
+        if core.now >= self.beat_at {
+            self.announce(core);
+        }
+        self.retry_change(core);
+        self.advance(core)
+    }
+
+    fn announce(&mut self, core: &mut Core) {
+        self.beat_at = core.now.plus(core.config.timing.heartbeat);
+        self.pace.beat(core.log.appended.index);
+        let Some(record) = &core.record else { return };
+        let message = Message::Heartbeat {
+            version: record.version(),
+            tail: core.log.appended.index,
+            committed: self.committed,
+            forget: core.forgotten,
+        };
+        let hosts: BTreeSet<_> = record
+            .all_copies()
+            .map(|copy| &copy.host)
+            .chain(&record.hosts)
+            .filter(|host| *host != core.host())
+            .cloned()
+            .collect();
+        for host in hosts {
+            core.send(&host, message.clone());
+        }
+    }
+
+    pub(super) fn timeout(&self) -> Time {
+        self.beat_at
+    }
+
+    /// The record has changed. By this host, or over its head.
+    pub(super) fn record_changed(&mut self, core: &mut Core) -> Turn {
+        let Some(record) = core.record.clone() else {
+            return Turn::Stay;
+        };
+        if record.term > self.term {
+            return Turn::Deposed {
+                term: self.term,
+                handed_over: self.phase.is_handing()
+                    && record.member_on(core.host()) == Some(&core.me()),
+            };
+        }
+        self.change_committed(core, &record);
+        self.advance(core)
+    }
+
+    pub(super) fn abdicate(&mut self, core: &mut Core, reason: String) -> Turn {
+        core.journal(Event::Abdicated {
+            term: self.term,
+            reason,
+        });
+        let version = core.version();
+        for host in core.up_peers() {
+            core.send(&host, Message::Abdicated { version });
+        }
+        core.stop_vm(StopReason::Failed);
+        Turn::Abdicated
+    }
+
+    // --- looking -----------------------------------------------------------------------------
+
+    pub(super) fn role(&self) -> RoleName {
+        match self.phase {
+            Phase::GoingLive => RoleName::GoingLive,
+            Phase::Live => RoleName::Primary,
+            _ => RoleName::HandingOver,
+        }
+    }
+
+    pub(super) fn unprotected_since(&self) -> Option<Time> {
+        self.unprotected_since
+    }
+
+    pub(super) fn stalled_since(&self) -> Option<Time> {
+        self.waiting_since.filter(|_| self.stalled)
+    }
+
+    pub(super) fn throttled(&self) -> bool {
+        self.throttled
+    }
+
+    pub(super) fn follower_status(&self, core: &Core) -> Vec<FollowerStatus> {
+        let followers = self.followers.iter();
+        followers
+            .map(|(host, follower)| FollowerStatus {
+                host: host.clone(),
+                incarnation: follower.incarnation,
+                member: core.record.as_ref().is_some_and(|record| {
+                    let member = record.member_on(host);
+                    member.is_some_and(|m| m.incarnation == follower.incarnation)
+                }),
+                connected: core.is_up(host),
+                held: follower.held,
+                executed: follower.executed,
+                lag: self.pace.lag(core.now, follower.executed),
+                silence: follower.silence(core.awake()),
+            })
+            .collect()
+    }
+
+    fn note_protection(&mut self, core: &mut Core) {
+        let alone = core.record.as_ref().is_some_and(|r| r.members.is_empty());
+        match (alone, self.unprotected_since) {
+            (true, None) => {
+                self.unprotected_since = Some(core.now);
+                core.journal(Event::Unprotected { term: self.term });
+            }
+            (false, Some(_)) => self.unprotected_since = None,
+            _ => {}
+        }
+    }
+
+    fn on_loss(core: &Core) -> OnLoss {
+        let record = core.record.as_ref();
+        record.map_or(OnLoss::Stall, |record| record.policy.on_loss)
+    }
+
+    fn worst_lag(&self, core: &Core) -> Span {
+        let Some(record) = &core.record else {
+            return Span::ZERO;
+        };
+        // A replica that replays from the beginning is not lagging yet: it has to be let.
+        let members = record.members.iter();
+        members
+            .filter_map(|member| self.followers.get(&member.host))
+            .filter(|follower| follower.has_kept_up)
+            .map(|follower| self.pace.lag(core.now, follower.executed))
+            .max()
+            .unwrap_or_default()
+    }
+}

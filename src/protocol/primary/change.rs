@@ -1,0 +1,248 @@
+//! Changing the record of one's own reign: confirming it, removing and adding members.
+//!
+//! ```text
+//!   none ── something is to be changed, and everybody who stays holds all that was released
+//!             │
+//!             ▼
+//!         Proposed ── Done, or found done ──► none
+//!             │  ▲
+//!             │  └── Unknown: ask again for the very same
+//!             └── another term reigns ──► deposed
+//! ```
+//!
+//! From the moment a change is proposed until its outcome is known, output waits for both records:
+//! nobody knows which of them a claimant will read. For the same reason a proposal is never
+//! replaced by another one before its outcome is known.
+
+use replay_log::LogIndex;
+
+use super::super::api::{Action, Operator, Swapped};
+use super::super::core::Core;
+use super::super::event::Event;
+use super::super::mutation::Mutation;
+use super::super::name::HostName;
+use super::super::node::Turn;
+use super::super::record::{MAX_COPIES, Member, OnLoss, Policy, Record, Version};
+use super::super::time::Time;
+use super::Primary;
+
+/// A proposed record whose outcome is not known.
+#[derive(Debug)]
+pub(super) struct Change {
+    expect: Version,
+    pub(super) new: Record,
+    asking: bool,
+    again_at: Time,
+    unreachable_said: bool,
+}
+
+impl Primary {
+    /// Proposes a change if one is needed and allowed.
+    pub(super) fn consider_change(&mut self, core: &mut Core) {
+        self.note_pace(core);
+        let Some(record) = core.record.clone() else {
+            return;
+        };
+        if self.change.is_some() || self.phase.is_handing() {
+            return;
+        }
+        if self.challenge.is_some() {
+            // The same copies: nothing to hold for anybody. If members are lost as well, they are
+            // removed by the next change.
+            self.propose(core, record, "to void a claim");
+            return;
+        }
+        let (hosts, policy) = self.wishes(core, &record);
+        let members = self.wanted_members(core, &record, &hosts);
+        if members == record.members && hosts == record.hosts && policy == record.policy {
+            self.wanted = None;
+            return;
+        }
+        let hold = members
+            .iter()
+            .all(|member| self.holds(member, self.committed));
+        if !hold
+            && !core.mutated(Mutation::ShrinkEarly)
+            && !core.mutated(Mutation::MemberWithoutLog)
+        {
+            return;
+        }
+        self.say_why(core, &record, &members);
+        let why = match members.len().cmp(&record.members.len()) {
+            std::cmp::Ordering::Less => "to go on with fewer copies",
+            std::cmp::Ordering::Greater => "to go on with more copies",
+            std::cmp::Ordering::Equal => "to go on with other copies",
+        };
+        let new = Record {
+            members,
+            hosts,
+            policy,
+            ..record
+        };
+        self.propose(core, new, why);
+    }
+
+    fn wishes(&self, core: &Core, record: &Record) -> (Vec<HostName>, Policy) {
+        let Some(Operator::Pair { hosts, policy }) = &self.wanted else {
+            return (record.hosts.clone(), record.policy);
+        };
+        let mut hosts = hosts.clone();
+        hosts.push(core.host().clone());
+        hosts.sort();
+        hosts.dedup();
+        hosts.truncate(MAX_COPIES);
+        (hosts, *policy)
+    }
+
+    /// The members there should be: without the lost and the unwanted, with those that caught up.
+    fn wanted_members(&self, core: &Core, record: &Record, hosts: &[HostName]) -> Vec<Member> {
+        let shrinks = Self::on_loss(core) == OnLoss::Shrink;
+        let stays = |member: &&Member| {
+            hosts.contains(&member.host) && !(shrinks && self.lost(core, member).is_some())
+        };
+        let mut members: Vec<_> = record.members.iter().filter(stays).cloned().collect();
+        if members.len() + 1 < record.policy.min_copies as usize {
+            // Removing them would only stall output for another reason.
+            members = record.members.clone();
+            members.retain(|member| hosts.contains(&member.host));
+        }
+        for host in hosts.iter().filter(|host| *host != core.host()) {
+            let Some(follower) = self.followers.get(host) else {
+                continue;
+            };
+            let new = Member {
+                host: host.clone(),
+                incarnation: follower.incarnation,
+            };
+            if self.caught_up(core, &new) && !members.contains(&new) {
+                members.retain(|member| member.host != *host);
+                members.push(new);
+            }
+        }
+        members.sort();
+        members
+    }
+
+    fn caught_up(&self, core: &Core, candidate: &Member) -> bool {
+        let Some(follower) = self.followers.get(&candidate.host) else {
+            return false;
+        };
+        let served = core.feeds.serves(&candidate.host) && !follower.refuses;
+        let lively = follower.silence(core.awake()) < core.config.timing.suspicion_floor;
+        if core.mutated(Mutation::MemberWithoutLog) {
+            return served;
+        }
+        let through = self.committed.max(self.pace.recent_tail());
+        served && lively && through > LogIndex::START && self.holds(candidate, through)
+    }
+
+    fn say_why(&self, core: &mut Core, record: &Record, members: &[Member]) {
+        for member in &record.members {
+            if let Some(silence) = self
+                .lost(core, member)
+                .filter(|_| !members.contains(member))
+            {
+                core.journal(Event::ReplicaLost {
+                    host: member.host.clone(),
+                    silence_ms: silence.as_millis(),
+                });
+            }
+        }
+        for member in members.iter().filter(|m| !record.members.contains(m)) {
+            let held = self.followers.get(&member.host).map(|f| f.held);
+            core.journal(Event::ReplicaCaughtUp {
+                host: member.host.clone(),
+                index: held.unwrap_or_default(),
+            });
+        }
+    }
+
+    pub(super) fn propose(&mut self, core: &mut Core, mut new: Record, why: &str) {
+        let expect = core.version();
+        new.epoch = expect.epoch.next();
+        core.journal(Event::RecordProposed {
+            version: new.version(),
+            copies: new.all_copies().cloned().collect(),
+            why: why.to_owned(),
+        });
+        self.change = Some(Change {
+            expect,
+            new,
+            asking: false,
+            again_at: core.now,
+            unreachable_said: false,
+        });
+        self.retry_change(core);
+    }
+
+    /// Asks the keeper, or asks again for the same.
+    pub(super) fn retry_change(&mut self, core: &mut Core) {
+        if let Some(change) = &mut self.change
+            && !change.asking
+            && core.now >= change.again_at
+        {
+            change.asking = true;
+            core.do_(Action::SwapRecord {
+                expect: Some(change.expect),
+                new: change.new.clone(),
+            });
+        }
+    }
+
+    pub(in super::super) fn swapped(&mut self, core: &mut Core, swapped: Swapped) -> Turn {
+        let Some(change) = &mut self.change else {
+            return Turn::Stay;
+        };
+        change.asking = false;
+        match swapped {
+            Swapped::Done(record) | Swapped::Conflict(Some(record)) => {
+                if core.learn(record) {
+                    return self.record_changed(core);
+                }
+                change.again_at = core.now.plus(core.config.timing.retry);
+            }
+            Swapped::Conflict(None) => {
+                change.again_at = core.now.plus(core.config.timing.retry);
+            }
+            Swapped::Unknown { reason } => {
+                change.again_at = core.now.plus(core.config.timing.retry);
+                if !std::mem::replace(&mut change.unreachable_said, true) {
+                    core.journal(Event::RecordUnreachable { reason });
+                }
+            }
+        }
+        Turn::Stay
+    }
+
+    /// A later state of this reign's record is committed.
+    pub(super) fn change_committed(&mut self, core: &mut Core, record: &Record) {
+        let version = record.version();
+        if self
+            .change
+            .as_ref()
+            .is_some_and(|change| change.expect < version)
+        {
+            self.change = None;
+        }
+        if self
+            .challenge
+            .as_ref()
+            .is_some_and(|claim| claim.base < version)
+        {
+            self.challenge = None;
+        }
+        self.followers.retain(|host, _| record.concerns(host));
+        for host in core.up_peers() {
+            core.send_record(&host);
+            let refused = self.followers.get(&host).is_some_and(|f| f.refuses);
+            if refused && !core.feeds.serves(&host) {
+                self.greeted(core, &host);
+            }
+            if !record.concerns(&host) {
+                core.feeds.stop(&host, &mut core.actions);
+            }
+        }
+        self.note_protection(core);
+        self.switchover_record_changed(core);
+    }
+}

@@ -1,0 +1,192 @@
+//! Who holds how much of the log, and how far behind they execute it.
+
+use std::collections::VecDeque;
+
+use replay_log::LogIndex;
+
+use super::super::core::Core;
+use super::super::message::Ack;
+use super::super::name::Incarnation;
+use super::super::record::Member;
+use super::super::time::{Span, Time};
+use super::Primary;
+
+/// How often the tail of the log is noted, for measuring lag.
+const SAMPLE: Span = Span::from_millis(5);
+/// How many of these notes are kept: 20 s.
+const SAMPLES: usize = 4_096;
+/// Bytes of log that count as one when the uncommitted ones are summed up.
+const GRAIN: u64 = 64 << 10;
+
+/// A host that takes this primary's log.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Follower {
+    pub(super) incarnation: Incarnation,
+    /// It holds this reign's log through here.
+    pub(super) held: LogIndex,
+    pub(super) executed: LogIndex,
+    /// It is sealed against this state of the record.
+    pub(super) refuses: bool,
+    /// It has once executed nearly everything: from then on falling behind is lagging.
+    pub(super) has_kept_up: bool,
+    acked: Time,
+}
+
+impl Follower {
+    pub(super) fn new(incarnation: Incarnation, awake: Time) -> Self {
+        Self {
+            incarnation,
+            held: LogIndex::START,
+            executed: LogIndex::START,
+            refuses: false,
+            has_kept_up: false,
+            acked: awake,
+        }
+    }
+
+    pub(super) fn acked(&mut self, ack: &Ack, awake: Time) {
+        self.held = self.held.max(ack.held);
+        self.executed = self.executed.max(ack.executed);
+        self.acked = awake;
+    }
+
+    /// For how long it has acknowledged nothing, in awake time.
+    pub(super) fn silence(&self, awake: Time) -> Span {
+        awake.since(self.acked)
+    }
+}
+
+/// How the log grows: for lag in time, and for bytes that are not committed.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    samples: VecDeque<(Time, LogIndex)>,
+    uncommitted: VecDeque<(LogIndex, u64)>,
+    bytes: u64,
+    beats: [LogIndex; 3],
+    noted: Option<LogIndex>,
+}
+
+impl Pace {
+    pub(super) fn recorded(&mut self, now: Time, end: LogIndex, bytes: u64) {
+        let due = self
+            .samples
+            .back()
+            .is_none_or(|(at, _)| now.since(*at) >= SAMPLE);
+        if due {
+            if self.samples.len() == SAMPLES {
+                self.samples.pop_front();
+            }
+            self.samples.push_back((now, end));
+        }
+        self.bytes += bytes;
+        match self.uncommitted.back_mut() {
+            Some((last, sum)) if *sum + bytes <= GRAIN => {
+                *last = end;
+                *sum += bytes;
+            }
+            _ => self.uncommitted.push_back((end, bytes)),
+        }
+    }
+
+    pub(super) fn committed(&mut self, through: LogIndex) {
+        while let Some((end, bytes)) = self.uncommitted.front().copied()
+            && end <= through
+        {
+            self.uncommitted.pop_front();
+            self.bytes -= bytes;
+        }
+    }
+
+    pub(super) fn uncommitted_bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// How long ago the first entry was recorded that somebody has not executed.
+    pub(super) fn lag(&self, now: Time, executed: LogIndex) -> Span {
+        let first = self.samples.partition_point(|(_, end)| *end <= executed);
+        self.samples
+            .get(first)
+            .map_or(Span::ZERO, |(at, _)| now.since(*at))
+    }
+
+    /// A heartbeat is sent, with the log ending here.
+    pub(super) fn beat(&mut self, tail: LogIndex) {
+        self.beats.rotate_right(1);
+        self.beats[0] = tail;
+    }
+
+    /// Where the log ended about two heartbeats ago: who holds that has caught up.
+    pub(super) fn recent_tail(&self) -> LogIndex {
+        self.beats[2]
+    }
+
+    /// Whether the commit is where it was noted.
+    pub(super) fn stuck_at(&self, committed: LogIndex) -> bool {
+        self.noted == Some(committed)
+    }
+
+    pub(super) fn note(&mut self, committed: LogIndex) {
+        self.noted = Some(committed);
+    }
+}
+
+impl Primary {
+    /// Whether this very holding is known to hold the log through here.
+    pub(super) fn holds(&self, member: &Member, through: LogIndex) -> bool {
+        let follower = self.followers.get(&member.host);
+        follower.is_some_and(|f| f.incarnation == member.incarnation && f.held >= through)
+    }
+
+    /// Whether this member has not acknowledged for so long that it counts as lost. One that
+    /// has taken another incarnation is lost at once: it can never acknowledge as a member again.
+    pub(super) fn lost(&self, core: &Core, member: &Member) -> Option<Span> {
+        let follower = self.followers.get(&member.host)?;
+        let silence = follower.silence(core.awake());
+        let gone = follower.incarnation != member.incarnation;
+        (gone || silence >= core.config.timing.shrink_after).then_some(silence)
+    }
+
+    /// Notes who executes nearly as fast as the log grows.
+    pub(super) fn note_pace(&mut self, core: &Core) {
+        let half = Span::from_nanos(core.config.timing.lag_limit.as_nanos() / 2);
+        for follower in self.followers.values_mut() {
+            if self.pace.lag(core.now, follower.executed) < half {
+                follower.has_kept_up = true;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(ms: u64) -> Time {
+        Time::from_nanos(ms * 1_000_000)
+    }
+
+    #[test]
+    fn lag_is_the_age_of_the_first_entry_not_executed() {
+        let mut pace = Pace::default();
+        for n in 1..=100 {
+            pace.recorded(at(n * 10), LogIndex(n), 10);
+        }
+        assert_eq!(pace.lag(at(1_000), LogIndex(100)), Span::ZERO);
+        assert_eq!(pace.lag(at(1_000), LogIndex(99)), Span::ZERO);
+        assert_eq!(pace.lag(at(1_000), LogIndex(50)).as_millis(), 1_000 - 510);
+        assert_eq!(pace.lag(at(1_000), LogIndex(0)).as_millis(), 990);
+    }
+
+    #[test]
+    fn uncommitted_bytes_are_those_behind_the_commit() {
+        let mut pace = Pace::default();
+        for n in 1..=10 {
+            pace.recorded(at(n), LogIndex(n), GRAIN);
+        }
+        assert_eq!(pace.uncommitted_bytes(), 10 * GRAIN);
+        pace.committed(LogIndex(4));
+        assert_eq!(pace.uncommitted_bytes(), 6 * GRAIN);
+        pace.committed(LogIndex(10));
+        assert_eq!(pace.uncommitted_bytes(), 0);
+    }
+}

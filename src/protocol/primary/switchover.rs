@@ -1,0 +1,205 @@
+//! The planned switchover: stop the guest, let the target have everything, promise to it, and ask
+//! it to claim. Nobody suspects anybody, and nothing is lost.
+//!
+//! Until the promise is made giving up is simply letting the guest go on. Afterwards the target
+//! may win at any time, so the keeper has to confirm this reign first: that voids the claim.
+
+use replay_log::{LogIndex, Term};
+
+use super::super::api::Action;
+use super::super::core::Core;
+use super::super::event::Event;
+use super::super::message::{Claim, Message};
+use super::super::name::{HostName, VmRun};
+use super::super::node::Turn;
+use super::super::record::Member;
+use super::super::time::Time;
+use super::Primary;
+
+/// Where a reign stands.
+#[derive(Debug)]
+pub(super) enum Phase {
+    /// The VMM replays to the end of the log.
+    GoingLive,
+    /// The guest runs.
+    Live,
+    /// The guest is being stopped.
+    Pausing { to: HostName, since: Time },
+    /// The guest is stopped; the target takes and executes the rest.
+    Draining { to: HostName, since: Time },
+    /// The target is to claim; this host hears nobody who reigns by the present record, and
+    /// releases nothing by it.
+    Handing {
+        to: HostName,
+        since: Time,
+        claim: Claim,
+        asked: bool,
+        /// It took too long: the keeper is asked to confirm this reign.
+        regretted: bool,
+    },
+}
+
+impl Phase {
+    pub(super) fn is_handing(&self) -> bool {
+        matches!(self, Self::Handing { .. })
+    }
+}
+
+impl Primary {
+    pub(super) fn begin_switchover(
+        &mut self,
+        core: &mut Core,
+        to: Option<HostName>,
+    ) -> Result<(), &'static str> {
+        if !matches!(self.phase, Phase::Live) {
+            return Err("the guest does not run here yet, or a switchover is under way: try later");
+        }
+        let Some(record) = &core.record else {
+            return Err("there is no record yet: try later");
+        };
+        let mut members = record.members.iter();
+        let fits = |m: &&Member| core.is_up(&m.host) && self.lost(core, m).is_none();
+        let member = match &to {
+            Some(to) => members.find(|m| m.host == *to && fits(m)),
+            None => members.find(fits),
+        };
+        let Some(member) = member else {
+            return Err("only a connected member of the record can take over: see status");
+        };
+        let to = member.host.clone();
+        core.journal(Event::SwitchoverBegan { to: to.clone() });
+        core.do_(Action::PauseVm { run: core.run });
+        let since = core.now;
+        self.phase = Phase::Pausing { to, since };
+        Ok(())
+    }
+
+    pub(in super::super) fn paused(&mut self, core: &mut Core, run: VmRun) -> Turn {
+        if run == core.run
+            && let Phase::Pausing { to, since } = &self.phase
+        {
+            self.phase = Phase::Draining {
+                to: to.clone(),
+                since: *since,
+            };
+        }
+        self.advance(core)
+    }
+
+    pub(super) fn advance_switchover(&mut self, core: &mut Core) -> Turn {
+        let patience = core.config.timing.switchover_patience;
+        let late = |since: Time| core.now.since(since) >= patience;
+        match &self.phase {
+            Phase::Pausing { since, .. } | Phase::Draining { since, .. } if late(*since) => {
+                self.resume(core, "it took too long");
+            }
+            Phase::Draining { to, since } => {
+                let (to, since) = (to.clone(), *since);
+                // A change that is under way would void the claim.
+                if self.change.is_none() && self.challenge.is_none() && self.has_all(core, &to) {
+                    self.hand_over(core, to, since);
+                }
+            }
+            Phase::Handing {
+                since, regretted, ..
+            } if late(*since) && !regretted => self.regret(core),
+            Phase::Handing { .. } => self.ask_target(core),
+            _ => {}
+        }
+        Turn::Stay
+    }
+
+    /// Whether the target holds and has executed the whole log, and all of it is committed.
+    fn has_all(&self, core: &Core, to: &HostName) -> bool {
+        let tail = core.log.appended.index;
+        let member = core.record.as_ref().and_then(|record| record.member_on(to));
+        let done = self.followers.get(to).is_some_and(|f| f.executed >= tail);
+        done && tail > LogIndex::START
+            && self.committed >= tail
+            && member.is_some_and(|member| self.holds(member, tail))
+    }
+
+    fn hand_over(&mut self, core: &mut Core, to: HostName, since: Time) {
+        let claim = Claim {
+            term: core.highest.max(self.term).next(),
+            claimant: to.clone(),
+            base: core.version(),
+        };
+        core.promise(claim.clone());
+        self.phase = Phase::Handing {
+            to,
+            since,
+            claim,
+            asked: false,
+            regretted: false,
+        };
+    }
+
+    fn ask_target(&mut self, core: &mut Core) {
+        if let Phase::Handing {
+            to, claim, asked, ..
+        } = &mut self.phase
+            && !*asked
+            && core.persisted.promise.as_ref() == Some(claim)
+        {
+            *asked = true;
+            let message = Message::Handover {
+                claim: claim.clone(),
+                tip: core.log.appended,
+            };
+            let event = Event::HandedOver {
+                to: to.clone(),
+                term: claim.term,
+            };
+            let to = to.clone();
+            core.journal(event);
+            core.send(&to, message);
+        }
+    }
+
+    /// Too late to simply go on: the keeper must confirm this reign before.
+    fn regret(&mut self, core: &mut Core) {
+        if let Phase::Handing { regretted, .. } = &mut self.phase {
+            *regretted = true;
+        }
+        if let Some(record) = core.record.clone().filter(|_| self.change.is_none()) {
+            self.propose(core, record, "to take back a switchover");
+        }
+    }
+
+    pub(super) fn switchover_refused(&mut self, core: &mut Core, from: &HostName, term: Term) {
+        if let Phase::Handing {
+            to,
+            claim,
+            regretted: false,
+            ..
+        } = &self.phase
+            && to == from
+            && claim.term == term
+        {
+            self.regret(core);
+        }
+    }
+
+    /// A confirmed record voids the claim: the guest goes on here.
+    pub(super) fn switchover_record_changed(&mut self, core: &mut Core) {
+        if let Phase::Handing { claim, .. } = &self.phase
+            && core.version() > claim.base
+        {
+            self.resume(core, "the target has not claimed");
+        }
+    }
+
+    fn resume(&mut self, core: &mut Core, why: &str) {
+        if let Phase::Pausing { to, .. } | Phase::Draining { to, .. } | Phase::Handing { to, .. } =
+            &self.phase
+        {
+            core.journal(Event::SwitchoverFailed {
+                to: to.clone(),
+                why: why.to_owned(),
+            });
+            core.do_(Action::ResumeVm { run: core.run });
+            self.phase = Phase::Live;
+        }
+    }
+}

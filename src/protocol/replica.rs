@@ -1,0 +1,647 @@
+//! A host that does not reign: it takes the log, promises itself to claimants, watches the primary.
+//!
+//! ```text
+//!                    Stream by one who may            the primary is silent, or abdicated,
+//!                 ┌───────────────────────┐           and this is a copy
+//!                 ▼                       │      ┌────────────────────────────┐
+//!   Start ──► Waiting ──────────────► Following ─┤                            ▼
+//!                 ▲  ▲                    │      │     ┌──── vouched for ── Inquiring
+//!                 │  └── Seal: promise ───┤      └─────┘  (Heard, or it speaks)  │
+//!                 │                       │                                      │ nobody hears it,
+//!                 │       Diverged: drop the log,                                │ the keeper says it
+//!                 └────── new incarnation ┘                                      ▼ still reigns
+//!                                                                            Controller
+//! ```
+
+use std::collections::BTreeSet;
+
+use replay_log::{Batch, FrameNumber, LogIndex, LogTip, Term};
+
+use super::api::{Operator, StopReason};
+use super::controller::Kind;
+use super::core::Core;
+use super::detector::Detector;
+use super::event::Event;
+use super::message::{Authority, Claim, Message, Refusal};
+use super::mutation::Mutation;
+use super::name::HostName;
+use super::node::Turn;
+use super::record::{Acks, Record, Version};
+use super::time::{Span, Time};
+
+/// Whose log is being taken.
+#[derive(Clone, Debug)]
+struct Source {
+    host: HostName,
+    authority: Authority,
+}
+
+/// "Does anybody hear the primary?"
+#[derive(Debug)]
+struct Inquiry {
+    base: Version,
+    since: Time,
+    /// The keeper has confirmed that the record is still the one asked about.
+    confirmed: bool,
+    silent: BTreeSet<HostName>,
+    asked: BTreeSet<HostName>,
+}
+
+/// The state of a host that does not reign.
+#[derive(Debug)]
+pub(super) struct Replica {
+    source: Option<Source>,
+    detector: Detector,
+    suspected: bool,
+    abdicated: bool,
+    inquiry: Option<Inquiry>,
+    /// No claim before this.
+    not_before: Time,
+    /// The promise that waits for being durable before it is told.
+    sealing: Option<Claim>,
+    report_at: Time,
+    hello_at: Time,
+    read_at: Time,
+    replay_at: Option<Time>,
+    waiting_said: bool,
+}
+
+impl Replica {
+    pub(super) fn new(core: &Core) -> Self {
+        Self {
+            source: None,
+            detector: Detector::new(core.awake(), &core.config.timing),
+            suspected: false,
+            abdicated: false,
+            inquiry: None,
+            not_before: core.now,
+            sealing: None,
+            report_at: core.now,
+            hello_at: core.now,
+            read_at: core.now.plus(core.config.timing.retry),
+            replay_at: None,
+            waiting_said: false,
+        }
+    }
+
+    /// One that should let others go first for so long.
+    pub(super) fn patient(core: &Core, span: Span) -> Self {
+        Self {
+            not_before: core.now.plus(span),
+            ..Self::new(core)
+        }
+    }
+
+    pub(super) fn follows(&self) -> bool {
+        self.source.is_some()
+    }
+
+    pub(super) fn silence(&self, core: &Core) -> Span {
+        self.detector.silence(core.awake())
+    }
+
+    // --- messages ----------------------------------------------------------------------------
+
+    pub(super) fn message(&mut self, core: &mut Core, from: &HostName, message: Message) -> Turn {
+        match message {
+            Message::Stream { authority, after } => self.stream(core, from, authority, after),
+            Message::Log { term, batch } => self.log(core, from, term, batch),
+            Message::Heartbeat {
+                version,
+                tail: _,
+                committed,
+                forget,
+            } => self.heartbeat(core, from, version, committed, forget),
+            Message::Diverged { authority, tip } => self.diverged(core, from, &authority, tip),
+            Message::Inquire { base } => self.inquired(core, from, base),
+            Message::Heard { base, alive } => return self.heard(core, from, base, alive),
+            Message::Seal { claim, consent } => self.seal(core, from, claim, consent),
+            Message::Fetch { term, after } => {
+                let promised = core.durable.promise.as_ref();
+                if promised.is_some_and(|p| p.term == term && p.claimant == *from) {
+                    core.feed(from, Authority::Loan(term), after);
+                }
+            }
+            Message::Handover { claim, tip } => return self.handover(core, from, claim, tip),
+            Message::Abdicated { version } => {
+                let record = core.record.as_ref();
+                if record.is_some_and(|r| r.term == version.term && r.primary.host == *from) {
+                    self.abdicated = true;
+                    self.source = None;
+                }
+            }
+            _ => {}
+        }
+        Turn::Stay
+    }
+
+    /// Whether `from` may be heard as the primary of this state of the record. Refuses if not.
+    fn may_reign(&mut self, core: &mut Core, from: &HostName, version: Version) -> bool {
+        if core.mutated(Mutation::AcceptLowerTerm) {
+            return true;
+        }
+        if core.sealed_against(version) {
+            core.refuse(from, version.term, Refusal::Sealed, version);
+            return false;
+        }
+        let Some(record) = core.record.as_ref() else {
+            return true;
+        };
+        if version.term < record.term
+            || (version.term == record.term && record.primary.host != *from)
+        {
+            core.refuse(from, version.term, Refusal::RecordMovedOn, version);
+            return false;
+        }
+        true
+    }
+
+    /// The primary was heard: no doubt about it any more.
+    fn alive(&mut self, core: &Core) {
+        self.detector.heard(core.awake());
+        self.suspected = false;
+        self.inquiry = None;
+    }
+
+    fn stream(&mut self, core: &mut Core, from: &HostName, authority: Authority, after: LogTip) {
+        if !core.settled() {
+            return;
+        }
+        let allowed = match &authority {
+            Authority::Reign(version) => self.may_reign(core, from, *version),
+            Authority::Claim(claim) => {
+                claim.claimant == *from && core.durable.promise.as_ref() == Some(claim)
+            }
+            Authority::Loan(_) => false,
+        };
+        if !allowed {
+            return;
+        }
+        if after != core.log.appended {
+            // It answers a greeting that has been overtaken by what came since, or its log is not
+            // ours; it finds out which.
+            self.source = None;
+            core.hello(from);
+            return;
+        }
+        if let Authority::Reign(version) = &authority {
+            self.alive(core);
+            self.abdicated = false;
+            let event = Event::Following {
+                primary: from.clone(),
+                term: version.term,
+                index: after.index,
+            };
+            core.journal(event);
+        }
+        core.ensure_replay();
+        self.source = Some(Source {
+            host: from.clone(),
+            authority,
+        });
+        self.acknowledge(core);
+    }
+
+    fn log(&mut self, core: &mut Core, from: &HostName, term: Term, batch: Batch) {
+        let Some(source) = &self.source else { return };
+        if source.host != *from || source.authority.term() != term || !core.settled() {
+            return;
+        }
+        let tip = core.log.appended;
+        if batch.first() != tip.index || batch.term() < tip.term || batch.term() > term {
+            self.source = None;
+            core.hello(from);
+            return;
+        }
+        if matches!(source.authority, Authority::Reign(_)) {
+            self.alive(core);
+        }
+        core.append(batch);
+    }
+
+    fn heartbeat(
+        &mut self,
+        core: &mut Core,
+        from: &HostName,
+        version: Version,
+        committed: LogIndex,
+        forget: FrameNumber,
+    ) {
+        if !self.may_reign(core, from, version) {
+            return;
+        }
+        self.alive(core);
+        self.detector.beat(core.awake());
+        let ours = self.source.as_ref().is_some_and(|s| s.host == *from);
+        if ours {
+            core.committed = core.committed.max(committed.min(core.log.appended.index));
+            core.forget(forget);
+        } else if core.now >= self.hello_at {
+            self.hello_at = core.now.plus(core.config.timing.retry);
+            core.hello(from);
+        }
+    }
+
+    fn diverged(&mut self, core: &mut Core, from: &HostName, authority: &Authority, tip: LogTip) {
+        // A claimant's word is not enough to drop a log: its claim may fail, and the log may be
+        // what the next one needs.
+        let Authority::Reign(version) = authority else {
+            return;
+        };
+        if core.settled() && self.may_reign(core, from, *version) && tip == core.log.appended {
+            self.source = None;
+            core.renew(true, "the log here is not the beginning of the primary's");
+        }
+    }
+
+    // --- promises ----------------------------------------------------------------------------
+
+    fn seal(&mut self, core: &mut Core, from: &HostName, claim: Claim, consent: bool) {
+        if claim.claimant != *from {
+            return;
+        }
+        core.highest = core.highest.max(claim.term);
+        if let Some(why) = self.objection(core, &claim, consent) {
+            core.refuse(from, claim.term, why, claim.base);
+            return;
+        }
+        self.inquiry = None;
+        // The claimant has as long as it takes before this host thinks of claiming itself.
+        let patience = core.config.timing.claim_patience;
+        self.not_before = self.not_before.max(core.now.plus(patience));
+        if core.mutated(Mutation::NoSeal) {
+            self.tell_sealed(core, &claim);
+            return;
+        }
+        self.source = None;
+        if core.durable.promise.as_ref() != Some(&claim) {
+            core.promise(claim.clone());
+        }
+        self.sealing = Some(claim);
+        self.try_tell_sealed(core);
+    }
+
+    fn objection(&self, core: &Core, claim: &Claim, consent: bool) -> Option<Refusal> {
+        if !core.settled() {
+            return Some(Refusal::Starting);
+        }
+        let known = core.version();
+        if known > claim.base {
+            return Some(Refusal::RecordMovedOn);
+        }
+        if known == claim.base && !core.is_copy() {
+            return Some(Refusal::NotACopy);
+        }
+        if core.promised_otherwise(claim) {
+            return Some(Refusal::Promised);
+        }
+        (!consent && self.vouches(core)).then_some(Refusal::PrimaryAlive)
+    }
+
+    /// Whether this host has heard the primary lately.
+    fn vouches(&self, core: &Core) -> bool {
+        let following = self.source.as_ref();
+        following.is_some_and(|s| matches!(s.authority, Authority::Reign(_)))
+            && !self.abdicated
+            && self.silence(core) < core.config.timing.lease
+    }
+
+    /// Tells the promise once it is durable and everything taken before it is stored.
+    pub(super) fn try_tell_sealed(&mut self, core: &mut Core) {
+        let durable = core.persisted.promise.as_ref() == self.sealing.as_ref();
+        if durable
+            && core.log.stored.index >= core.log.appended.index
+            && let Some(claim) = self.sealing.take()
+        {
+            self.tell_sealed(core, &claim);
+            core.journal(Event::Sealed {
+                term: claim.term,
+                claimant: claim.claimant,
+                index: core.log.appended.index,
+            });
+        }
+    }
+
+    #[allow(clippy::unused_self, reason = "a method beside the one that calls it")]
+    fn tell_sealed(&self, core: &mut Core, claim: &Claim) {
+        let message = Message::Sealed {
+            term: claim.term,
+            incarnation: core.durable.incarnation,
+            tip: core.log.appended,
+            held: core.held(),
+        };
+        core.send(&claim.claimant, message);
+    }
+
+    fn handover(&mut self, core: &mut Core, from: &HostName, claim: Claim, tip: LogTip) -> Turn {
+        let record = core.record.as_ref();
+        let fits = record.is_some_and(|r| r.version() == claim.base && r.primary.host == *from)
+            && claim.claimant == *core.host()
+            && core.settled()
+            && core.is_copy()
+            && tip == core.log.appended
+            && !core.promised_otherwise(&claim);
+        match core.record.clone().filter(|_| fits) {
+            Some(base) => Turn::Claim {
+                kind: Kind::Handover(claim),
+                base: Some(base),
+            },
+            None => {
+                core.refuse(from, claim.term, Refusal::NotACopy, claim.base);
+                Turn::Stay
+            }
+        }
+    }
+
+    // --- suspicion ---------------------------------------------------------------------------
+
+    fn inquired(&mut self, core: &mut Core, from: &HostName, base: Version) {
+        let alive = core.version() > base || self.vouches(core);
+        core.send(from, Message::Heard { base, alive });
+        core.inform(from, base);
+    }
+
+    fn heard(&mut self, core: &mut Core, from: &HostName, base: Version, alive: bool) -> Turn {
+        let Some(inquiry) = self.inquiry.as_mut().filter(|i| i.base == base) else {
+            return Turn::Stay;
+        };
+        if !alive {
+            inquiry.silent.insert(from.clone());
+            return self.consider_claim(core);
+        }
+        self.inquiry = None;
+        self.not_before = core.now.plus(core.config.timing.suspicion_floor);
+        if let Some(record) = &core.record {
+            let primary = record.primary.host.clone();
+            let by = from.clone();
+            core.journal(Event::SuspicionLifted { primary, by });
+        }
+        Turn::Stay
+    }
+
+    /// How long this host waits for the primary before it inquires.
+    fn patience(&self, core: &Core, record: &Record) -> Span {
+        let timing = &core.config.timing;
+        let rank = record.rank(core.host()).unwrap_or(0) as u64;
+        let base = if self.abdicated {
+            Span::ZERO
+        } else {
+            self.detector.patience(timing)
+        };
+        base.plus(timing.stagger.times(rank))
+    }
+
+    fn watch(&mut self, core: &mut Core) -> Turn {
+        let Some(record) = core.record.clone() else {
+            return Turn::Stay;
+        };
+        let silence = self.silence(core);
+        let suspicious = self.abdicated || silence >= self.detector.patience(&core.config.timing);
+        if !suspicious {
+            return Turn::Stay;
+        }
+        if !core.is_copy() {
+            return self.cold_boot(core, &record);
+        }
+        if !self.suspected && record.primary.host != *core.host() {
+            self.suspected = true;
+            core.journal(Event::Suspected {
+                primary: record.primary.host.clone(),
+                silence_ms: silence.as_millis(),
+            });
+        }
+        let due = silence >= self.patience(core, &record) && core.now >= self.not_before;
+        if due && self.inquiry.is_none() && self.sealing.is_none() {
+            self.inquire(core, &record);
+        }
+        self.consider_claim(core)
+    }
+
+    fn inquire(&mut self, core: &mut Core, record: &Record) {
+        let base = record.version();
+        let mut asked = BTreeSet::new();
+        for host in core.up_peers() {
+            if record.copy_on(&host).is_some() {
+                core.send(&host, Message::Inquire { base });
+                asked.insert(host);
+            }
+        }
+        self.inquiry = Some(Inquiry {
+            base,
+            since: core.now,
+            confirmed: false,
+            silent: BTreeSet::new(),
+            asked,
+        });
+        self.read_at = core.now.plus(core.config.timing.retry);
+        core.read_record();
+    }
+
+    fn consider_claim(&mut self, core: &mut Core) -> Turn {
+        let Some(inquiry) = &self.inquiry else {
+            return Turn::Stay;
+        };
+        let waited = core.now.since(inquiry.since) >= core.config.timing.inquiry;
+        let everybody = inquiry.asked.iter().all(|h| inquiry.silent.contains(h));
+        if !(inquiry.confirmed && (waited || everybody)) {
+            return Turn::Stay;
+        }
+        match core.record.clone() {
+            Some(base) if base.version() == inquiry.base && core.is_copy() => Turn::Claim {
+                kind: Kind::Succession {
+                    awake: inquiry.silent.clone(),
+                },
+                base: Some(base),
+            },
+            _ => {
+                self.inquiry = None;
+                Turn::Stay
+            }
+        }
+    }
+
+    /// Everybody has lost what was only in memory: the host that was the primary has the disks.
+    fn cold_boot(&mut self, core: &mut Core, record: &Record) -> Turn {
+        let here = record.primary.host == *core.host();
+        if !here || record.policy.acks != Acks::Memory || !core.settled() {
+            return Turn::Stay;
+        }
+        let gone = |member: &super::record::Member| {
+            let greeting = core.peers.get(&member.host).and_then(|peer| peer.greeting);
+            greeting.is_some_and(|greeting| greeting.incarnation > member.incarnation)
+        };
+        let missing: Vec<_> = record.members.iter().filter(|m| !gone(m)).collect();
+        if missing.is_empty() {
+            return Turn::Claim {
+                kind: Kind::Cold,
+                base: Some(record.clone()),
+            };
+        }
+        if !self.waiting_said {
+            self.waiting_said = true;
+            let names: Vec<_> = missing.iter().map(ToString::to_string).collect();
+            core.journal(Event::Waiting {
+                why: format!(
+                    "lost its memory and boots from its disks only when {} cannot have the log \
+                     any more",
+                    names.join(", ")
+                ),
+            });
+        }
+        Turn::Stay
+    }
+
+    // --- everything else ---------------------------------------------------------------------
+
+    /// A newer record is known.
+    pub(super) fn record_changed(&mut self, core: &mut Core, new_term: bool) {
+        self.inquiry = None;
+        self.waiting_said = false;
+        if new_term {
+            self.abdicated = false;
+            self.suspected = false;
+            self.detector = Detector::new(core.awake(), &core.config.timing);
+            if let Some(source) = &self.source
+                && source.authority.term() < core.version().term
+                && !core.mutated(Mutation::AcceptLowerTerm)
+            {
+                self.source = None;
+            }
+        }
+        let primary = core.record.as_ref().map(|r| r.primary.host.clone());
+        if let Some(primary) = primary
+            && self.source.as_ref().is_none_or(|s| s.host != primary)
+        {
+            core.hello(&primary);
+        }
+    }
+
+    pub(super) fn record_read(&mut self, core: &mut Core) -> Turn {
+        let known = core.version();
+        if let Some(inquiry) = &mut self.inquiry
+            && inquiry.base == known
+        {
+            inquiry.confirmed = true;
+        }
+        self.consider_claim(core)
+    }
+
+    pub(super) fn peer_down(&mut self, host: &HostName) {
+        if self.source.as_ref().is_some_and(|s| s.host == *host) {
+            self.source = None;
+        }
+        if let Some(inquiry) = &mut self.inquiry {
+            inquiry.asked.remove(host);
+        }
+    }
+
+    /// The log here is another one now.
+    pub(super) fn renewed(&mut self, core: &mut Core) {
+        self.source = None;
+        core.hello_all();
+    }
+
+    pub(super) fn vm_failed(&mut self, core: &mut Core) {
+        core.stop_vm(StopReason::Failed);
+        let wait = core.config.timing.claim_patience;
+        self.replay_at = Some(core.now.plus(wait));
+        self.not_before = self.not_before.max(core.now.plus(wait.times(2)));
+    }
+
+    pub(super) fn operator(&mut self, core: &mut Core, wish: Operator) -> Turn {
+        let refused = match wish {
+            Operator::Create { hosts, policy } => {
+                if !core.record_read {
+                    "the keeper of records has not answered yet: try again when it can be reached"
+                } else if core.record.is_some() {
+                    "a VM of this name exists: choose another name"
+                } else {
+                    return Turn::Claim {
+                        kind: Kind::First { hosts, policy },
+                        base: None,
+                    };
+                }
+            }
+            Operator::AcceptLoss => match core.record.clone() {
+                Some(base) if core.log.appended.index > LogIndex::START => {
+                    return Turn::Claim {
+                        kind: Kind::Forced {
+                            silence: self.silence(core),
+                        },
+                        base: Some(base),
+                    };
+                }
+                _ => "this host holds no log of the VM: ask a host that does",
+            },
+            Operator::Pair { .. } | Operator::Switchover { .. } => {
+                "this host is not the primary: ask the one that is"
+            }
+        };
+        core.journal(Event::OperatorRefused {
+            why: refused.to_owned(),
+        });
+        Turn::Stay
+    }
+
+    /// What is held has changed: tells whoever sends it.
+    pub(super) fn acknowledge(&mut self, core: &mut Core) {
+        if let Some(source) = &self.source {
+            let ack = core.ack(source.authority.term());
+            self.report_at = core.now.plus(core.config.timing.heartbeat);
+            core.send(&source.host, Message::Ack(ack));
+        }
+    }
+
+    pub(super) fn tick(&mut self, core: &mut Core) -> Turn {
+        if core.now >= self.report_at
+            && let Some(source) = &self.source
+        {
+            let ack = core.ack(source.authority.term());
+            self.report_at = core.now.plus(core.config.timing.heartbeat);
+            core.send(&source.host, Message::Report(ack));
+        }
+        if self.replay_at.is_some_and(|at| core.now >= at) && core.settled() {
+            self.replay_at = None;
+            core.ensure_replay();
+        }
+        let lost = self.source.is_none() || self.suspected;
+        if lost && core.now >= self.read_at {
+            // A host that the VM does not concern need not know at once when that changes.
+            let concerned = core
+                .record
+                .as_ref()
+                .is_some_and(|r| r.concerns(core.host()));
+            let pause = core
+                .config
+                .timing
+                .retry
+                .times(if concerned { 1 } else { 5 });
+            self.read_at = core.now.plus(pause);
+            core.read_record();
+        }
+        self.watch(core)
+    }
+
+    /// When to be called at the latest.
+    pub(super) fn timeout(&self, core: &Core) -> Time {
+        let timing = &core.config.timing;
+        let silence = self.silence(core);
+        let mut at = core.now.plus(timing.heartbeat);
+        if self.source.is_some() {
+            at = at.min(self.report_at);
+        }
+        if let Some(record) = core.record.as_ref().filter(|_| core.is_copy()) {
+            let patience = self.patience(core, record);
+            if patience > silence {
+                at = at.min(core.now.plus(patience.minus(silence)));
+            }
+        }
+        if let Some(inquiry) = &self.inquiry {
+            let due = inquiry.since.plus(timing.inquiry);
+            if due > core.now {
+                at = at.min(due);
+            }
+        }
+        at
+    }
+}
