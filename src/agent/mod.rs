@@ -3,4 +3,5 @@
 pub mod certs;
 pub mod durable;
 pub mod frames;
+pub mod init;
 pub mod link;
