@@ -5,3 +5,4 @@ pub mod durable;
 pub mod frames;
 pub mod init;
 pub mod link;
+pub mod witness;

@@ -24,6 +24,7 @@ use thiserror::Error;
 
 pub use close::{CloseReason, Ended};
 pub use counters::{Counter, LinkCounters};
+pub(crate) use endpoint::lock;
 pub use endpoint::{Address, BindError, DialError, Endpoint, IncomingStream, Peer, StreamKind};
 pub use lanes::Link;
 pub use request::{Answers, Channel, Reply, RequestError, serve_requests};
