@@ -1,1 +1,99 @@
-//! cli
+//! The command line: one file a command, each with its `Args` and a function `run` that does it.
+//!
+//! What a command has to say goes to stdout, how it goes and why it fails to stderr. A command
+//! fails with a [`Failure`]: one sentence, one exit code.
+
+pub mod failure;
+pub mod output;
+pub mod suggest;
+
+mod doctor;
+mod replay;
+mod run;
+
+use std::future::Future;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use failure::{EXIT_CODES, Exit, Failure, OrExit as _};
+
+/// Says what to log, in the syntax of `tracing_subscriber::EnvFilter`.
+const LOG_VARIABLE: &str = "UNDERSTUDY_LOG";
+
+/// Keeps a virtual machine alive on unreliable hosts.
+///
+/// A guest runs on a primary host; every nondeterministic event that reaches it is recorded and
+/// streamed to replicas, which replay it. When the primary fails, a replica goes on where it was,
+/// and clients keep their TCP connections.
+#[derive(Debug, Parser)]
+#[command(name = "understudy", version, after_help = EXIT_CODES, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a guest on this host alone, in the foreground
+    Run(run::Args),
+    /// Replay a recorded log and check every digest in it
+    Replay(replay::Args),
+    /// Say what this host can do, and what it lacks
+    Doctor(doctor::Args),
+}
+
+/// The whole program.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log_to_stderr();
+    match dispatch(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn dispatch(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Run(args) => run::run(&args),
+        Command::Replay(args) => replay::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+    }
+}
+
+fn log_to_stderr() {
+    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+}
+
+/// Runs a command that does I/O until it ends, or until Ctrl-C or SIGTERM: then it is dropped,
+/// and whatever it holds (processes, folders, sockets) with it.
+fn block_on(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .or_fail()?;
+    runtime.block_on(async {
+        tokio::select! {
+            ended = command => ended,
+            interrupted = interrupted() => Err(interrupted),
+        }
+    })
+}
+
+async fn interrupted() -> Failure {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = match signal(SignalKind::terminate()) {
+        Ok(terminate) => terminate,
+        Err(error) => return Failure::new(Exit::Failed, error),
+    };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminate.recv() => {}
+    }
+    Failure::new(Exit::Interrupted, "interrupted")
+}

@@ -1,0 +1,94 @@
+//! How results look: tables without frames, and figures that people can read.
+
+use std::io::IsTerminal as _;
+use std::time::Duration;
+
+use comfy_table::{ContentArrangement, Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use super::failure::{Failure, OrExit as _};
+
+/// An empty table with these column heads.
+pub fn table<const N: usize>(heads: [&str; N]) -> Table {
+    let mut table = Table::new();
+    table
+        .load_style(presets::NOTHING)
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_header(heads);
+    table
+}
+
+/// Prints a value as JSON, over several lines.
+pub fn json<T: Serialize>(value: &T) -> Result<(), Failure> {
+    println!("{}", serde_json::to_string_pretty(value).or_fail()?);
+    Ok(())
+}
+
+/// Prints a value as one line of JSON.
+pub fn json_line<T: Serialize>(value: &T) -> Result<(), Failure> {
+    println!("{}", serde_json::to_string(value).or_fail()?);
+    Ok(())
+}
+
+/// Bytes in the unit that fits: `532 B`, `1.5 kB`, `2.0 MB`.
+pub fn bytes(bytes: u64) -> String {
+    const UNITS: [&str; 4] = ["kB", "MB", "GB", "TB"];
+    if bytes < 1000 {
+        return format!("{bytes} B");
+    }
+    let mut value = bytes as f64 / 1000.0;
+    let mut unit = 0;
+    while value >= 999.95 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    format!("{value:.1} {}", UNITS[unit])
+}
+
+/// A time span in milliseconds, or in microseconds below one of them.
+pub fn span(span: Duration) -> String {
+    let micros = span.as_micros();
+    if micros < 1_000 {
+        format!("{micros} µs")
+    } else if micros < 10_000_000 {
+        format!("{:.1} ms", span.as_secs_f64() * 1000.0)
+    } else {
+        format!("{:.1} s", span.as_secs_f64())
+    }
+}
+
+/// Something that turns while work of unknown length goes on; invisible where nobody watches.
+pub fn spinner() -> ProgressBar {
+    if std::io::stderr().is_terminal() {
+        ProgressBar::new_spinner()
+    } else {
+        ProgressBar::hidden()
+    }
+}
+
+/// A bar for work of known length; invisible where nobody watches.
+pub fn bar(length: u64) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} {msg} {eta}");
+    ProgressBar::new(length).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_have_the_unit_that_fits() {
+        assert_eq!(bytes(0), "0 B");
+        assert_eq!(bytes(999), "999 B");
+        assert_eq!(bytes(1_000), "1.0 kB");
+        assert_eq!(bytes(999_999), "1.0 MB");
+        assert_eq!(bytes(2_500_000_000), "2.5 GB");
+        assert_eq!(span(Duration::from_micros(12)), "12 µs");
+        assert_eq!(span(Duration::from_micros(1_240)), "1.2 ms");
+        assert_eq!(span(Duration::from_secs(75)), "75.0 s");
+    }
+}
