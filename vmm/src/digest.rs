@@ -18,6 +18,8 @@ const RESUME_FLAG: u64 = 1 << 16;
 /// Exits are folded into a hash when they take more room than this.
 const EXITS_MAX: usize = 16 << 10;
 const PAGE: usize = 4096;
+/// How many pages are hashed together.
+const RUN_PAGES: u64 = 16;
 
 /// What the guest did and what was injected, since the last digest.
 #[derive(Default)]
@@ -147,19 +149,27 @@ pub(crate) fn model_specific(hasher: &mut blake3::Hasher, msrs: &Msrs) {
     hasher.update(words.bytes());
 }
 
-/// Adds pages of guest memory, each with its number; wraps around at the end of memory.
+/// Adds pages of guest memory with their numbers; wraps around at the end of memory.
 pub(crate) fn pages(
     hasher: &mut blake3::Hasher,
     memory: &GuestMemory,
     total: u64,
     (first, count): (u64, u32),
 ) -> Result<(), vm_memory::GuestMemoryError> {
-    let mut content = [0; PAGE];
-    for i in 0..u64::from(count).min(total) {
-        let page = (first % total + i) % total;
-        memory.read_slice(&mut content, GuestAddress(page * PAGE as u64))?;
+    let mut left = u64::from(count).min(total);
+    let mut page = first.checked_rem(total).unwrap_or(0);
+    let mut content = vec![0; left.min(RUN_PAGES) as usize * PAGE];
+    while left > 0 {
+        let run = left.min(RUN_PAGES).min(total - page);
+        let bytes = &mut content[..run as usize * PAGE];
+        memory.read_slice(bytes, GuestAddress(page * PAGE as u64))?;
+        // Apart from the rest: aligned to its own beginning, a run is hashed many chunks at once.
+        let hash = blake3::hash(bytes);
         hasher.update(&page.to_le_bytes());
-        hasher.update(&content);
+        hasher.update(&run.to_le_bytes());
+        hasher.update(hash.as_bytes());
+        left -= run;
+        page = (page + run) % total;
     }
     Ok(())
 }
@@ -192,5 +202,169 @@ impl Words {
 
     fn bytes(&self) -> &[u8] {
         &self.bytes[..self.len]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(add: impl FnOnce(&mut blake3::Hasher)) -> MarkDigest {
+        let mut hasher = blake3::Hasher::new();
+        add(&mut hasher);
+        truncate(&hasher)
+    }
+
+    fn of_registers(change: impl FnOnce(&mut kvm_regs, &mut kvm_sregs)) -> MarkDigest {
+        let (mut regs, mut sregs) = (kvm_regs::default(), kvm_sregs::default());
+        change(&mut regs, &mut sregs);
+        of(|hasher| registers(hasher, &regs, &sregs))
+    }
+
+    #[test]
+    fn registers_count_except_what_depends_on_the_host() {
+        let base = of_registers(|_, _| {});
+        assert_eq!(of_registers(|regs, _| regs.rflags = RESUME_FLAG), base);
+        assert_eq!(of_registers(|_, sregs| sregs.interrupt_bitmap[0] = 1), base);
+        let changes: [fn(&mut kvm_regs, &mut kvm_sregs); 10] = [
+            |regs, _| regs.rax = 1,
+            |regs, _| regs.r15 = 1,
+            |regs, _| regs.rip = 1,
+            |regs, _| regs.rflags = 0x200,
+            |_, sregs| sregs.cr2 = 1,
+            |_, sregs| sregs.fs.base = 1,
+            |_, sregs| sregs.cs.selector = 1,
+            |_, sregs| sregs.ss.dpl = 3,
+            |_, sregs| sregs.idt.limit = 1,
+            |_, sregs| sregs.efer = 1,
+        ];
+        let mut seen = vec![base];
+        for change in changes {
+            let digest = of_registers(change);
+            assert!(!seen.contains(&digest));
+            seen.push(digest);
+        }
+    }
+
+    #[test]
+    fn an_unusable_segment_has_no_other_attribute() {
+        let unusable = |sregs: &mut kvm_sregs| sregs.ldt.unusable = 1;
+        let bare = of_registers(|_, sregs| unusable(sregs));
+        let more = of_registers(|_, sregs| {
+            unusable(sregs);
+            sregs.ldt.type_ = 2;
+        });
+        assert_eq!(bare, more);
+        assert_ne!(bare, of_registers(|_, _| {}));
+    }
+
+    fn of_xsave(word: usize, value: u32) -> MarkDigest {
+        let mut xsave = kvm_xsave::default();
+        xsave.region[word] = value;
+        of(|hasher| floating_point(hasher, &xsave))
+    }
+
+    #[test]
+    fn floating_point_counts_except_what_depends_on_the_host() {
+        let base = of_xsave(0, 0);
+        // The opcode, the pointers, the mask of MXCSR, the end of an x87 register, XSTATE_BV.
+        for (word, value) in [
+            (1, 0xffff_0000),
+            (2, 9),
+            (5, 9),
+            (7, 9),
+            (11, 9),
+            (10, 1 << 16),
+            (128, 7),
+        ] {
+            assert_eq!(of_xsave(word, value), base, "word {word}");
+        }
+        // Control, tag, MXCSR, mantissa, exponent, XMM0, XMM15, a component.
+        for (word, value) in [
+            (0, 1),
+            (1, 1),
+            (6, 1),
+            (8, 1),
+            (10, 1),
+            (40, 1),
+            (43, 1),
+            (103, 1),
+            (144, 1),
+        ] {
+            assert_ne!(of_xsave(word, value), base, "word {word}");
+        }
+    }
+
+    fn of_exits(add: impl FnOnce(&mut Exits)) -> MarkDigest {
+        let mut exits = Exits::default();
+        add(&mut exits);
+        of(|hasher| exits.take(hasher))
+    }
+
+    #[test]
+    fn exits_count_in_all_they_say() {
+        let base = of_exits(|exits| exits.add(1, 0x3f8, 1, &[7]));
+        for (kind, address, size, data) in [
+            (0, 0x3f8, 1, [7]),
+            (1, 0x3f9, 1, [7]),
+            (1, 0x3f8, 2, [7]),
+            (1, 0x3f8, 1, [8]),
+        ] {
+            assert_ne!(
+                of_exits(|exits| exits.add(kind, address, size, &data)),
+                base
+            );
+        }
+    }
+
+    #[test]
+    fn many_exits_take_little_room_and_still_count() {
+        let flood = |last: u8| {
+            let mut exits = Exits::default();
+            for i in 0..1000u16 {
+                exits.add(1, i.into(), 1, &[0; 300]);
+            }
+            exits.add(1, 0, 1, &[last]);
+            assert!(exits.bytes.len() <= EXITS_MAX + 32);
+            let digest = of(|hasher| exits.take(hasher));
+            assert!(exits.bytes.is_empty());
+            digest
+        };
+        assert_eq!(flood(1), flood(1));
+        assert_ne!(flood(1), flood(2));
+    }
+
+    #[test]
+    fn pages_wrap_around_and_each_counts() {
+        const PAGES: u64 = 40;
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), PAGES as usize * PAGE)])
+            .expect("memory can be mapped");
+        let digest = |scrub| of(|hasher| pages(hasher, &memory, PAGES, scrub).expect("inside"));
+        let before = [
+            digest((0, 4)),
+            digest((38, 4)),
+            digest((0, 40)),
+            digest((0, 1000)),
+        ];
+        memory
+            .write_obj(1u8, GuestAddress(PAGE as u64))
+            .expect("inside");
+        let after = [
+            digest((0, 4)),
+            digest((38, 4)),
+            digest((0, 40)),
+            digest((0, 1000)),
+        ];
+        for (before, after) in before.iter().zip(after) {
+            assert_ne!(*before, after);
+        }
+        let elsewhere = digest((2, 30));
+        memory
+            .write_obj(2u8, GuestAddress(PAGE as u64))
+            .expect("inside");
+        assert_eq!(digest((2, 30)), elsewhere);
+        assert_eq!(digest((u64::MAX, 3)), digest((u64::MAX % PAGES, 3)));
+        // Equal content in another place is another state.
+        assert_ne!(digest((2, 1)), digest((3, 1)));
     }
 }

@@ -51,7 +51,7 @@ pub(super) fn load(
 fn check_header(header: &Elf64_Ehdr) -> Result<(), BootError> {
     let why = if header.e_ident[..4] != *b"\x7fELF" {
         "it does not begin with the mark of one"
-    } else if header.e_ident[EI_CLASS as usize] != CLASS_64 {
+    } else if header.e_ident[EI_CLASS] != CLASS_64 {
         "it is one for 32-bit machines"
     } else if header.e_machine != MACHINE_X86_64 {
         "it is one for another CPU"

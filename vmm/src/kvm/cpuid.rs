@@ -77,12 +77,7 @@ pub(super) fn model(kvm: &Kvm) -> Result<CpuId, KvmError> {
     let entries: Vec<kvm_cpuid_entry2> = supported
         .as_slice()
         .iter()
-        // KVM's clock leaves beyond the signature and the (emptied) features.
-        .filter(|entry| {
-            !(KVM_FEATURES + 1..KVM_SIGNATURE + 0x100).contains(&entry.function)
-                && !(entry.function == 7 && entry.index > 0)
-                && !(EMPTIED.contains(&entry.function) && entry.index > 0)
-        })
+        .filter(|entry| !is_dropped(entry))
         .map(|entry| {
             let mut entry = *entry;
             mask(&mut entry);
@@ -93,6 +88,16 @@ pub(super) fn model(kvm: &Kvm) -> Result<CpuId, KvmError> {
         doing: "listing CPUID leaves",
         source: vmm_sys_util::errno::Error::new(libc::E2BIG),
     })
+}
+
+/// KVM's clock leaves beyond the signature and the (emptied) features, further feature pages,
+/// further parts of emptied leaves.
+fn is_dropped(entry: &kvm_cpuid_entry2) -> bool {
+    match entry.function {
+        function if (KVM_FEATURES + 1..KVM_SIGNATURE + 0x100).contains(&function) => true,
+        7 => entry.index > 0,
+        function => EMPTIED.contains(&function) && entry.index > 0,
+    }
 }
 
 fn mask(entry: &mut kvm_cpuid_entry2) {

@@ -32,7 +32,7 @@ use vmm_sys_util::errno;
 
 use crate::GuestMemory;
 use crate::boot::{BootError, BootImage};
-use crate::config::MachineConfig;
+use crate::config::{ImpossibleMachine, MachineConfig};
 use crate::devices::platform::{Platform, Space};
 use crate::digest;
 use crate::machine::{DigestScope, Enter, Entered, Machine, MachineError};
@@ -198,8 +198,16 @@ impl Machine for KvmMachine {
 
     fn inject(&mut self) -> Result<bool, MachineError> {
         let stopped = self.ended.is_some() || self.platform.ended().is_some();
-        if stopped || !self.platform.interrupt_waits() || !self.vcpu.ready_for_interrupt() {
+        if stopped || !self.platform.interrupt_waits() {
             return Ok(false);
+        }
+        if !self.vcpu.ready_for_interrupt() {
+            return if self.halted {
+                // HLT with interrupts on ends every interrupt shadow: nothing could be in the way.
+                Err(refused("KVM_INTERRUPT", errno::Error::new(libc::EBUSY)))
+            } else {
+                Ok(false)
+            };
         }
         let vector = self.platform.acknowledge_interrupt();
         self.vcpu
@@ -305,6 +313,9 @@ pub enum KvmError {
         /// What came back.
         source: vm_memory::mmap::FromRangesError,
     },
+    /// A machine that cannot exist.
+    #[error(transparent)]
+    Config(#[from] ImpossibleMachine),
     /// An image that cannot be started.
     #[error(transparent)]
     Boot(#[from] BootError),

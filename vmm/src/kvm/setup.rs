@@ -28,6 +28,7 @@ pub(super) fn power_on(
     image: &BootImage,
     log_dirty: bool,
 ) -> Result<KvmMachine, KvmError> {
+    config.check()?;
     let kvm = vm::open()?;
     let memory = memory::allocate(config.memory)?;
     let entry = boot::load(&memory, config, image)?;

@@ -108,8 +108,6 @@ impl Vcpu {
         let error = match self.fd.run().map(|_| ()) {
             Ok(()) => None,
             Err(error) if error.errno() == libc::EINTR => return Ok(Left::Interrupted),
-            // Not entered at all: as if a kick had come.
-            Err(error) if error.errno() == libc::EAGAIN => return Ok(Left::Interrupted),
             Err(error) => Some(error),
         };
         let run = self.fd.get_kvm_run();

@@ -135,6 +135,8 @@ impl Guest {
         ok(a.push(rax));
         ok(a.iretq());
         ok(a.set_label(&mut body));
+        // An instruction takes one label; the body may begin with one of its own.
+        ok(a.nop());
     }
 
     /// Replaces the stub of #GP. It begins with the error code on the stack.

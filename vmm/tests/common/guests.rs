@@ -49,10 +49,10 @@ pub fn triple_fault() -> BootImage {
 }
 
 /// Reads the clock and arms the timer `nanos` later. Uses RAX and RDX.
-fn arm(guest: &mut Guest, nanos: u32) {
+fn arm(guest: &mut Guest, nanos: i32) {
     guest.in32(layout::CLOCK_LOW);
     guest.fold();
-    ok(guest.asm.add(eax, nanos as i32));
+    ok(guest.asm.add(eax, nanos));
     guest.out32_eax(layout::TIMER_LOW);
     guest.in32(layout::CLOCK_HIGH);
     guest.out32_eax(layout::TIMER_HIGH);
@@ -333,7 +333,7 @@ pub const GP_COUNT: u64 = FREE + 0x8_0000;
 /// Sends each frame it receives back as it is, `count` times.
 pub fn echo(ring: Ring, count: u32) -> BootImage {
     const BUFFER_SIZE: u64 = 0x800;
-    const HEADER: i32 = 12;
+    const HEADER: u32 = 12;
     let mut guest = Guest::new(ring);
     let receive = Queue {
         device: 0,
@@ -388,9 +388,9 @@ pub fn echo(ring: Ring, count: u32) -> BootImage {
 }
 
 /// Folds the bytes from R10 + `skip` to R10 + R9, every fourth of them.
-fn fold_bytes(guest: &mut Guest, skip: i32) {
+fn fold_bytes(guest: &mut Guest, skip: u32) {
     let mut again = guest.asm.create_label();
-    ok(guest.asm.mov(r11d, skip as u32));
+    ok(guest.asm.mov(r11d, skip));
     ok(guest.asm.set_label(&mut again));
     ok(guest.asm.movzx(eax, byte_ptr(r10 + r11)));
     guest.fold();
@@ -490,4 +490,20 @@ fn compare(guest: &mut Guest, here: u64, there: u64) {
     ok(guest.asm.set_label(&mut differ));
     guest.out32(layout::POWER, layout::POWER_RESET);
     ok(guest.asm.set_label(&mut equal));
+}
+
+/// Reads a port or an address that nobody claims, `rounds` times, and does nothing else.
+pub fn exits(ring: Ring, mmio: bool, rounds: u32) -> BootImage {
+    let mut guest = Guest::new(ring);
+    ok(guest.asm.mov(edi, NOBODYS_ADDRESS as u32));
+    ok(guest.asm.mov(edx, u32::from(NOBODYS_PORT)));
+    guest.repeat(rounds, |guest| {
+        // The repetition's own label stands on the first instruction.
+        if mmio {
+            ok(guest.asm.mov(eax, dword_ptr(rdi)));
+        } else {
+            ok(guest.asm.in_(eax, dx));
+        }
+    });
+    guest.build()
 }

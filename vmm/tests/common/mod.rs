@@ -5,6 +5,7 @@
 pub mod guest;
 pub mod guests;
 pub mod run;
+pub mod tape;
 pub mod virtio;
 
 use vm_memory::{Bytes, GuestAddress};

@@ -1,0 +1,319 @@
+//! The machine on KVM by itself: how guests end, what is denied, kicks, digests.
+
+mod common;
+
+use std::sync::mpsc;
+use std::time::Duration;
+
+use common::guest::{EXCEPTION, Guest, Ring, ok};
+use common::tape::NoTape;
+use common::{config, guests, kvm_is_here, machine};
+use vm_memory::{Bytes, GuestAddress};
+use vmm::boot::BootImage;
+use vmm::kvm::{KvmError, KvmKind, KvmMachine, host_fingerprint};
+use vmm::machine::{DigestScope, Enter, Entered, Machine, MachineError};
+use vmm::tape::{CpuState, GuestEnd};
+
+const SHALLOW: DigestScope = DigestScope {
+    deep: false,
+    scrub: (0, 0),
+};
+
+/// Runs until the vCPU cannot go on by itself; how many exits that took.
+fn run(machine: &mut KvmMachine) -> Result<u32, MachineError> {
+    let mut tape = NoTape::default();
+    let mut exits = 0;
+    while machine.cpu() == CpuState::Ready {
+        exits += u32::from(machine.enter(Enter::Run, &mut tape)? == Entered::Exit);
+        settle(machine)?;
+    }
+    Ok(exits)
+}
+
+fn settle(machine: &mut KvmMachine) -> Result<(), MachineError> {
+    while machine.enter(Enter::Complete, &mut NoTape::default())? != Entered::Settled {}
+    Ok(())
+}
+
+fn end_of(image: &BootImage) -> CpuState {
+    let mut machine = machine(&config(), image);
+    run(&mut machine).expect("the guest runs to its end");
+    machine.cpu()
+}
+
+fn memory_word(machine: &KvmMachine, at: u64) -> u64 {
+    machine
+        .memory()
+        .read_obj(GuestAddress(at))
+        .expect("inside guest memory")
+}
+
+#[test]
+fn guests_end_as_they_do() {
+    if !kvm_is_here("guests end as they do") {
+        return;
+    }
+    for (image, end) in [
+        (guests::off(Ring::Three), GuestEnd::PowerOff),
+        (guests::dead(), GuestEnd::Dead),
+        (guests::triple_fault(), GuestEnd::TripleFault),
+    ] {
+        assert_eq!(end_of(&image), CpuState::Stopped(end));
+    }
+}
+
+#[test]
+fn a_halted_guest_takes_no_interrupt_that_does_not_wait() {
+    if !kvm_is_here("a halted guest") {
+        return;
+    }
+    let mut machine = machine(&config(), &guests::halting(1));
+    run(&mut machine).expect("the guest runs until it halts");
+    assert_eq!(machine.cpu(), CpuState::Halted);
+    assert!(!machine.inject().expect("nothing to inject"));
+    assert_eq!(machine.cpu(), CpuState::Halted);
+}
+
+#[test]
+fn unlisted_msrs_are_denied() {
+    if !kvm_is_here("unlisted MSRs") {
+        return;
+    }
+    let mut machine = machine(&config(), &guests::msrs());
+    if !machine.capabilities().msr_filter {
+        println!("SKIPPED: unlisted MSRs: this KVM has no MSR filter");
+        return;
+    }
+    let plain = guests::off(Ring::Zero);
+    let exits = run(&mut machine).expect("the guest runs to its end");
+    assert_eq!(machine.cpu(), CpuState::Stopped(GuestEnd::PowerOff));
+    assert_eq!(
+        memory_word(&machine, guests::GP_COUNT),
+        6,
+        "three registers, both ways"
+    );
+    // Only the listed register gave something: its value, rotated once for each other register.
+    let folded = memory_word(&machine, guests::GP_COUNT + 8);
+    assert_eq!(folded, 0x1234_5678u64.rotate_left(3 * 7));
+    if machine.capabilities().msr_exits {
+        let mut other = common::machine(&config(), &plain);
+        let baseline = run(&mut other).expect("the guest runs to its end");
+        assert_eq!(exits, baseline + 6, "each is a numbered exit");
+    }
+}
+
+#[test]
+fn what_kvm_cannot_do_is_a_failure_of_the_host() {
+    if !kvm_is_here("failures of the host") {
+        return;
+    }
+    if host_fingerprint().expect("KVM is here").kvm != KvmKind::Pvm {
+        println!("SKIPPED: failures of the host: this KVM can do everything");
+        return;
+    }
+    let mut guest = Guest::new(Ring::Zero);
+    ok(guest
+        .asm
+        .popcnt(iced_x86::code_asm::eax, iced_x86::code_asm::ebx));
+    let mut machine = machine(&config(), &guest.build());
+    let error = run(&mut machine)
+        .expect_err("popcnt cannot be emulated")
+        .to_string();
+    for part in ["suberror 1", "RIP 0x10", "CR3 0x190000"] {
+        assert!(error.contains(part), "{error}");
+    }
+}
+
+#[test]
+fn an_exception_in_ring_3_is_the_guests_own_affair() {
+    if !kvm_is_here("an exception in ring 3") {
+        return;
+    }
+    let mut guest = Guest::new(Ring::Three);
+    ok(guest.asm.ud2());
+    let mut machine = machine(&config(), &guest.build());
+    run(&mut machine).expect("the guest runs to its end");
+    assert_eq!(machine.cpu(), CpuState::Stopped(GuestEnd::Reset));
+    assert_eq!(memory_word(&machine, EXCEPTION), 6, "#UD");
+}
+
+#[test]
+fn no_kick_is_lost() {
+    const ROUNDS: u32 = 2000;
+    /// So long no kick takes: after it one is given up for lost.
+    const LOST: Duration = Duration::from_secs(20);
+    if !kvm_is_here("no kick is lost") {
+        return;
+    }
+    let mut machine = machine(&config(), &guests::spin());
+    let kicker = machine.kicker();
+    let (go, going) = mpsc::channel::<u32>();
+    let (done, kicked) = mpsc::channel::<()>();
+    let kicks = std::thread::spawn(move || {
+        let mut lost = 0;
+        for round in going {
+            // From before the vCPU enters to long after it has.
+            for _ in 0..round * 37 % 20_000 {
+                std::hint::spin_loop();
+            }
+            kicker.kick();
+            if kicked.recv_timeout(LOST).is_err() {
+                lost += 1;
+                kicker.kick();
+            }
+        }
+        lost
+    });
+    let mut tape = NoTape::default();
+    let mut rounds = 0;
+    while rounds < ROUNDS {
+        go.send(rounds).expect("the kicking thread waits");
+        if rounds.is_multiple_of(3) {
+            settle(&mut machine).expect("nothing is pending");
+        }
+        // The prologue's exits come first.
+        while machine
+            .enter(Enter::Run, &mut tape)
+            .expect("the guest runs")
+            != Entered::Kicked
+        {}
+        done.send(()).expect("the kicking thread waits");
+        rounds += 1;
+    }
+    drop(go);
+    assert_eq!(kicks.join().expect("the kicking thread does not panic"), 0);
+}
+
+#[test]
+fn a_kick_waits_for_the_next_run() {
+    if !kvm_is_here("a kick waits") {
+        return;
+    }
+    let mut machine = machine(&config(), &guests::spin());
+    let kicker = machine.kicker();
+    let mut tape = NoTape::default();
+    for _ in 0..3 {
+        kicker.kick();
+        settle(&mut machine).expect("nothing is pending");
+        assert_eq!(
+            machine
+                .enter(Enter::Run, &mut tape)
+                .expect("the guest runs"),
+            Entered::Kicked
+        );
+    }
+    drop(machine);
+    kicker.kick();
+}
+
+#[test]
+fn digests_see_registers_exits_and_pages() {
+    if !kvm_is_here("digests") {
+        return;
+    }
+    let mut machine = machine(&config(), &guests::floating_point(10));
+    let digest = |machine: &mut KvmMachine, scope| machine.digest(scope).expect("it can be read");
+    let start = digest(&mut machine, SHALLOW);
+    assert_eq!(digest(&mut machine, SHALLOW), start, "nothing has happened");
+    machine
+        .enter(Enter::Run, &mut NoTape::default())
+        .expect("the guest runs");
+    settle(&mut machine).expect("its I/O completes");
+    let with_exits = digest(&mut machine, SHALLOW);
+    let without = digest(&mut machine, SHALLOW);
+    assert_ne!(with_exits, start);
+    assert_ne!(with_exits, without, "the exits are forgotten");
+    let deep = DigestScope {
+        deep: true,
+        ..SHALLOW
+    };
+    assert_ne!(digest(&mut machine, deep), without);
+
+    let scrub = |first| DigestScope {
+        deep: false,
+        scrub: (first, 2),
+    };
+    let (near, far) = (
+        digest(&mut machine, scrub(10)),
+        digest(&mut machine, scrub(900)),
+    );
+    machine
+        .memory()
+        .write_obj(1u8, GuestAddress(11 * 4096 + 5))
+        .expect("inside guest memory");
+    assert_ne!(digest(&mut machine, scrub(10)), near);
+    assert_eq!(digest(&mut machine, scrub(900)), far);
+}
+
+#[test]
+fn the_dirty_log_shows_what_the_guest_wrote() {
+    if !kvm_is_here("the dirty log") {
+        return;
+    }
+    let image = guests::floating_point(1);
+    let mut machine = KvmMachine::with_dirty_log(&config(), &image).expect("a machine");
+    machine.dirty_log().expect("the log can be had");
+    run(&mut machine).expect("the guest runs to its end");
+    let log = machine.dirty_log().expect("the log can be had");
+    let dirty = |address: u64| log[address as usize / 4096 / 64] >> (address / 4096 % 64) & 1 == 1;
+    assert!(
+        dirty(common::guest::FREE + 0x100),
+        "where it stores its result"
+    );
+    assert!(!dirty(0x30_0000), "where it stores nothing");
+}
+
+#[test]
+fn impossible_machines_are_refused() {
+    if !kvm_is_here("impossible machines") {
+        return;
+    }
+    let image = guests::off(Ring::Zero);
+    let with = |change: fn(&mut vmm::config::MachineConfig)| {
+        let mut config = config();
+        change(&mut config);
+        KvmMachine::new(&config, &image)
+            .map(|_| ())
+            .expect_err("it cannot be made")
+    };
+    assert!(matches!(
+        with(|c| c.memory = 1 << 20),
+        KvmError::MemorySize { .. }
+    ));
+    assert!(matches!(
+        with(|c| c.memory = 4 << 30),
+        KvmError::MemorySize { .. }
+    ));
+    assert!(matches!(with(|c| c.memory += 1), KvmError::Config(_)));
+    assert!(matches!(
+        with(|c| c.disks = vec![512; 9]),
+        KvmError::Config(_)
+    ));
+    assert!(matches!(
+        with(|c| c.command_line = "x".repeat(9000)),
+        KvmError::Boot(_)
+    ));
+    let garbage = BootImage::new(vec![7; 5000]);
+    assert!(matches!(
+        KvmMachine::new(&config(), &garbage),
+        Err(KvmError::Boot(_))
+    ));
+}
+
+#[test]
+fn the_fingerprint_is_steady_and_can_be_sent() {
+    if !kvm_is_here("the fingerprint") {
+        return;
+    }
+    let here = host_fingerprint().expect("KVM is here");
+    let again = std::thread::spawn(host_fingerprint)
+        .join()
+        .expect("no panic")
+        .expect("KVM is here");
+    assert_eq!(here.compatible_with(&again), []);
+    let sent = postcard::to_stdvec(&here).expect("it encodes");
+    assert_eq!(
+        postcard::from_bytes::<vmm::kvm::HostFingerprint>(&sent).expect("it decodes"),
+        here
+    );
+}
