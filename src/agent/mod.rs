@@ -2,6 +2,7 @@
 
 pub mod certs;
 pub mod durable;
+pub mod frame_streams;
 pub mod frames;
 pub mod init;
 pub mod link;
