@@ -1,6 +1,6 @@
 use proptest::prelude::*;
 
-use super::super::testing::Volatile;
+use super::super::testing::{Fuse, Volatile};
 use super::*;
 
 const SECTOR: usize = 512;
@@ -54,7 +54,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
+    #![proptest_config(ProptestConfig::with_cases(48))]
 
     /// On real files: what was written is read, whatever happens in between short of a crash.
     #[test]
@@ -111,48 +111,32 @@ proptest! {
         sealed.verify().unwrap();
     }
 
-    /// Power fails at any point: each sector holds what the last flush covered or what was
-    /// written to it since; and everything ever written is known as touched.
+    /// Power fails at any point, in the middle of anything: each sector holds what the last flush
+    /// covered or what was written to it since; and what differs from the base is known.
     #[test]
     fn a_power_failure_keeps_what_was_flushed(
         empty in any::<bool>(),
-        lives in prop::collection::vec(
-            (prop::collection::vec(prop_oneof![8 => write(), 1 => Just(Step::Flush)], 1..12),
-             any::<u64>(), prop::bool::ANY),
-            1..4,
-        ),
+        lives in prop::collection::vec(life(), 1..5),
     ) {
         let folder = tempfile::tempdir().unwrap();
         let base = if empty { Base::empty(SIZE as u64) } else { patterned(folder.path()) };
         let start = if empty { vec![0; SIZE] } else { content() };
-        // What each sector may hold now: its first byte stands for it.
-        let mut allowed: Vec<Vec<u8>> =
-            (0..SECTORS).map(|sector| vec![start[sector * SECTOR]]).collect();
-        let mut written = std::collections::HashSet::new();
-        let (mut data, mut map) = (Volatile::default(), Volatile::default());
+        let mut allowed: Allowed = start.chunks(SECTOR).map(|bytes| vec![bytes[0]]).collect();
+        let fuse = Fuse::default();
+        let (mut data, mut map) = (Volatile::on(&fuse), Volatile::on(&fuse));
         let mut overlay =
             Overlay::create(data.clone(), map.clone(), base.clone(), Durability::Sync).unwrap();
-        for (steps, mut seed, all) in lives {
+        for Life { steps, last, last_operations, mut seed } in lives {
             for step in steps {
-                if let Step::Write(at, count, fill) = step {
-                    let bytes = vec![fill; count * SECTOR];
-                    overlay.write((at * SECTOR) as u64, &bytes).unwrap();
-                    written.extend(at..at + count);
-                    for values in &mut allowed[at..at + count] {
-                        values.push(fill);
-                    }
-                } else {
-                    overlay.flush().unwrap();
-                    let now = everything(&overlay);
-                    for (values, bytes) in allowed.iter_mut().zip(now.chunks(SECTOR)) {
-                        *values = vec![bytes[0]];
-                    }
-                }
+                perform(&step, &mut overlay, &mut allowed, &start).unwrap();
             }
+            fuse.set(last_operations);
+            let _ = perform(&last, &mut overlay, &mut allowed, &start);
+            fuse.set(u64::MAX);
             // A small generator decides which sectors survive.
             let mut survives = || {
                 seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                all || seed >> 63 == 1
+                seed >> 63 == 1
             };
             let next = (data.crash(&mut survives), map.crash(&mut survives));
             (data, map) = next;
@@ -161,18 +145,71 @@ proptest! {
             ).unwrap();
             let now = everything(&overlay);
             let touched = overlay.touched();
-            for (sector, (bytes, values)) in
-                now.chunks(SECTOR).zip(&mut allowed).enumerate()
-            {
+            for (sector, (bytes, values)) in now.chunks(SECTOR).zip(&mut allowed).enumerate() {
                 let first = bytes[0];
                 prop_assert!(bytes.iter().all(|byte| *byte == first), "a torn sector");
                 prop_assert!(
                     values.contains(&first),
                     "sector {} holds {} and not one of {:?}", sector, first, values
                 );
-                prop_assert!(!written.contains(&sector) || covered(&touched, sector));
+                prop_assert!(first == start[sector * SECTOR] || covered(&touched, sector));
                 *values = vec![first];
             }
+        }
+    }
+}
+
+/// What each sector may hold after a power failure, the last value being the one it holds without.
+/// All bytes of a sector are equal.
+type Allowed = Vec<Vec<u8>>;
+
+/// What a host does before its power fails, which happens after some operations of the last step.
+#[derive(Clone, Debug)]
+struct Life {
+    steps: Vec<Step>,
+    last: Step,
+    last_operations: u64,
+    seed: u64,
+}
+
+fn life() -> impl Strategy<Value = Life> {
+    let steps = prop::collection::vec(prop_oneof![8 => write(), 1 => Just(Step::Flush)], 1..8);
+    let last = prop_oneof![2 => write(), 3 => Just(Step::Flush), 2 => Just(Step::Discard)];
+    (steps, last, 0..8_u64, any::<u64>()).prop_map(|(steps, last, last_operations, seed)| Life {
+        steps,
+        last,
+        last_operations,
+        seed,
+    })
+}
+
+fn perform(
+    step: &Step,
+    overlay: &mut Overlay<Volatile>,
+    allowed: &mut Allowed,
+    start: &[u8],
+) -> Result<(), OverlayError> {
+    match *step {
+        Step::Write(at, count, fill) => {
+            for values in &mut allowed[at..at + count] {
+                values.push(fill);
+            }
+            overlay.write((at * SECTOR) as u64, &vec![fill; count * SECTOR])
+        }
+        Step::Discard => {
+            for (values, bytes) in allowed.iter_mut().zip(start.chunks(SECTOR)) {
+                values.push(bytes[0]);
+            }
+            overlay.discard_all()
+        }
+        _ => {
+            overlay.flush()?;
+            let now = everything(overlay);
+            for (values, bytes) in allowed.iter_mut().zip(now.chunks(SECTOR)) {
+                assert_eq!(values.last(), Some(&bytes[0]));
+                *values = vec![bytes[0]];
+            }
+            Ok(())
         }
     }
 }

@@ -1,6 +1,7 @@
 //! A file that forgets what was not synced, as a disk does when its host loses power.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::Storage;
@@ -19,11 +20,39 @@ struct Inner {
     syncs: usize,
 }
 
+/// Several files of one host: how many operations it lives to see.
+#[derive(Clone, Debug)]
+pub struct Fuse(Arc<AtomicU64>);
+
+impl Fuse {
+    /// Power fails after this many writes, syncs and truncations.
+    pub fn set(&self, operations: u64) {
+        self.0.store(operations, Ordering::SeqCst);
+    }
+
+    fn burn(&self) -> io::Result<()> {
+        let left = self.0.load(Ordering::SeqCst).checked_sub(1);
+        self.set(left.ok_or(io::ErrorKind::BrokenPipe)?);
+        Ok(())
+    }
+}
+
+impl Default for Fuse {
+    fn default() -> Self {
+        Self(Arc::new(AtomicU64::new(u64::MAX)))
+    }
+}
+
 /// A file in memory. Clones are the same file.
 #[derive(Clone, Debug, Default)]
-pub struct Volatile(Arc<Mutex<Inner>>);
+pub struct Volatile(Arc<Mutex<Inner>>, Fuse);
 
 impl Volatile {
+    /// An empty file on a host that may lose power.
+    pub fn on(fuse: &Fuse) -> Self {
+        Self(Arc::default(), fuse.clone())
+    }
+
     /// Loses power: each sector that was written since the last sync is on the disk if `survives`
     /// says so. Returns what the next process finds; this one's handle is dead to it.
     pub fn crash(&self, mut survives: impl FnMut() -> bool) -> Self {
@@ -38,11 +67,12 @@ impl Volatile {
                 content[*offset..end].copy_from_slice(data);
             }
         }
-        Self(Arc::new(Mutex::new(Inner {
+        let inner = Inner {
             durable: content.clone(),
             cached: content,
             ..Inner::default()
-        })))
+        };
+        Self(Arc::new(Mutex::new(inner)), self.1.clone())
     }
 
     /// From now on, writes and syncs fail.
@@ -67,6 +97,7 @@ impl Storage for Volatile {
     }
 
     fn write_all_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        self.1.burn()?;
         let mut inner = self.0.lock().unwrap();
         if inner.fails {
             return Err(io::ErrorKind::StorageFull.into());
@@ -88,6 +119,7 @@ impl Storage for Volatile {
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.1.burn()?;
         let mut inner = self.0.lock().unwrap();
         if inner.fails {
             return Err(io::ErrorKind::StorageFull.into());
@@ -99,6 +131,7 @@ impl Storage for Volatile {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
+        self.1.burn()?;
         let mut inner = self.0.lock().unwrap();
         inner.cached.resize(len as usize, 0);
         // Sizes are metadata that a journal keeps in order; the tests lose data, not those.
