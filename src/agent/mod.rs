@@ -1,9 +1,11 @@
 //! The agent of a host: everything that touches sockets, files and processes around the protocol.
 
 pub mod certs;
+pub mod clock;
 pub mod durable;
 pub mod frame_streams;
 pub mod frames;
 pub mod init;
+pub mod journal;
 pub mod link;
 pub mod witness;
