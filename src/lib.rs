@@ -6,5 +6,6 @@ pub mod config;
 pub mod demo;
 pub mod doctor;
 pub mod gateway;
+pub mod offline;
 pub mod protocol;
 pub mod simulator;

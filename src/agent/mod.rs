@@ -3,9 +3,9 @@
 pub mod certs;
 pub mod clock;
 pub mod durable;
-pub mod frame_streams;
 pub mod frames;
 pub mod init;
 pub mod journal;
 pub mod link;
+pub mod vm_process;
 pub mod witness;

@@ -1,0 +1,367 @@
+//! The VMM process: one machine, one vCPU thread (the main thread), driven by messages from its
+//! agent. It dies with the agent.
+//!
+//! ```text
+//!              Start{Primary}                 Pause(true)
+//!   started ──────────────────► recording ◄──────────────► paused
+//!      │                          ▲
+//!      │ Start{Replica}           │ GoLive, once everything fed is executed
+//!      └───────────────► replaying
+//!   any state: Stop, or the agent gone ─► exit;  guest ended ─► ended;  failure ─► Failed, exit
+//! ```
+
+use std::io::BufReader;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::sync::mpsc::{Sender, channel};
+
+use replay_log::{Batch, LogIndex, Term};
+use thiserror::Error;
+use vmm::boot::BootImage;
+use vmm::config::MachineConfig;
+use vmm::disk::DiskWorker;
+use vmm::host::{Host, HostTime};
+use vmm::kvm::KvmMachine;
+use vmm::machine::MachineError;
+use vmm::recorder::{Policy, Recorder};
+use vmm::replayer::{FeedError, Replayer};
+use vmm::runner::{Runner, Turn};
+use vmm::tape::TapeError;
+
+use super::disks::open_disks;
+use super::host::{Inbox, ProcessHost};
+use super::ipc::{self, FailureKind, FromVm, Start, StartAs, ToVm};
+
+/// Landmarks between two looks at the agent's messages.
+const TURN_BUDGET: u32 = 64;
+/// A replica reports how far it has come at most this often while it executes, in nanoseconds.
+const REPORT_EVERY: u64 = 1_000_000;
+
+/// Why the process ends other than by `Stop`.
+#[derive(Debug, Error)]
+enum ChildError {
+    #[error("the first message of the agent is not Start")]
+    NoStart,
+    #[error("the machine cannot be built: {0}")]
+    Build(String),
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    #[error(transparent)]
+    Feed(#[from] FeedError),
+    #[error("the agent's batch cannot be read: {0}")]
+    Batch(String),
+    #[error("told to go live at entry {told}, but the log was fed through {fed}")]
+    LiveElsewhere { told: LogIndex, fed: LogIndex },
+    #[error("a primary was told to {0}")]
+    NotForPrimary(&'static str),
+    #[error("a replica was told to {0}")]
+    NotForReplica(&'static str),
+}
+
+impl From<TapeError> for ChildError {
+    fn from(error: TapeError) -> Self {
+        Self::Machine(error.into())
+    }
+}
+
+impl ChildError {
+    const fn kind(&self) -> FailureKind {
+        match self {
+            Self::Machine(MachineError::Tape(TapeError::Diverged { .. }))
+            | Self::Machine(MachineError::CannotTake { .. }) => FailureKind::Diverged,
+            Self::Machine(MachineError::Tape(TapeError::DiskDiffers { .. })) => {
+                FailureKind::DiskDiffers
+            }
+            Self::Feed(_) | Self::Batch(_) | Self::LiveElsewhere { .. } => FailureKind::Log,
+            _ => FailureKind::Host,
+        }
+    }
+}
+
+/// Runs the VMM process: its standard input is the socket to the agent, whose process id is
+/// `agent`.
+pub fn run(agent: u32) -> ExitCode {
+    // The kernel ends this process with the agent; if the agent died before it was asked to, the
+    // socket's end says so.
+    let dies_with_agent = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
+    if dies_with_agent.is_err() || nix::unistd::getppid().as_raw().unsigned_abs() != agent {
+        eprintln!("a VMM process is started by an agent, not by hand");
+        return ExitCode::from(2);
+    }
+    let Ok(stream) = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .map(UnixStream::from)
+    else {
+        return ExitCode::from(2);
+    };
+    let Ok(reading) = stream.try_clone() else {
+        return ExitCode::from(2);
+    };
+    let (sender, receiver) = channel();
+    let for_disk = sender.clone();
+    std::thread::Builder::new()
+        .name("agent-reader".into())
+        .spawn(move || read_agent(reading, &sender))
+        .expect("a thread for the agent's messages");
+    serve(ProcessHost::new(receiver, stream), for_disk)
+}
+
+/// Moves the agent's messages into the inbox until the agent is gone.
+fn read_agent(stream: UnixStream, inbox: &Sender<Inbox>) {
+    let mut stream = BufReader::with_capacity(64 << 10, stream);
+    loop {
+        let message = match ipc::read::<ToVm>(&mut stream) {
+            // Nothing can be awaited from a guest that may be in the middle of a long slice.
+            Ok(Some(ToVm::Stop)) => std::process::exit(0),
+            Ok(Some(message)) => Inbox::Agent(message),
+            Ok(None) => Inbox::Lost(None),
+            Err(error) => Inbox::Lost(Some(error)),
+        };
+        let lost = matches!(message, Inbox::Lost(_));
+        if inbox.send(message).is_err() || lost {
+            return;
+        }
+    }
+}
+
+fn serve(mut host: ProcessHost, for_disk: Sender<Inbox>) -> ExitCode {
+    let start = match await_start(&mut host) {
+        Ok(Some(start)) => start,
+        Ok(None) => return ExitCode::SUCCESS,
+        Err(error) => return fail(&mut host, &error),
+    };
+    let machine = match build(&start, &mut host, for_disk) {
+        Ok(machine) => machine,
+        Err(error) => return fail(&mut host, &error),
+    };
+    let mut vmm = match Vmm::start(machine, host, start) {
+        Ok(vmm) => vmm,
+        Err(error) => {
+            tracing::error!(%error, "the machine did not start");
+            return ExitCode::FAILURE;
+        }
+    };
+    loop {
+        match vmm.step() {
+            Ok(()) if vmm.host().lost() => return ExitCode::SUCCESS,
+            Ok(()) => {}
+            Err(error) => return fail(vmm.host(), &error),
+        }
+    }
+}
+
+/// Tells the agent why the process ends.
+fn fail(host: &mut ProcessHost, error: &ChildError) -> ExitCode {
+    let said = host
+        .say(&FromVm::Failed {
+            kind: error.kind(),
+            reason: error.to_string(),
+        })
+        .and_then(|()| host.send());
+    if said.is_err() {
+        tracing::error!(%error, "the VMM process failed and its agent is gone");
+    }
+    ExitCode::FAILURE
+}
+
+fn await_start(host: &mut ProcessHost) -> Result<Option<Start>, ChildError> {
+    loop {
+        match host.control() {
+            Some(ToVm::Start(start)) => return Ok(Some(*start)),
+            Some(_) => return Err(ChildError::NoStart),
+            None if host.lost() => return Ok(None),
+            None => host.wait(None)?,
+        }
+    }
+}
+
+fn build(
+    start: &Start,
+    host: &mut ProcessHost,
+    for_disk: Sender<Inbox>,
+) -> Result<KvmMachine, ChildError> {
+    let build_error = |error: &dyn std::error::Error| ChildError::Build(error.to_string());
+    let config = MachineConfig::from_bytes(&start.header.config).map_err(|e| build_error(&e))?;
+    let disks = open_disks(&start.header, &start.disks).map_err(|e| build_error(&e))?;
+    let notify = move |completion| {
+        // The vCPU thread outlives the worker; if it is gone, so is the process.
+        let _ = for_disk.send(Inbox::Disk(completion));
+    };
+    if !disks.is_empty() {
+        let worker = DiskWorker::new(disks, Box::new(notify)).map_err(|e| build_error(&e))?;
+        host.set_worker(worker);
+    }
+    let image = BootImage::new(start.kernel.clone());
+    KvmMachine::new(&config, &image).map_err(|e| build_error(&e))
+}
+
+/// Which tape the machine is on.
+enum Play {
+    Replaying(Box<Replayer<ProcessHost>>),
+    Recording(Box<Recorder<ProcessHost>>),
+    /// Between the two, for the length of a function.
+    Changing,
+}
+
+/// A running machine.
+struct Vmm {
+    runner: Runner<KvmMachine>,
+    play: Play,
+    go_live: Option<(Term, LogIndex)>,
+    /// What was last told to the agent.
+    reported: LogIndex,
+    reported_at: HostTime,
+    told_paused: bool,
+    told_ended: bool,
+}
+
+impl Vmm {
+    fn start(machine: KvmMachine, mut host: ProcessHost, start: Start) -> Result<Self, ChildError> {
+        host.say(&FromVm::Ready)?;
+        host.send()?;
+        let play = match start.start_as {
+            StartAs::Replica => Play::Replaying(Box::new(Replayer::new(host, start.header))),
+            StartAs::Primary | StartAs::Unrecorded => {
+                let record = start.start_as == StartAs::Primary;
+                let policy = Policy {
+                    record,
+                    ..Policy::default()
+                };
+                Play::Recording(Box::new(Recorder::start(host, policy, start.header)?))
+            }
+        };
+        Ok(Self {
+            runner: Runner::new(machine),
+            play,
+            go_live: None,
+            reported: LogIndex::START,
+            reported_at: HostTime(0),
+            told_paused: false,
+            told_ended: false,
+        })
+    }
+
+    fn host(&mut self) -> &mut ProcessHost {
+        match &mut self.play {
+            Play::Replaying(replayer) => replayer.host(),
+            Play::Recording(recorder) => recorder.host(),
+            Play::Changing => unreachable!("left within the function that sets it"),
+        }
+    }
+
+    /// Does what the agent asks, runs the machine for a turn, and waits if there is nothing to do.
+    fn step(&mut self) -> Result<(), ChildError> {
+        while let Some(message) = self.host().control() {
+            self.control(message)?;
+        }
+        let turn = match &mut self.play {
+            Play::Replaying(replayer) => self.runner.turn(replayer.as_mut(), TURN_BUDGET)?,
+            Play::Recording(recorder) => self.runner.turn(recorder.as_mut(), TURN_BUDGET)?,
+            Play::Changing => unreachable!("left within the function that sets it"),
+        };
+        self.report(turn)?;
+        if turn == Turn::Ran || self.try_go_live()? {
+            return Ok(());
+        }
+        let until = match &self.play {
+            Play::Recording(recorder) if turn == Turn::Waiting => recorder.wake_at(),
+            _ => None,
+        };
+        self.host().wait(until)?;
+        Ok(())
+    }
+
+    fn control(&mut self, message: ToVm) -> Result<(), ChildError> {
+        match (message, &mut self.play) {
+            (ToVm::Batch(bytes), Play::Replaying(replayer)) => {
+                let batch = Batch::decode_frame(&bytes)
+                    .map_err(|error| ChildError::Batch(error.to_string()))?
+                    .ok_or_else(|| ChildError::Batch("it is torn".into()))?
+                    .0;
+                replayer.feed(&batch)?;
+            }
+            (ToVm::GoLive { term, at }, Play::Replaying(replayer)) => {
+                if replayer.fed() != at {
+                    let fed = replayer.fed();
+                    return Err(ChildError::LiveElsewhere { told: at, fed });
+                }
+                self.go_live = Some((term, at));
+            }
+            (ToVm::Pause(pause), Play::Recording(recorder)) => {
+                recorder.pause(pause);
+                self.told_paused = false;
+            }
+            (ToVm::Throttle(on), Play::Recording(recorder)) => recorder.throttle(on),
+            (ToVm::Batch(_), _) => return Err(ChildError::NotForPrimary("replay a batch")),
+            (ToVm::GoLive { .. }, _) => return Err(ChildError::NotForPrimary("go live")),
+            (ToVm::Pause(_), _) => return Err(ChildError::NotForReplica("pause")),
+            (ToVm::Throttle(_), _) => return Err(ChildError::NotForReplica("hold back")),
+            // Handled before they get here.
+            (ToVm::Start(_) | ToVm::Frame { .. } | ToVm::Console(_) | ToVm::Stop, _) => {}
+        }
+        Ok(())
+    }
+
+    /// Tells the agent what it has to know after a turn.
+    fn report(&mut self, turn: Turn) -> Result<(), ChildError> {
+        let at = self.runner.at();
+        match &mut self.play {
+            Play::Replaying(replayer) => {
+                let through = replayer.executed();
+                let now = replayer.host().now();
+                let due = turn != Turn::Ran || now.since(self.reported_at) >= REPORT_EVERY;
+                if through != self.reported && due {
+                    self.reported = through;
+                    self.reported_at = now;
+                    replayer.host().say(&FromVm::Executed { through, at })?;
+                    replayer.host().send()?;
+                }
+            }
+            Play::Recording(recorder) if turn == Turn::Paused && !self.told_paused => {
+                self.told_paused = true;
+                let index = recorder.index();
+                recorder.host().say(&FromVm::Paused { at, index })?;
+                recorder.host().send()?;
+            }
+            _ => {}
+        }
+        if let Turn::Ended(end) = turn
+            && !self.told_ended
+        {
+            self.told_ended = true;
+            self.host().say(&FromVm::Ended { end, at })?;
+            self.host().send()?;
+        }
+        Ok(())
+    }
+
+    /// Goes live if that was asked for and everything fed is executed.
+    fn try_go_live(&mut self) -> Result<bool, ChildError> {
+        let Some((term, _)) = self.go_live else {
+            return Ok(false);
+        };
+        match std::mem::replace(&mut self.play, Play::Changing) {
+            Play::Replaying(mut replayer) if replayer.drained() => {
+                let ongoing = replayer.ongoing();
+                let live = FromVm::Live {
+                    at: self.runner.at(),
+                    outputs: ongoing.outputs,
+                    frames: ongoing.frames.iter().map(|(g, n)| (*g, *n)).collect(),
+                };
+                // Said first: the first batch of the new term follows it.
+                replayer.host().say(&live)?;
+                let recorder = replayer.go_live(Policy::default(), term)?;
+                self.play = Play::Recording(Box::new(recorder));
+                self.go_live = None;
+                self.told_ended = false;
+                Ok(true)
+            }
+            other => {
+                self.play = other;
+                Ok(false)
+            }
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! The host as a VMM process has it: a socket to the agent, a disk worker, the kernel's clock and
+//! entropy. One queue brings everything to the vCPU thread.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use nix::time::{ClockId, clock_gettime};
+use replay_log::RequestNumber;
+use vmm::disk::{DiskCompletion, DiskWorker};
+use vmm::host::{DiskData, DiskReply, FromOutside, Host, HostTime, Output, Shipment};
+use vmm::replayer::Requeue;
+use vmm::tape::{DiskRequest, Sources, TapeError};
+
+use super::ipc::{self, FromVm, IpcError, ToVm};
+
+/// What reaches the vCPU thread.
+pub enum Inbox {
+    /// The agent says something.
+    Agent(ToVm),
+    /// The disk worker has finished a request.
+    Disk(DiskCompletion),
+    /// The agent is gone, or talks nonsense.
+    Lost(Option<IpcError>),
+}
+
+/// The host of a VMM process.
+pub struct ProcessHost {
+    inbox: Receiver<Inbox>,
+    frames: VecDeque<FromOutside>,
+    console: VecDeque<Bytes>,
+    disk: VecDeque<Result<DiskReply, String>>,
+    /// What the agent wants done between two turns.
+    control: VecDeque<ToVm>,
+    lost: bool,
+    worker: Option<DiskWorker>,
+    agent: UnixStream,
+    out: Vec<u8>,
+}
+
+impl ProcessHost {
+    /// A host that hears through `inbox` and speaks through `agent`.
+    pub fn new(inbox: Receiver<Inbox>, agent: UnixStream) -> Self {
+        Self {
+            inbox,
+            frames: VecDeque::new(),
+            console: VecDeque::new(),
+            disk: VecDeque::new(),
+            control: VecDeque::new(),
+            lost: false,
+            worker: None,
+            agent,
+            out: Vec::new(),
+        }
+    }
+
+    /// Gives it its disks.
+    pub fn set_worker(&mut self, worker: DiskWorker) {
+        self.worker = Some(worker);
+    }
+
+    /// Sorts what has come in.
+    fn sort(&mut self, inbox: Inbox) {
+        match inbox {
+            Inbox::Agent(ToVm::Frame { source, bytes }) => {
+                self.frames.push_back(FromOutside::Frame { source, bytes });
+            }
+            Inbox::Agent(ToVm::Console(bytes)) => self.console.push_back(bytes),
+            Inbox::Agent(control) => self.control.push_back(control),
+            Inbox::Disk(completion) => {
+                let number = completion.number;
+                self.disk.push_back(match completion.result {
+                    Ok(data) => Ok(DiskReply { number, data }),
+                    Err(error) => Err(error.to_string()),
+                });
+            }
+            Inbox::Lost(error) => {
+                if let Some(error) = error {
+                    tracing::error!(%error, "the agent's messages cannot be read");
+                }
+                self.lost = true;
+            }
+        }
+    }
+
+    /// Takes in whatever is there without waiting.
+    fn drain(&mut self) {
+        while let Ok(inbox) = self.inbox.try_recv() {
+            self.sort(inbox);
+        }
+    }
+
+    /// The next thing the agent wants done between two turns. `None`: nothing now.
+    pub fn control(&mut self) -> Option<ToVm> {
+        self.drain();
+        self.control.pop_front()
+    }
+
+    /// Whether the agent is gone.
+    pub const fn lost(&self) -> bool {
+        self.lost
+    }
+
+    /// Waits until something comes, or until this time.
+    pub fn wait(&mut self, until: Option<HostTime>) -> Result<(), TapeError> {
+        self.send()?;
+        let got = match until {
+            None => self
+                .inbox
+                .recv()
+                .map_err(|_| RecvTimeoutError::Disconnected),
+            Some(until) => {
+                let nanos = until.since(self.now());
+                if nanos == 0 {
+                    return Ok(());
+                }
+                self.inbox.recv_timeout(Duration::from_nanos(nanos))
+            }
+        };
+        match got {
+            Ok(inbox) => self.sort(inbox),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => self.lost = true,
+        }
+        self.drain();
+        Ok(())
+    }
+
+    /// Says something to the agent. It leaves with [`Host::send`].
+    pub fn say(&mut self, message: &FromVm) -> Result<(), TapeError> {
+        let out = std::mem::take(&mut self.out);
+        self.out = ipc::encode(message, out).map_err(|error| lost(&error))?;
+        Ok(())
+    }
+}
+
+fn lost(error: &IpcError) -> TapeError {
+    TapeError::Host {
+        reason: error.to_string(),
+    }
+}
+
+impl Host for ProcessHost {
+    fn now(&mut self) -> HostTime {
+        let now = clock_gettime(ClockId::CLOCK_BOOTTIME).expect("CLOCK_BOOTTIME is always there");
+        HostTime(now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
+    }
+
+    fn entropy(&mut self, out: &mut [u8]) -> Result<(), TapeError> {
+        let filled = std::fs::File::open("/dev/urandom")
+            .and_then(|mut random| std::io::Read::read_exact(&mut random, out));
+        filled.map_err(|error| TapeError::Host {
+            reason: format!("/dev/urandom gives no entropy: {error}"),
+        })
+    }
+
+    fn arrival_waits(&mut self) -> bool {
+        self.drain();
+        !(self.disk.is_empty() && self.frames.is_empty() && self.console.is_empty())
+    }
+
+    fn arrival(&mut self, can_take: Sources) -> Result<Option<FromOutside>, TapeError> {
+        self.drain();
+        if let Some(reply) = self.disk.pop_front() {
+            return match reply {
+                Ok(reply) => Ok(Some(FromOutside::Disk(reply))),
+                Err(reason) => Err(TapeError::Host { reason }),
+            };
+        }
+        if can_take.frame
+            && let Some(frame) = self.frames.pop_front()
+        {
+            return Ok(Some(frame));
+        }
+        if can_take.console > 0
+            && let Some(mut bytes) = self.console.pop_front()
+        {
+            if bytes.len() > can_take.console {
+                self.console.push_front(bytes.split_off(can_take.console));
+            }
+            return Ok(Some(FromOutside::Console(bytes)));
+        }
+        Ok(None)
+    }
+
+    fn submit(&mut self, request: DiskRequest) -> Result<(), TapeError> {
+        let worker = self.worker.as_ref().ok_or_else(|| TapeError::Host {
+            reason: "the guest uses a disk that its host has not set up".into(),
+        })?;
+        worker.submit(request).map_err(|error| TapeError::Host {
+            reason: error.to_string(),
+        })
+    }
+
+    fn ship(&mut self, shipment: Shipment) -> Result<(), TapeError> {
+        let mut batch = Vec::with_capacity(shipment.batch.payload().len() + 32);
+        shipment.batch.encode_frame(&mut batch);
+        self.say(&FromVm::Shipped {
+            batch: batch.into(),
+            frames: shipment.frames,
+        })
+    }
+
+    fn output(&mut self, output: Output) -> Result<(), TapeError> {
+        self.say(&FromVm::Output(output))
+    }
+
+    fn send(&mut self) -> Result<(), TapeError> {
+        if self.out.is_empty() {
+            return Ok(());
+        }
+        let sent = self.agent.write_all(&self.out);
+        self.out.clear();
+        sent.map_err(|error| lost(&error.into()))
+    }
+}
+
+impl Requeue for ProcessHost {
+    fn requeue(&mut self, finished: BTreeMap<RequestNumber, DiskData>) {
+        for (number, data) in finished.into_iter().rev() {
+            self.disk.push_front(Ok(DiskReply { number, data }));
+        }
+    }
+}
