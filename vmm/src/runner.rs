@@ -74,10 +74,10 @@ impl<M: Machine> Runner<M> {
         &self.machine
     }
 
-    /// What the vCPU can do, seen from outside: a halted vCPU with an interrupt waiting can run.
+    /// What the vCPU can do now.
     pub fn cpu(&self) -> CpuState {
         match self.machine.cpu() {
-            CpuState::Halted if self.injected || self.machine.interrupt_waits() => CpuState::Ready,
+            CpuState::Halted | CpuState::Idle if self.injected => CpuState::Ready,
             state => state,
         }
     }
@@ -123,19 +123,29 @@ impl<M: Machine> Runner<M> {
                     return Ok(Some(self.rest(Turn::Waiting)));
                 }
             }
+            // A waiting vCPU is woken by an interrupt before it is asked what it waits for.
+            if self.machine.cpu() != CpuState::Ready {
+                self.inject()?;
+            }
             match tape.next(self.at, self.cpu(), self.machine.can_take())? {
                 Next::Deliver(delivery) => self.machine.deliver(delivery)?,
                 Next::Mark => self.mark(tape)?,
                 Next::Wait => return Ok(Some(self.rest(Turn::Waiting))),
                 Next::Pause => return Ok(Some(self.rest(Turn::Paused))),
                 Next::Run => {
-                    if !self.injected && self.machine.interrupt_waits() {
-                        self.injected = self.machine.inject()?;
-                    }
+                    self.inject()?;
                     return Ok(None);
                 }
             }
         }
+    }
+
+    /// Injects an interrupt if one waits, there is room for it and the vCPU is ready.
+    fn inject(&mut self) -> Result<(), MachineError> {
+        if !self.injected && self.machine.interrupt_waits() {
+            self.injected = self.machine.inject()?;
+        }
+        Ok(())
     }
 
     /// Enters the guest once; numbers the exit and closes its group.
