@@ -8,8 +8,12 @@ pub mod output;
 pub mod suggest;
 
 mod doctor;
+mod init;
+mod log;
+mod process;
 mod replay;
 mod run;
+mod witness;
 
 use std::future::Future;
 use std::process::ExitCode;
@@ -36,10 +40,16 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Make a cluster: its certificates, and a folder for each of its processes
+    Init(init::Args),
+    /// Keep the records of a cluster, so that two hosts never both reign
+    Witness(witness::Args),
     /// Run a guest on this host alone, in the foreground
     Run(run::Args),
     /// Replay a recorded log and check every digest in it
     Replay(replay::Args),
+    /// Look into a recorded log
+    Log(log::Args),
     /// Say what this host can do, and what it lacks
     Doctor(doctor::Args),
 }
@@ -56,8 +66,11 @@ pub fn main() -> ExitCode {
 
 fn dispatch(command: Command) -> Result<(), Failure> {
     match command {
+        Command::Init(args) => init::run(&args),
+        Command::Witness(args) => witness::run(&args),
         Command::Run(args) => run::run(&args),
         Command::Replay(args) => replay::run(&args),
+        Command::Log(args) => log::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     }
 }
