@@ -196,7 +196,8 @@ impl Keyspace {
         true
     }
 
-    fn forget_all(&mut self) {
+    /// Empties it without a trace in the changes: what was replayed does not count.
+    pub(crate) fn forget_all(&mut self) {
         self.map.clear();
         self.memory = 0;
         self.log = 0;

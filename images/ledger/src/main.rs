@@ -21,7 +21,6 @@ use bare::{console, machine, ports};
 /// Called once, by `boot.s`.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ledger_main(boot_params: u64) -> ! {
-    console::line(format_args!("ledger {}", env!("CARGO_PKG_VERSION")));
     // SAFETY: this is the one call, with what the VMM passed.
     let boot = unsafe { bare::boot::Boot::take(boot_params) };
     match machine::Machine::new(&boot) {

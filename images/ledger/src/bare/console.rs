@@ -1,4 +1,4 @@
-//! The console: whole lines, formatted without allocation, one exit each.
+//! The console: whole lines, formatted without allocation.
 
 use core::fmt::{self, Write};
 

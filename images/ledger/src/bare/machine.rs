@@ -14,7 +14,7 @@ use super::boot::{Boot, BootError};
 use super::clock::Clock;
 use super::console;
 use super::disk::Disk;
-use super::network::Network;
+use super::network::{Buffers, Network};
 use super::ports;
 use super::virtio::DeviceError;
 use super::virtio::block::Block;
@@ -26,6 +26,9 @@ const DISK_WINDOW: u64 = 0xd000_1000;
 
 /// What the data may take of the heap: the rest is for sockets, buffers, commits and fragments.
 const DATA_SHARE: (usize, usize) = (2, 5);
+
+/// Zeroed by the VMM, as all memory of a new machine.
+static mut BUFFERS: Buffers = [0; size_of::<Buffers>()];
 
 /// Why the ledger cannot start.
 #[derive(Debug)]
@@ -85,14 +88,14 @@ impl Machine {
         let nonces = NonceSequence::new(ports::entropy());
         let service = Service::recover(&mut disk, memory, nonces)?;
         let clock = Clock::new();
-        let network = Network::new(net, config, ports::entropy(), clock.now());
-        let found = service.recovered();
-        let torn = if found.torn { ", a torn one dropped" } else { "" };
-        console::line(format_args!(
-            "ledger: ready, {} keys from {} batches{torn}",
-            service.keys(),
-            found.batches
-        ));
+        // SAFETY: borrowed once, here.
+        let buffers = unsafe { &mut *(&raw mut BUFFERS) };
+        let network = Network::new(net, config, buffers, ports::entropy(), clock.now());
+        // Short: every byte of the console is an exit where KVM emulates string output.
+        if service.recovered().torn {
+            console::line(format_args!("ledger: dropped a torn batch"));
+        }
+        console::line(format_args!("ledger: ready"));
         Ok(Self {
             clock,
             network,

@@ -14,6 +14,7 @@ use ledger::command_line;
 use ledger::connection::Connection;
 use ledger::limits::OUTPUT_BUDGET;
 use ledger::service::Service;
+use managed::ManagedSlice;
 use smoltcp::iface::{
     Config, Interface, PollIngressSingleResult, PollResult, SocketHandle, SocketSet,
 };
@@ -35,6 +36,13 @@ const ACK_DELAY: Duration = Duration::from_millis(40);
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 const GIVE_UP: Duration = Duration::from_secs(300);
 
+/// What the sockets' buffers are made of.
+type Storage<'a> = ManagedSlice<'a, u8>;
+
+/// The first buffers of all sockets. They lie in zeroed memory that nobody has touched: touching 4
+/// MiB would be most of the time it takes to boot.
+pub type Buffers = [u8; SOCKETS * 2 * BUFFER];
+
 /// A socket, and the client that has it.
 struct Slot {
     handle: SocketHandle,
@@ -50,8 +58,14 @@ pub struct Network {
 }
 
 impl Network {
-    /// All sockets listen. `seed` is real entropy.
-    pub fn new(mut device: Net, config: command_line::Network, seed: u64, now: Instant) -> Self {
+    /// All sockets listen, with `first_buffers` as theirs. `seed` is real entropy.
+    pub fn new(
+        mut device: Net,
+        config: command_line::Network,
+        first_buffers: &'static mut Buffers,
+        seed: u64,
+        now: Instant,
+    ) -> Self {
         let mut hardware = Config::new(EthernetAddress(device.mac()).into());
         hardware.random_seed = seed;
         let mut interface = Interface::new(hardware, &mut device, now);
@@ -67,9 +81,16 @@ impl Network {
             let _ = interface.routes_mut().add_default_ipv4_route(gateway);
         }
         let mut sockets = SocketSet::new(Vec::with_capacity(SOCKETS));
-        let slots = (0..SOCKETS)
-            .map(|_| Slot {
-                handle: sockets.add(socket()),
+        let slots = first_buffers
+            .as_chunks_mut::<BUFFER>()
+            .0
+            .chunks_exact_mut(2)
+            .filter_map(|pair| match pair {
+                [receive, send] => Some(socket(&mut receive[..], &mut send[..])),
+                _ => None,
+            })
+            .map(|socket| Slot {
+                handle: sockets.add(socket),
                 connection: None,
             })
             .collect();
@@ -160,7 +181,7 @@ impl Network {
 }
 
 impl Slot {
-    fn open_or_listen(&mut self, socket: &mut Socket<'_>, service: &mut Service) {
+    fn open_or_listen(&mut self, socket: &mut Socket<'static>, service: &mut Service) {
         match socket.state() {
             State::Closed | State::TimeWait => {
                 if let Some(connection) = self.connection.take() {
@@ -169,7 +190,7 @@ impl Slot {
                 // A connection that we closed waits for stray segments; the next client of this
                 // socket comes from another port, so it need not wait here.
                 if socket.state() == State::TimeWait {
-                    *socket = self::socket();
+                    *socket = self::socket(vec![0; BUFFER], vec![0; BUFFER]);
                 } else {
                     listen(socket);
                 }
@@ -182,9 +203,8 @@ impl Slot {
     }
 }
 
-fn socket() -> Socket<'static> {
-    let buffer = || SocketBuffer::new(vec![0; BUFFER]);
-    let mut socket = Socket::new(buffer(), buffer());
+fn socket<'a>(receive: impl Into<Storage<'a>>, send: impl Into<Storage<'a>>) -> Socket<'a> {
+    let mut socket = Socket::new(SocketBuffer::new(receive), SocketBuffer::new(send));
     socket.set_nagle_enabled(false);
     socket.set_ack_delay(Some(ACK_DELAY));
     socket.set_keep_alive(Some(KEEP_ALIVE));

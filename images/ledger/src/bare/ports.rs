@@ -54,7 +54,8 @@ pub fn power_off() -> ! {
     }
 }
 
-/// Writes bytes to the console: one exit, where KVM passes string output on in one piece.
+/// Writes bytes to the console: one exit where ring 3 is native under VMX or SVM, one exit a byte where
+/// KVM emulates the instruction.
 pub fn console(bytes: &[u8]) {
     // SAFETY: reads `bytes` only; the direction flag is clear by the calling convention.
     unsafe {

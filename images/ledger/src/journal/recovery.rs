@@ -144,16 +144,11 @@ pub fn recover(
         }
     }
     for (area, first) in firsts {
-        let walked = walk(&mut reader, area, first, &mut |_, _| Ok(()))?;
+        let walked = walk(&mut reader, area, first, keyspace)?;
         if !walked.complete {
+            keyspace.forget_all();
             continue;
         }
-        walk(&mut reader, area, first, &mut |at, payload| {
-            for record in records(payload) {
-                keyspace.replay(record.map_err(|Malformed| RecoveryError::Malformed { at })?);
-            }
-            Ok(())
-        })?;
         let found = Found {
             batches: walked.tail.next.0,
             torn: walked.torn,
@@ -172,12 +167,12 @@ struct Walked {
     torn: bool,
 }
 
-/// Reads an area batch by batch and finds out how it ends.
+/// Applies an area batch by batch and finds out how it ends.
 fn walk(
     reader: &mut Reader<'_>,
     area: Area,
     first: Head,
-    take: &mut dyn FnMut(Sector, &[u8]) -> Result<(), RecoveryError>,
+    keyspace: &mut Keyspace,
 ) -> Result<Walked, RecoveryError> {
     let mut walked = Walked {
         tail: Tail::empty(area, first.generation, first.nonce),
@@ -189,21 +184,21 @@ fn walk(
         let sector = Sector(area.start(reader.area_sectors).0 + at);
         let head = reader.batch(area, at)?;
         let Some(head) = head.filter(|head| follows(&walked.tail, head)) else {
-            let later = reader.later_batch(&walked.tail)?;
-            return match later {
-                Some(later) => Err(RecoveryError::Corrupt {
+            if let Some(later) = reader.later_batch(&walked.tail)? {
+                return Err(RecoveryError::Corrupt {
                     at: sector,
                     missing: walked.tail.next,
                     later,
-                }),
-                None => {
-                    walked.torn = !reader.is_free(&walked.tail)?;
-                    Ok(walked)
-                }
-            };
+                });
+            }
+            walked.torn = !reader.is_free(&walked.tail)?;
+            return Ok(walked);
         };
         let payload = head.vouches_for(reader.sectors(area, at, head.sectors())?);
-        take(sector, payload.unwrap_or_default())?;
+        for record in records(payload.unwrap_or_default()) {
+            let record = record.map_err(|Malformed| RecoveryError::Malformed { at: sector })?;
+            keyspace.replay(record);
+        }
         walked.complete |= head.flags == Flags::COMPLETE;
         walked.tail.used += head.sectors();
         walked.tail.next = Sequence(walked.tail.next.0 + 1);

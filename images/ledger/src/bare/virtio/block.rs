@@ -78,7 +78,7 @@ impl Block {
         let count = queue.size() / PARTS;
         Ok(Self {
             queue,
-            slots: forever(usize::from(count) * size_of::<Slot>(), 16).cast(),
+            slots: forever(usize::from(count) * size_of::<Slot>(), 16, true).cast(),
             free: (0..count).collect(),
             sectors,
         })
@@ -104,7 +104,9 @@ impl Block {
         };
         let (kind, sector, data) = match request {
             Request::Read { sector, to, len } => (READ, sector, Some((to as u64, len, true))),
-            Request::Write { sector, from, len } => (WRITE, sector, Some((from as u64, len, false))),
+            Request::Write { sector, from, len } => {
+                (WRITE, sector, Some((from as u64, len, false)))
+            }
             Request::Flush => (SYNC, 0, None),
         };
         let memory = self.slots.wrapping_add(usize::from(slot));

@@ -38,7 +38,9 @@ impl fmt::Display for DeviceError {
             Self::Missing { what, at } => {
                 write!(f, "there is no {what} at {at:#x}; configure one")
             }
-            Self::Features { what } => write!(f, "the {what} does not offer virtio 1 and what it needs"),
+            Self::Features { what } => {
+                write!(f, "the {what} does not offer virtio 1 and what it needs")
+            }
             Self::Queue { what } => write!(f, "the {what} has no queue that is large enough"),
         }
     }

@@ -41,7 +41,7 @@ impl Direction {
     fn new(queue: Queue, device_writes: bool) -> Self {
         let count = queue.size();
         let mut direction = Self {
-            buffers: forever(usize::from(count) * BUFFER, 64),
+            buffers: forever(usize::from(count) * BUFFER, 64, false),
             queue,
         };
         for index in 0..count {
@@ -61,7 +61,10 @@ impl Direction {
     }
 
     fn buffer(&self, index: u16) -> *mut u8 {
-        assert!(index < self.queue.size(), "there is a buffer for every descriptor");
+        assert!(
+            index < self.queue.size(),
+            "there is a buffer for every descriptor"
+        );
         self.buffers.wrapping_add(usize::from(index) * BUFFER)
     }
 }
@@ -137,8 +140,9 @@ impl TxToken for Sending<'_> {
         };
         // SAFETY: a free buffer is ours until it is offered below.
         let frame = unsafe {
-            let start = self.send.buffer(index).add(HEADER);
-            core::slice::from_raw_parts_mut(start, len)
+            let start = self.send.buffer(index);
+            start.write_bytes(0, HEADER + len);
+            core::slice::from_raw_parts_mut(start.add(HEADER), len)
         };
         let result = write(frame);
         self.send.describe(index, (HEADER + len) as u32, false);

@@ -1,7 +1,7 @@
 //! A split virtqueue, without interrupts and without notifications: the device looks at every
 //! queue when the ledger goes idle.
 
-use alloc::alloc::{alloc_zeroed, handle_alloc_error};
+use alloc::alloc::{alloc, alloc_zeroed, handle_alloc_error};
 use core::alloc::Layout;
 use core::sync::atomic::{Ordering, fence};
 
@@ -42,13 +42,15 @@ struct Descriptor {
     next: u16,
 }
 
-/// Zeroed memory that is never given back: devices may write to it as long as the machine runs.
-pub fn forever(bytes: usize, align: usize) -> *mut u8 {
+/// Memory that is never given back: devices may write to it as long as the machine runs. It is
+/// zeroed if asked for; buffers are not, because untouched memory costs nothing.
+pub fn forever(bytes: usize, align: usize, zeroed: bool) -> *mut u8 {
     let Ok(layout) = Layout::from_size_align(bytes.max(1), align) else {
         unreachable!("alignments here are powers of two");
     };
+    let allocate = if zeroed { alloc_zeroed } else { alloc };
     // SAFETY: the size is not zero.
-    let memory = unsafe { alloc_zeroed(layout) };
+    let memory = unsafe { allocate(layout) };
     if memory.is_null() {
         handle_alloc_error(layout);
     }
@@ -59,14 +61,14 @@ impl Queue {
     /// Memory for `size` descriptors, a power of two.
     pub fn new(size: u16) -> Self {
         let count = usize::from(size);
-        let available = forever(6 + 2 * count, 8).cast::<u16>();
+        let available = forever(6 + 2 * count, 8, true).cast::<u16>();
         // SAFETY: the first element of what was just allocated.
         unsafe { available.write_volatile(NO_INTERRUPT) };
         Self {
             size,
-            descriptors: forever(16 * count, 16).cast(),
+            descriptors: forever(16 * count, 16, true).cast(),
             available,
-            used: forever(6 + 8 * count, 8).cast(),
+            used: forever(6 + 8 * count, 8, true).cast(),
             next_available: 0,
             next_used: 0,
         }
@@ -107,7 +109,11 @@ impl Queue {
                 next: if last { 0 } else { at + 1 },
             };
             // SAFETY: within the table, by the assertion.
-            unsafe { self.descriptors.add(usize::from(at)).write_volatile(descriptor) };
+            unsafe {
+                self.descriptors
+                    .add(usize::from(at))
+                    .write_volatile(descriptor)
+            };
         }
     }
 
@@ -135,7 +141,10 @@ impl Queue {
             self.next_used = self.next_used.wrapping_add(1);
             let element = self.used.add(2).cast::<u32>().add(2 * slot);
             let first = element.read_volatile() as u16;
-            assert!(first < self.size, "the device used a descriptor that is none");
+            assert!(
+                first < self.size,
+                "the device used a descriptor that is none"
+            );
             Some((first, element.add(1).read_volatile()))
         }
     }
