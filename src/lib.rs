@@ -6,6 +6,7 @@ pub mod config;
 pub mod demo;
 pub mod doctor;
 pub mod gateway;
+pub mod images;
 pub mod offline;
 pub mod protocol;
 pub mod simulator;

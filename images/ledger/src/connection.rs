@@ -83,9 +83,10 @@ impl Connection {
             .gates
             .iter()
             .take_while(|(_, number)| *number <= durable);
-        let end = match open.clone().count() == self.gates.len() {
-            true => self.output.len(),
-            false => open.last().map_or(self.sent, |(until, _)| *until),
+        let end = if open.clone().count() == self.gates.len() {
+            self.output.len()
+        } else {
+            open.last().map_or(self.sent, |(until, _)| *until)
         };
         self.output.get(self.sent..end).unwrap_or_default()
     }

@@ -50,17 +50,17 @@ impl<'a> Replies<'a> {
 
     /// An integer.
     pub fn integer(&mut self, value: i64) {
-        self.number(b':', value);
+        self.number(b':', &Decimal::new(value));
     }
 
     /// An integer that counts something.
     pub fn count(&mut self, value: usize) {
-        self.integer(i64::try_from(value).unwrap_or(i64::MAX));
+        self.number(b':', &Decimal::of_len(value));
     }
 
     /// A string of any bytes.
     pub fn bulk(&mut self, bytes: &[u8]) {
-        self.number(b'$', bytes.len() as i64);
+        self.number(b'$', &Decimal::of_len(bytes.len()));
         self.0.extend_from_slice(bytes);
         self.0.extend_from_slice(b"\r\n");
     }
@@ -75,12 +75,12 @@ impl<'a> Replies<'a> {
 
     /// The head of an array; its elements follow.
     pub fn array(&mut self, elements: usize) {
-        self.number(b'*', elements as i64);
+        self.number(b'*', &Decimal::of_len(elements));
     }
 
-    fn number(&mut self, sign: u8, value: i64) {
+    fn number(&mut self, sign: u8, value: &Decimal) {
         self.0.push(sign);
-        self.0.extend_from_slice(Decimal::new(value).as_bytes());
+        self.0.extend_from_slice(value.as_bytes());
         self.0.extend_from_slice(b"\r\n");
     }
 
@@ -115,6 +115,11 @@ impl Decimal {
             digits[start] = b'-';
         }
         Self { digits, start }
+    }
+
+    /// A length in decimal; no memory is long enough to be cut off.
+    pub fn of_len(len: usize) -> Self {
+        Self::new(i64::try_from(len).unwrap_or(i64::MAX))
     }
 
     /// Its digits.

@@ -7,7 +7,7 @@
 use core::fmt;
 
 use ledger::journal::NonceSequence;
-use ledger::journal::recovery::{DiskFailed, RecoveryError};
+use ledger::journal::recovery::RecoveryError;
 use ledger::service::Service;
 
 use super::boot::{Boot, BootError};
@@ -88,8 +88,9 @@ impl Machine {
         let nonces = NonceSequence::new(ports::entropy());
         let service = Service::recover(&mut disk, memory, nonces)?;
         let clock = Clock::new();
+        let buffers: *mut Buffers = &raw mut BUFFERS;
         // SAFETY: borrowed once, here.
-        let buffers = unsafe { &mut *(&raw mut BUFFERS) };
+        let buffers = unsafe { &mut *buffers };
         let network = Network::new(net, config, buffers, ports::entropy(), clock.now());
         // Short: every byte of the console is an exit where KVM emulates string output.
         if service.recovered().torn {
@@ -110,12 +111,9 @@ impl Machine {
         // for a disk that answers within a moment. Two such turns in a row would be one too many.
         let mut clock_is_fresh = false;
         loop {
-            let durable = match self.disk.poll() {
-                Ok(durable) => durable,
-                Err(DiskFailed) => {
-                    console::line(format_args!("ledger: the disk refused a request"));
-                    ports::power_off()
-                }
+            let Ok(durable) = self.disk.poll() else {
+                console::line(format_args!("ledger: the disk refused a request"));
+                ports::power_off()
             };
             if durable {
                 self.service.committed();

@@ -134,7 +134,7 @@ pub(super) fn config(context: &mut Context<'_>, arguments: &[&[u8]]) -> Outcome 
         return Err(Refusal::Arity("config".into()));
     };
     match arguments {
-        [patterns @ ..] if is(name, "get") && !patterns.is_empty() => {
+        patterns if is(name, "get") && !patterns.is_empty() => {
             config_get(context, patterns);
         }
         [parameter, _, ..] if is(name, "set") => {
@@ -155,8 +155,8 @@ pub(super) fn config(context: &mut Context<'_>, arguments: &[&[u8]]) -> Outcome 
 
 /// The parameters that mean something here; `redis-benchmark` asks for `save` and `appendonly`.
 fn config_get(context: &mut Context<'_>, patterns: &[&[u8]]) {
-    let memory = Decimal::new(context.keyspace.capacity().memory as i64);
-    let longest = Decimal::new(MAX_BULK as i64);
+    let memory = Decimal::of_len(context.keyspace.capacity().memory);
+    let longest = Decimal::of_len(MAX_BULK);
     let parameters: [(&str, &[u8]); 7] = [
         ("appendfsync", b"always"),
         ("appendonly", b"yes"),

@@ -77,8 +77,9 @@ impl Net {
     pub unsafe fn open(base: u64) -> Result<Self, DeviceError> {
         // SAFETY: as the caller vouches.
         let window = unsafe { Window::open(base, ID, MAC, "network device")? };
-        let [a, b, c, d] = window.config(0).to_le_bytes();
-        let [e, f, ..] = window.config(4).to_le_bytes();
+        let mut mac = [0; 6];
+        let address = u64::from(window.config(0)) | u64::from(window.config(4)) << 32;
+        mac.copy_from_slice(&address.to_le_bytes()[..6]);
         let mut receive = Direction::new(window.queue(RECEIVE, BUFFERS)?, true);
         let send = Direction::new(window.queue(SEND, BUFFERS)?, false);
         window.go_live();
@@ -86,7 +87,7 @@ impl Net {
             receive.queue.offer(index);
         }
         Ok(Self {
-            mac: [a, b, c, d, e, f],
+            mac,
             free: (0..send.queue.size()).collect(),
             receive,
             send,

@@ -28,8 +28,10 @@ pub struct Queue {
     descriptors: *mut Descriptor,
     /// flags, index, ring
     available: *mut u16,
-    /// flags, index (16 bits each), ring of (32, 32)
+    /// flags, index
     used: *mut u16,
+    /// Behind them: chain, bytes written
+    used_ring: *mut [u32; 2],
     next_available: u16,
     next_used: u16,
 }
@@ -61,14 +63,16 @@ impl Queue {
     /// Memory for `size` descriptors, a power of two.
     pub fn new(size: u16) -> Self {
         let count = usize::from(size);
-        let available = forever(6 + 2 * count, 8, true).cast::<u16>();
+        let available: *mut u16 = forever(6 + 2 * count, 8, true).cast();
+        let used = forever(6 + 8 * count, 8, true);
         // SAFETY: the first element of what was just allocated.
         unsafe { available.write_volatile(NO_INTERRUPT) };
         Self {
             size,
             descriptors: forever(16 * count, 16, true).cast(),
             available,
-            used: forever(6 + 8 * count, 8, true).cast(),
+            used: used.cast(),
+            used_ring: used.wrapping_add(4).cast(),
             next_available: 0,
             next_used: 0,
         }
@@ -102,18 +106,20 @@ impl Queue {
         for (at, part) in (first..).zip(parts) {
             assert!(at < self.size, "a chain lies within the table");
             let last = usize::from(at - first) + 1 == parts.len();
+            let (next_flag, next) = if last { (0, 0) } else { (NEXT, at + 1) };
+            let write_flag = if part.device_writes { WRITE } else { 0 };
             let descriptor = Descriptor {
                 address: part.address,
                 len: part.len,
-                flags: if last { 0 } else { NEXT } | if part.device_writes { WRITE } else { 0 },
-                next: if last { 0 } else { at + 1 },
+                flags: next_flag | write_flag,
+                next,
             };
             // SAFETY: within the table, by the assertion.
             unsafe {
                 self.descriptors
                     .add(usize::from(at))
-                    .write_volatile(descriptor)
-            };
+                    .write_volatile(descriptor);
+            }
         }
     }
 
@@ -139,13 +145,13 @@ impl Queue {
             fence(Ordering::Acquire);
             let slot = usize::from(self.next_used & (self.size - 1));
             self.next_used = self.next_used.wrapping_add(1);
-            let element = self.used.add(2).cast::<u32>().add(2 * slot);
-            let first = element.read_volatile() as u16;
+            let [first, written] = self.used_ring.add(slot).read_volatile();
+            let first = first as u16;
             assert!(
                 first < self.size,
                 "the device used a descriptor that is none"
             );
-            Some((first, element.add(1).read_volatile()))
+            Some((first, written))
         }
     }
 }

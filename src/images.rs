@@ -1,0 +1,478 @@
+//! Guest images: the ones that are embedded, and folders with a manifest.
+//!
+//! ```toml
+//! name = "ledger"
+//! description = "what it is, in a line"
+//! kernel = "ledger"                  # a file of the folder, like initrd
+//! initrd = "initrd.img"              # optional
+//! command-line = "ip=10.77.0.2/8"
+//! memory = "64 MiB"
+//! disks = ["64 MiB"]
+//! modes = ["replayed"]               # and "checkpointed"
+//!
+//! [network]                          # optional
+//! mac = "02:75:64:00:00:02"
+//! address = "10.77.0.2/8"            # what the guest configures itself; gateways share the subnet
+//! ports = [6379]                     # the TCP ports it serves
+//! ```
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::{fmt, fs, io};
+
+use bytes::Bytes;
+use replay_log::ImageDigest;
+use serde::{Deserialize, Deserializer, de};
+use thiserror::Error;
+use vmm::boot::BootImage;
+use vmm::config::MachineConfig;
+
+/// The file that makes a folder an image.
+const MANIFEST: &str = "manifest.toml";
+
+/// The most disks a machine has.
+const MAX_DISKS: usize = vmm::devices::layout::DISK_IRQS.len();
+
+/// Everything embedded: manifest and kernel.
+const EMBEDDED: [(&str, &str, &[u8]); 1] = [(
+    "ledger",
+    include_str!("../images/ledger/manifest.toml"),
+    include_bytes!(concat!(env!("OUT_DIR"), "/ledger.elf")),
+)];
+
+/// How a guest can be protected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Every event recorded and replayed.
+    Replayed,
+    /// By epochs that are cuts.
+    Checkpointed,
+}
+
+/// A disk that an image wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// Its size in bytes, a multiple of 512.
+    pub size: u64,
+}
+
+/// The network device that an image wants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetworkSpec {
+    /// Its Ethernet address.
+    pub mac: [u8; 6],
+    /// The address that the guest gives itself.
+    pub address: Ipv4Addr,
+    /// The length of the subnet's prefix in bits.
+    pub prefix: u8,
+    /// The TCP ports that the guest serves.
+    pub ports: Vec<u16>,
+}
+
+/// Something that can be run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// What it is called.
+    pub name: String,
+    /// What it is, in a line.
+    pub description: String,
+    /// The kernel: an ELF file.
+    pub kernel: Bytes,
+    /// The initial RAM disk.
+    pub initrd: Option<Bytes>,
+    /// The kernel command line.
+    pub command_line: String,
+    /// Guest memory in bytes, a multiple of 4,096.
+    pub memory: u64,
+    /// The disks, in device order.
+    pub disks: Vec<DiskSpec>,
+    /// The network device, if it wants one.
+    pub network: Option<NetworkSpec>,
+    /// How it can be protected, best first.
+    pub modes: Vec<Mode>,
+}
+
+/// Why there is no such image.
+#[derive(Debug, Error)]
+pub enum ImageError {
+    /// No embedded image has this name, and no folder either.
+    #[error(
+        "there is no image '{name}': did you mean '{closest}'? (A folder with a {MANIFEST} is an image, too.)"
+    )]
+    Unknown {
+        /// What was asked for.
+        name: String,
+        /// The closest embedded one.
+        closest: &'static str,
+    },
+    /// A file of the folder cannot be read.
+    #[error("the image's file {} cannot be read", path.display())]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The manifest is not what it must be.
+    #[error("{origin} is not the manifest of an image")]
+    Manifest {
+        /// Where it is.
+        origin: String,
+        /// What is wrong, and where.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// Too many disks.
+    #[error("{origin} asks for {count} disks: a machine has at most {MAX_DISKS}")]
+    TooManyDisks {
+        /// The manifest.
+        origin: String,
+        /// How many.
+        count: usize,
+    },
+    /// A file outside of the folder.
+    #[error("{origin} names the file '{file}': name files of the image's own folder")]
+    Outside {
+        /// The manifest.
+        origin: String,
+        /// The file.
+        file: String,
+    },
+}
+
+/// The manifest as it is written.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct Manifest {
+    name: String,
+    #[serde(default)]
+    description: String,
+    kernel: String,
+    initrd: Option<String>,
+    #[serde(default)]
+    command_line: String,
+    memory: Size<4096>,
+    #[serde(default)]
+    disks: Vec<Size<512>>,
+    network: Option<NetworkManifest>,
+    modes: Vec<Mode>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct NetworkManifest {
+    #[serde(deserialize_with = "mac")]
+    mac: [u8; 6],
+    #[serde(deserialize_with = "address")]
+    address: (Ipv4Addr, u8),
+    #[serde(default)]
+    ports: Vec<u16>,
+}
+
+/// A number of bytes that is a multiple of `UNIT`: `"64 MiB"`, or bytes as a number.
+struct Size<const UNIT: u64>(u64);
+
+impl Image {
+    /// The image as a VMM boots it.
+    pub fn boot(&self) -> BootImage {
+        BootImage::new(self.kernel.clone())
+    }
+
+    /// The machine it wants.
+    pub fn machine(&self) -> MachineConfig {
+        MachineConfig {
+            memory: self.memory,
+            command_line: self.command_line.clone(),
+            mac: self.network.as_ref().map(|network| network.mac),
+            disks: self.disks.iter().map(|disk| disk.size).collect(),
+        }
+    }
+
+    /// The hash of what is loaded from it. (What machine it runs on is in the log's header, too.)
+    pub fn digest(&self) -> ImageDigest {
+        let Some(initrd) = &self.initrd else {
+            return self.boot().digest();
+        };
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.boot().digest().0);
+        hasher.update(initrd);
+        ImageDigest(*hasher.finalize().as_bytes())
+    }
+
+    /// The image that a manifest describes; `read` gets its files.
+    fn from_manifest(
+        text: &str,
+        origin: &str,
+        read: &dyn Fn(&str) -> Result<Bytes, ImageError>,
+    ) -> Result<Self, ImageError> {
+        let manifest: Manifest = toml::from_str(text).map_err(|source| ImageError::Manifest {
+            origin: origin.into(),
+            source: Box::new(source),
+        })?;
+        if manifest.disks.len() > MAX_DISKS {
+            return Err(ImageError::TooManyDisks {
+                origin: origin.into(),
+                count: manifest.disks.len(),
+            });
+        }
+        let disks = manifest.disks.iter();
+        Ok(Self {
+            kernel: read(&manifest.kernel)?,
+            initrd: manifest.initrd.as_deref().map(read).transpose()?,
+            name: manifest.name,
+            description: manifest.description,
+            command_line: manifest.command_line,
+            memory: manifest.memory.0,
+            disks: disks.map(|size| DiskSpec { size: size.0 }).collect(),
+            network: manifest.network.map(|network| NetworkSpec {
+                mac: network.mac,
+                address: network.address.0,
+                prefix: network.address.1,
+                ports: network.ports,
+            }),
+            modes: manifest.modes,
+        })
+    }
+
+    /// An embedded image.
+    fn embedded(manifest: &str, name: &str, kernel: &'static [u8]) -> Result<Self, ImageError> {
+        Self::from_manifest(manifest, name, &|_| Ok(Bytes::from_static(kernel)))
+    }
+
+    /// A folder with a manifest.
+    fn from_folder(folder: &Path) -> Result<Self, ImageError> {
+        let path = folder.join(MANIFEST);
+        let text = fs::read_to_string(&path).map_err(|source| ImageError::Read {
+            path: path.clone(),
+            source,
+        })?;
+        let origin = path.display().to_string();
+        Self::from_manifest(&text, &origin, &|file| {
+            let inside = Path::new(file).file_name().is_some_and(|name| name == file);
+            if !inside {
+                return Err(ImageError::Outside {
+                    origin: origin.clone(),
+                    file: file.into(),
+                });
+            }
+            let path = folder.join(file);
+            match fs::read(&path) {
+                Ok(bytes) => Ok(Bytes::from(bytes)),
+                Err(source) => Err(ImageError::Read { path, source }),
+            }
+        })
+    }
+}
+
+/// The image with this name, or in this folder (whatever contains a `/`, or is a folder).
+pub fn find(name: &str) -> Result<Image, ImageError> {
+    for (known, manifest, kernel) in EMBEDDED {
+        if known == name {
+            return Image::embedded(manifest, known, kernel);
+        }
+    }
+    let folder = Path::new(name);
+    if name.contains('/') || folder.is_dir() {
+        return Image::from_folder(folder);
+    }
+    let closest = EMBEDDED
+        .iter()
+        .max_by(|(a, ..), (b, ..)| {
+            strsim::jaro_winkler(name, a).total_cmp(&strsim::jaro_winkler(name, b))
+        })
+        .map_or("", |(known, ..)| known);
+    Err(ImageError::Unknown {
+        name: name.into(),
+        closest,
+    })
+}
+
+/// All embedded images.
+pub fn embedded() -> Result<Vec<Image>, ImageError> {
+    EMBEDDED
+        .into_iter()
+        .map(|(name, manifest, kernel)| Image::embedded(manifest, name, kernel))
+        .collect()
+}
+
+impl<'de, const UNIT: u64> Deserialize<'de> for Size<UNIT> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor<const UNIT: u64>;
+        impl<const UNIT: u64> de::Visitor<'_> for Visitor<UNIT> {
+            type Value = Size<UNIT>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(
+                    f,
+                    "a size that is a multiple of {UNIT} bytes, for example \"64 MiB\""
+                )
+            }
+            fn visit_i64<E: de::Error>(self, value: i64) -> Result<Self::Value, E> {
+                let wrong = || E::invalid_value(de::Unexpected::Signed(value), &self);
+                let bytes = u64::try_from(value).map_err(|_| wrong())?;
+                multiple(bytes).ok_or_else(wrong)
+            }
+            fn visit_str<E: de::Error>(self, value: &str) -> Result<Self::Value, E> {
+                size(value)
+                    .and_then(multiple)
+                    .ok_or_else(|| E::invalid_value(de::Unexpected::Str(value), &self))
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+fn multiple<const UNIT: u64>(bytes: u64) -> Option<Size<UNIT>> {
+    (bytes > 0 && bytes.is_multiple_of(UNIT)).then_some(Size(bytes))
+}
+
+fn size(text: &str) -> Option<u64> {
+    let (number, unit) = text.trim().split_once(' ')?;
+    let shift = match unit.trim() {
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+fn mac<'de, D: Deserializer<'de>>(deserializer: D) -> Result<[u8; 6], D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let wrong = || {
+        let wanted = &"a unicast Ethernet address, for example \"02:75:64:00:00:02\"";
+        de::Error::invalid_value(de::Unexpected::Str(&text), wanted)
+    };
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts
+            .next()
+            .filter(|part| part.len() == 2)
+            .ok_or_else(wrong)?;
+        *byte = u8::from_str_radix(part, 16).map_err(|_| wrong())?;
+    }
+    if parts.next().is_some() || mac[0] & 1 != 0 {
+        return Err(wrong());
+    }
+    Ok(mac)
+}
+
+fn address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(Ipv4Addr, u8), D::Error> {
+    let text = String::deserialize(deserializer)?;
+    text.split_once('/')
+        .and_then(|(address, prefix)| Some((address.parse().ok()?, prefix.parse().ok()?)))
+        .filter(|(_, prefix)| (8..=24).contains(prefix))
+        .ok_or_else(|| {
+            let wanted =
+                &"an IPv4 address with a prefix of 8 to 24 bits, for example \"10.77.0.2/8\"";
+            de::Error::invalid_value(de::Unexpected::Str(&text), wanted)
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+
+    use super::*;
+
+    fn message(error: &ImageError) -> String {
+        let source = error.source().map(ToString::to_string);
+        format!("{error}: {}", source.unwrap_or_default())
+    }
+
+    #[test]
+    fn embedded_images_can_be_had() {
+        let images = embedded().unwrap();
+        assert_eq!(images.len(), EMBEDDED.len());
+        for image in &images {
+            assert_eq!(&find(&image.name).unwrap(), image);
+            assert!(image.kernel.starts_with(b"\x7fELF"));
+        }
+        let ledger = find("ledger").unwrap();
+        assert_eq!(ledger.modes, [Mode::Replayed]);
+        assert_eq!(ledger.digest(), ledger.boot().digest());
+        let network = ledger.network.as_ref().unwrap();
+        assert_eq!(network.ports, [6379]);
+        let told = format!("ip={}/{}", network.address, network.prefix);
+        assert_eq!(ledger.machine().command_line, told);
+    }
+
+    #[test]
+    fn a_misspelt_name_gets_the_closest() {
+        let error = find("leger").unwrap_err();
+        assert!(
+            error.to_string().contains("did you mean 'ledger'?"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_folder_with_a_manifest_is_an_image() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().to_str().unwrap();
+        assert!(message(&find(path).unwrap_err()).contains(MANIFEST));
+        let manifest =
+            "name = 'mine'\nkernel = 'k'\ninitrd = 'i'\nmemory = 8192\nmodes = ['checkpointed']\n";
+        fs::write(folder.path().join(MANIFEST), manifest).unwrap();
+        assert!(matches!(find(path), Err(ImageError::Read { path, .. }) if path.ends_with("k")));
+        fs::write(folder.path().join("k"), "kernel").unwrap();
+        fs::write(folder.path().join("i"), "initrd").unwrap();
+        let image = find(path).unwrap();
+        assert_eq!((image.memory, image.disks.len()), (8192, 0));
+        assert_eq!(image.initrd.as_deref(), Some(&b"initrd"[..]));
+        assert_ne!(image.digest(), image.boot().digest());
+        assert_eq!(image.machine().mac, None);
+    }
+
+    #[test]
+    fn a_wrong_manifest_is_explained() {
+        let image = |lines: &str| {
+            let text = format!("name = 'x'\nkernel = 'k'\nmodes = ['replayed']\n{lines}\n");
+            let read = |_: &str| Ok(Bytes::new());
+            Image::from_manifest(&text, "here", &read)
+        };
+        assert!(image("memory = '1 MiB'").is_ok());
+        let network = "memory = '1 MiB'\n[network]\n";
+        for (lines, wanted) in [
+            ("", "missing field `memory`"),
+            ("memory = '1 MiB'\ncolour = 1", "unknown field `colour`"),
+            ("memory = 1000", "multiple of 4096 bytes"),
+            ("memory = -4096", "multiple of 4096 bytes"),
+            ("memory = '1 MB'", "multiple of 4096 bytes"),
+            ("memory = '99999999999999 GiB'", "multiple of 4096 bytes"),
+            ("memory = '1 MiB'\ndisks = [100]", "multiple of 512 bytes"),
+            (
+                "memory = '1 MiB'\ndisks = [512, 512, 512, 512, 512]",
+                "at most 4",
+            ),
+            (
+                &format!("{network}mac = '01:00:00:00:00:00'\naddress = '10.0.0.2/8'"),
+                "unicast",
+            ),
+            (
+                &format!("{network}mac = '02:00:00:00:00'\naddress = '10.0.0.2/8'"),
+                "unicast",
+            ),
+            (
+                &format!("{network}mac = '02:00:00:00:00:00'\naddress = '10.0.0.2'"),
+                "prefix",
+            ),
+        ] {
+            let told = message(&image(lines).unwrap_err());
+            assert!(told.contains(wanted), "{lines}: {told}");
+        }
+    }
+
+    #[test]
+    fn files_outside_the_folder_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        for file in ["../k", "/etc/passwd", "a/b", "", ".."] {
+            let manifest = format!("name = 'x'\nkernel = '{file}'\nmemory = 4096\nmodes = []\n");
+            fs::write(folder.path().join(MANIFEST), manifest).unwrap();
+            let error = find(folder.path().to_str().unwrap()).unwrap_err();
+            assert!(matches!(error, ImageError::Outside { .. }), "{file}");
+        }
+    }
+}
