@@ -40,6 +40,9 @@ pub struct Config {
     /// The TCP address for `/metrics`; none are served without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metrics: Option<SocketAddr>,
+    /// The program to start VMM processes from; this program itself without it. For tests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmm_binary: Option<PathBuf>,
     /// The hosts of the cluster, with their addresses.
     #[serde(default)]
     pub hosts: BTreeMap<Name, Address>,
@@ -185,6 +188,7 @@ impl Config {
             witness: None,
             log: LogOptions::default(),
             limits: Limits::default(),
+            vmm_binary: None,
             folder: PathBuf::new(),
         }
     }

@@ -1,5 +1,6 @@
 //! The agent of a host: everything that touches sockets, files and processes around the protocol.
 
+pub mod bulk;
 pub mod certs;
 pub mod clock;
 pub mod durable;
@@ -7,5 +8,7 @@ pub mod frames;
 pub mod init;
 pub mod journal;
 pub mod link;
+pub mod metrics;
+pub mod operator;
 pub mod vm_process;
 pub mod witness;

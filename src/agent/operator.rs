@@ -1,0 +1,444 @@
+//! What operators ask of hosts, and how they ask it: one QUIC stream for each request, with an
+//! operator's certificate. The command line is a client of this.
+//!
+//! An order ([`Request::Run`], [`Request::Pair`], …) is answered as soon as the VM's driver has
+//! taken it, with the number of the host's last journal line before it: what comes of it stands in
+//! the lines that follow (`operator_refused`, `record_committed`, `switchover_failed`, `went_live`).
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::certs::{Credentials, Role};
+use super::journal::Line;
+use super::link::{Answers, BindError, Channel, Endpoint, Peer, RequestError, StreamKind};
+use super::witness::client::{AskError, WitnessClient};
+use crate::config::{Config, ConfigError};
+use crate::protocol::{HostName, Operator, Policy, Record, Status, Time, VmName};
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// How many lines of the journal come in one answer.
+pub const EVENTS_MAX: u32 = 1_000;
+
+/// A request to a host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// How does the host do? One [`Answer::Status`].
+    Status,
+    /// The journal's lines after this number. [`Answer::Events`]: one, or again and again.
+    Events {
+        /// The last line that is known; 0 for all that are kept.
+        after: u64,
+        /// How many at a time, at most [`EVENTS_MAX`].
+        limit: u32,
+        /// Whether to go on with lines as they are written.
+        follow: bool,
+    },
+    /// Start a VM for the first time, with this host as its primary. An order.
+    Run {
+        /// What it shall be called.
+        vm: VmName,
+        /// The image's name.
+        image: String,
+        /// Where copies are wanted; the host itself is added.
+        hosts: Vec<HostName>,
+        /// Who must hold the log before output.
+        policy: Policy,
+    },
+    /// Of the primary: have copies on exactly these hosts. An order.
+    Pair {
+        /// Which VM.
+        vm: VmName,
+        /// Where copies are wanted; the host itself is added.
+        hosts: Vec<HostName>,
+        /// Who must hold the log before output.
+        policy: Policy,
+    },
+    /// Of the primary: let a replica reign, with nothing lost. An order.
+    Switchover {
+        /// Which VM.
+        vm: VmName,
+        /// To whom; the first replica that can when nobody is named.
+        to: Option<HostName>,
+    },
+    /// Go live with what this host holds, though it may not be all that was acknowledged. An order.
+    AcceptLoss {
+        /// Which VM.
+        vm: VmName,
+    },
+    /// Look after this VM no more and delete what this host has of it. Refused while the record
+    /// names this host. One [`Answer::Done`].
+    Remove {
+        /// Which VM.
+        vm: VmName,
+    },
+    /// The metrics as Prometheus reads them. One [`Answer::Metrics`].
+    Metrics,
+}
+
+/// An answer of a host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// How the host does.
+    Status(Box<HostStatus>),
+    /// Lines of the journal, each as JSON ([`Line`]).
+    Events(Vec<String>),
+    /// The order is given.
+    Taken {
+        /// The number of the journal's last line before it.
+        journal: u64,
+    },
+    /// It is done.
+    Done,
+    /// The metrics.
+    Metrics(String),
+    /// It is not done.
+    Refused {
+        /// One sentence that says what to do.
+        why: String,
+    },
+}
+
+/// How a host does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostStatus {
+    /// Its name.
+    pub host: HostName,
+    /// The version of its program.
+    pub version: String,
+    /// Its clock (`CLOCK_BOOTTIME`), to which all times in the answer belong.
+    pub now: Time,
+    /// The other hosts, and whether they are connected.
+    pub peers: BTreeMap<HostName, bool>,
+    /// The number of the journal's last line.
+    pub journal: u64,
+    /// The VMs it looks after.
+    pub vms: Vec<VmStatus>,
+    /// What the link has counted.
+    pub link: LinkFigures,
+}
+
+/// What the link has counted since the agent started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkFigures {
+    /// Log bytes before compression.
+    pub log_bytes_raw: u64,
+    /// Log bytes as they were sent.
+    pub log_bytes_sent: u64,
+    /// Log bytes as they were received.
+    pub log_bytes_received: u64,
+    /// Handshakes refused because of a certificate.
+    pub refused_certificates: u64,
+    /// Peers refused for another reason.
+    pub refused_peers: u64,
+    /// Connections closed for what came on them.
+    pub closed_for_garbage: u64,
+}
+
+/// How a VM does on a host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// Which VM.
+    pub vm: VmName,
+    /// What the protocol knows.
+    pub node: Status,
+    /// The VMM process, while there is one.
+    pub vmm: Option<VmmStatus>,
+    /// How the last guest or VMM ended or failed, if it did and none has been started since.
+    pub last_word: Option<String>,
+    /// What the log takes on disk, in bytes, when it is known.
+    pub log_bytes: Option<u64>,
+    /// Output that waits for its commit, in bytes.
+    pub waiting_output: u64,
+    /// How many gateways are served.
+    pub gateways: u32,
+}
+
+/// A VMM process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmmStatus {
+    /// Its process id.
+    pub pid: u32,
+    /// What it does, in a word: recording, replaying, going live.
+    pub doing: String,
+}
+
+/// What the agent asks the driver of one VM on behalf of an operator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmQuestion {
+    /// How does it do?
+    Status,
+    /// Create the VM: remember its image, then [`Operator::Create`].
+    Create {
+        /// The image's name.
+        image: String,
+        /// The wish.
+        wish: Operator,
+    },
+    /// An order for the protocol.
+    Do(Operator),
+}
+
+/// The answer of a driver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmAnswer {
+    /// How it does.
+    Status(Box<VmStatus>),
+    /// The order is given.
+    Taken,
+    /// It is not.
+    Refused {
+        /// One sentence that says what to do.
+        why: String,
+    },
+}
+
+/// Why an operator got no good answer.
+#[derive(Debug, Error)]
+pub enum OperatorError {
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The socket.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The host could not be asked.
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    /// The witness could not be asked.
+    #[error(transparent)]
+    Witness(#[from] AskError),
+    /// The host said no.
+    #[error("{why}")]
+    Refused {
+        /// Its own words.
+        why: String,
+    },
+    /// It answered another question.
+    #[error("{host} answered another question: use the same version of Understudy everywhere")]
+    Confused {
+        /// Who.
+        host: HostName,
+    },
+    /// The configuration names no such host.
+    #[error("there is no host '{name}' in this cluster; its hosts are {known}")]
+    NoHost {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        known: String,
+    },
+    /// The configuration names no witness.
+    #[error("the configuration names no witness: add one under [witness]")]
+    NoWitness,
+    /// Nobody knows the VM.
+    #[error(
+        "there is no VM '{vm}' in this cluster: start it with 'understudy run', or see 'understudy status'"
+    )]
+    NoVm {
+        /// Which.
+        vm: VmName,
+    },
+}
+
+/// Asks the hosts of a cluster. Keeps its connections.
+pub struct Client {
+    channels: BTreeMap<HostName, Channel>,
+    witness: Option<WitnessClient>,
+}
+
+impl Client {
+    /// A client by an operator's configuration. Call it on a tokio runtime. Nothing is dialled yet.
+    pub fn new(config: &Config) -> Result<Self, OperatorError> {
+        Self::with(config, &config.credentials()?)
+    }
+
+    /// The same with credentials from elsewhere.
+    pub fn with(config: &Config, credentials: &Credentials) -> Result<Self, OperatorError> {
+        let endpoint = Endpoint::client(credentials)?;
+        let channel = |peer: Peer| {
+            let host = HostName::from(&peer.identity.name);
+            (host, Channel::new(&endpoint, peer))
+        };
+        let peers = config
+            .hosts
+            .keys()
+            .filter_map(|name| config.host(name.as_str()));
+        Ok(Self {
+            channels: peers.map(channel).collect(),
+            witness: config
+                .witness()
+                .map(|witness| WitnessClient::new(&endpoint, witness)),
+        })
+    }
+
+    /// The hosts of the cluster.
+    pub fn hosts(&self) -> impl Iterator<Item = &HostName> {
+        self.channels.keys()
+    }
+
+    /// The keeper of the records.
+    pub fn witness(&self) -> Result<&WitnessClient, OperatorError> {
+        self.witness.as_ref().ok_or(OperatorError::NoWitness)
+    }
+
+    fn channel(&self, host: &HostName) -> Result<&Channel, OperatorError> {
+        let known = || {
+            let names: Vec<_> = self.hosts().map(HostName::as_str).collect();
+            names.join(", ")
+        };
+        self.channels
+            .get(host)
+            .ok_or_else(|| OperatorError::NoHost {
+                name: host.to_string(),
+                known: known(),
+            })
+    }
+
+    async fn ask(&self, host: &HostName, request: &Request) -> Result<Answer, OperatorError> {
+        let channel = self.channel(host)?;
+        match channel
+            .request(StreamKind::Operator, request, PATIENCE)
+            .await?
+        {
+            Answer::Refused { why } => Err(OperatorError::Refused { why }),
+            answer => Ok(answer),
+        }
+    }
+
+    fn confused(host: &HostName) -> OperatorError {
+        OperatorError::Confused { host: host.clone() }
+    }
+
+    /// How a host does.
+    pub async fn status(&self, host: &HostName) -> Result<HostStatus, OperatorError> {
+        match self.ask(host, &Request::Status).await? {
+            Answer::Status(status) => Ok(*status),
+            _ => Err(Self::confused(host)),
+        }
+    }
+
+    /// How every host does; those that do not answer with the reason. Asked all at once.
+    pub async fn status_of_all(&self) -> BTreeMap<HostName, Result<HostStatus, OperatorError>> {
+        let mut asked = Vec::new();
+        for host in self.hosts() {
+            asked.push(async move { (host.clone(), self.status(host).await) });
+        }
+        join_all(asked).await.into_iter().collect()
+    }
+
+    /// Gives an order; the number of the host's last journal line before it.
+    pub async fn order(&self, host: &HostName, order: &Request) -> Result<u64, OperatorError> {
+        match self.ask(host, order).await? {
+            Answer::Taken { journal } => Ok(journal),
+            _ => Err(Self::confused(host)),
+        }
+    }
+
+    /// Lets a host forget a VM.
+    pub async fn remove(&self, host: &HostName, vm: VmName) -> Result<(), OperatorError> {
+        match self.ask(host, &Request::Remove { vm }).await? {
+            Answer::Done => Ok(()),
+            _ => Err(Self::confused(host)),
+        }
+    }
+
+    /// The metrics of a host.
+    pub async fn metrics(&self, host: &HostName) -> Result<String, OperatorError> {
+        match self.ask(host, &Request::Metrics).await? {
+            Answer::Metrics(text) => Ok(text),
+            _ => Err(Self::confused(host)),
+        }
+    }
+
+    /// The journal's lines after a number, at most [`EVENTS_MAX`].
+    pub async fn events(&self, host: &HostName, after: u64) -> Result<Vec<Line>, OperatorError> {
+        let request = Request::Events {
+            after,
+            limit: EVENTS_MAX,
+            follow: false,
+        };
+        match self.ask(host, &request).await? {
+            Answer::Events(lines) => read_lines(host, &lines),
+            _ => Err(Self::confused(host)),
+        }
+    }
+
+    /// The journal's lines after a number and then as they are written.
+    pub async fn follow(&self, host: &HostName, after: u64) -> Result<Lines, OperatorError> {
+        let request = Request::Events {
+            after,
+            limit: EVENTS_MAX,
+            follow: true,
+        };
+        let channel = self.channel(host)?;
+        Ok(Lines {
+            host: host.clone(),
+            answers: channel.ask(StreamKind::Operator, &request).await?,
+        })
+    }
+
+    /// The record of a VM.
+    pub async fn record(&self, vm: &VmName) -> Result<Record, OperatorError> {
+        let record = self.witness()?.read(vm).await?;
+        record.ok_or_else(|| OperatorError::NoVm { vm: vm.clone() })
+    }
+}
+
+/// The lines of a journal, as they are written.
+pub struct Lines {
+    host: HostName,
+    answers: Answers<Answer>,
+}
+
+impl Lines {
+    /// The next lines; `None` when the host ends. Cancel safe.
+    pub async fn next(&mut self) -> Result<Option<Vec<Line>>, OperatorError> {
+        match self.answers.next().await? {
+            Some(Answer::Events(lines)) => read_lines(&self.host, &lines).map(Some),
+            Some(Answer::Refused { why }) => Err(OperatorError::Refused { why }),
+            Some(_) => Err(Client::confused(&self.host)),
+            None => Ok(None),
+        }
+    }
+}
+
+fn read_lines(host: &HostName, lines: &[String]) -> Result<Vec<Line>, OperatorError> {
+    let read = lines.iter().map(|line| serde_json::from_str(line));
+    read.collect::<Result<_, _>>()
+        .map_err(|_| Client::confused(host))
+}
+
+/// Runs futures together on this task.
+async fn join_all<F: Future>(futures: Vec<F>) -> Vec<F::Output> {
+    let mut running: Vec<_> = futures
+        .into_iter()
+        .map(|future| (Box::pin(future), None))
+        .collect();
+    std::future::poll_fn(|cx| {
+        let mut all = true;
+        for (future, outcome) in &mut running {
+            if outcome.is_none() {
+                match future.as_mut().poll(cx) {
+                    std::task::Poll::Ready(done) => *outcome = Some(done),
+                    std::task::Poll::Pending => all = false,
+                }
+            }
+        }
+        if all {
+            std::task::Poll::Ready(())
+        } else {
+            std::task::Poll::Pending
+        }
+    })
+    .await;
+    running.into_iter().filter_map(|(_, done)| done).collect()
+}
+
+/// Whether a role may give orders.
+pub(super) fn may_order(role: Role) -> bool {
+    role == Role::Operator
+}
