@@ -291,6 +291,10 @@ pub fn the_log_is_cut_back_and_goes_on_differently(place: &mut dyn Place) {
     let error = ahead.next_batch().expect_err("what it read is gone");
     assert!(matches!(error, ReadError::Truncated { .. }), "{error}");
     assert_eq!(read_all(behind.as_mut()), ours[1..40]);
+    // Nor does it go on when the log has grown again: that would be another log's end.
+    append_all(store.as_mut(), &ours[40..]);
+    let error = ahead.next_batch().expect_err("what it read is gone");
+    assert!(matches!(error, ReadError::Truncated { .. }), "{error}");
 }
 
 /// What was appended is there when the process is gone, synced or not.

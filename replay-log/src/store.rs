@@ -68,7 +68,8 @@ pub trait Store: Send + fmt::Debug {
 
 /// Reads a store's batches in order, one at a time.
 pub trait LogReader: Send + fmt::Debug {
-    /// The next batch, or `None` at the log's end; ask again after more was appended.
+    /// The next batch, or `None` at the log's end; ask again after more was appended. After
+    /// [`ReadError::Truncated`] this reader gives nothing more: take another one.
     fn next_batch(&mut self) -> Result<Option<Batch>, ReadError>;
 
     /// Where the next batch begins (or the entry that was asked for).

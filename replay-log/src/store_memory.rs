@@ -348,10 +348,10 @@ impl LogReader for MemoryReader {
         let state = self.store.state();
         let unseen = state.truncations.get(self.truncations..);
         if let Some(to) = unseen.and_then(|unseen| unseen.iter().min().copied()) {
-            self.truncations = state.truncations.len();
             if to < self.next {
                 return Err(ReadError::Truncated { to });
             }
+            self.truncations = state.truncations.len();
         }
         check_within(state.base, state.tip(), self.next)?;
         let at = state.ending_by(self.next);

@@ -162,10 +162,7 @@ impl EntryDecoder<'_> {
         let shape = self.fields.byte()?;
         let mut outputs = u32::from(shape & 7);
         if shape & 7 == MANY_OUTPUTS {
-            let more = self
-                .fields
-                .bounded("the outputs of one exit", u32::MAX as usize)?;
-            outputs = u32::try_from(more)
+            outputs = u32::try_from(self.fields.number()?)
                 .ok()
                 .and_then(|more| more.checked_add(outputs))
                 .ok_or(FieldError::BadNumber)?;

@@ -164,12 +164,12 @@ impl FileReader {
         let known = self.shared.lock();
         let unseen = known.truncations.get(self.truncations..);
         if let Some(to) = unseen.and_then(|unseen| unseen.iter().min().copied()) {
-            self.truncations = known.truncations.len();
             // What was read ahead may have been replaced.
             self.at = None;
             if to < self.next {
                 return Err(ReadError::Truncated { to });
             }
+            self.truncations = known.truncations.len();
         }
         check_within(known.base(), known.tip(), self.next)?;
         if let Some(scanner) = &mut self.at {

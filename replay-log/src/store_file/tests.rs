@@ -12,6 +12,12 @@ use crate::conformance::{self, Place, sample_batches};
 use crate::position::Term;
 use crate::store::{Damage, DamageReason};
 
+/// For the tests that open many logs: what a sync does is not what they are about.
+const UNSYNCED: FileOptions = FileOptions {
+    sync: SyncPolicy::Never,
+    ..SMALL
+};
+
 /// Segments and checkpoints so small that a few samples fill several.
 const SMALL: FileOptions = FileOptions {
     sync: SyncPolicy::Explicit,
@@ -83,12 +89,7 @@ fn damage(error: OpenError) -> Damage {
 
 #[test]
 fn keeps_what_every_store_promises() {
-    let policies = [
-        SyncPolicy::Explicit,
-        SyncPolicy::EveryBatch,
-        SyncPolicy::Interval(Duration::ZERO),
-    ];
-    for sync in policies {
+    for sync in [SyncPolicy::Explicit, SyncPolicy::EveryBatch] {
         conformance::all(&mut || {
             Box::new(Folder {
                 dir: TempDir::new().unwrap(),
@@ -143,7 +144,7 @@ fn a_torn_end_is_cut_off_at_every_byte() {
     let dir = TempDir::new().unwrap();
     let options = FileOptions {
         segment_bytes: 1 << 20,
-        ..SMALL
+        ..UNSYNCED
     };
     let batches = fill(dir.path(), options, 12);
     let (path, whole) = last_file(dir.path());
@@ -195,7 +196,7 @@ fn a_hole_at_the_end_is_a_torn_end() {
 #[test]
 fn a_flipped_bit_anywhere_is_named_and_nothing_is_written() {
     let dir = TempDir::new().unwrap();
-    let batches = fill(dir.path(), SMALL, 40);
+    let batches = fill(dir.path(), UNSYNCED, 40);
     let files = contents(dir.path());
     assert!(files.len() >= 3);
     let newest = files.last_key_value().unwrap().0.clone();
@@ -218,7 +219,7 @@ fn a_flipped_bit_anywhere_is_named_and_nothing_is_written() {
             assert!(report.damage.is_some() && report.torn.is_none());
 
             // The newest segment is read wholly on opening, the others when they are read.
-            match FileStore::open(dir.path(), SMALL) {
+            match FileStore::open(dir.path(), UNSYNCED) {
                 Err(error) => assert_eq!(&damage(error).segment, path),
                 Ok(store) => {
                     assert_ne!(path, &newest);
@@ -230,7 +231,7 @@ fn a_flipped_bit_anywhere_is_named_and_nothing_is_written() {
         }
         fs::write(path, whole).unwrap();
     }
-    let store = FileStore::open(dir.path(), SMALL).unwrap();
+    let store = FileStore::open(dir.path(), UNSYNCED).unwrap();
     assert_eq!(read_all(&store).unwrap(), batches);
 }
 
@@ -397,7 +398,7 @@ fn a_full_disk_stops_the_store_and_loses_nothing() {
             room: Some(AtomicU32::new(room)),
             ..Faults::default()
         });
-        let mut store = open_faulty(dir.path(), SMALL, &faults);
+        let mut store = open_faulty(dir.path(), UNSYNCED, &faults);
         let mut taken = 0;
         let error = loop {
             match store.append(&batches[taken]) {
@@ -415,7 +416,7 @@ fn a_full_disk_stops_the_store_and_loses_nothing() {
         assert_eq!(read_all(&store).unwrap(), batches[..taken]);
         drop(store);
         // With room again, it goes on from exactly there.
-        let mut store = FileStore::open(dir.path(), SMALL).unwrap();
+        let mut store = FileStore::open(dir.path(), UNSYNCED).unwrap();
         assert_eq!(read_all(&store).unwrap(), batches[..taken]);
         store.append(&batches[taken]).unwrap();
     }
@@ -456,6 +457,23 @@ mod survive {
     use crate::batch::BatchBuilder;
     use crate::testing::arbitrary_log;
 
+    #[derive(Clone, Debug)]
+    enum Order {
+        Append(usize),
+        Truncate(prop::sample::Index),
+        Reopen,
+        Read(usize),
+    }
+
+    fn order() -> impl Strategy<Value = Order> {
+        prop_oneof![
+            4 => (1..20usize).prop_map(Order::Append),
+            1 => any::<prop::sample::Index>().prop_map(Order::Truncate),
+            1 => Just(Order::Reopen),
+            3 => (1..40usize).prop_map(Order::Read),
+        ]
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
 
@@ -480,6 +498,58 @@ mod survive {
             }
             let read: Vec<_> = read_all(&store).unwrap().iter().flat_map(|b| b.decode().unwrap()).collect();
             prop_assert_eq!(read, entries);
+        }
+
+        /// Whatever is done in whatever order, a log in files is the list of batches it stands
+        /// for, and its readers see nothing else.
+        #[test]
+        fn arbitrary_use(orders in prop::collection::vec(order(), 1..60)) {
+            let dir = TempDir::new().unwrap();
+            let mut store = FileStore::open(dir.path(), UNSYNCED).unwrap();
+            let mut reader = store.read_from(LogIndex::START).unwrap();
+            let (mut model, mut read) = (Vec::<Batch>::new(), Vec::<Batch>::new());
+            for (turn, order) in orders.into_iter().enumerate() {
+                match order {
+                    Order::Append(count) => {
+                        let term = store.tip().term.next();
+                        let more = sample_batches(turn as u64, term, store.tip().index, count);
+                        for batch in &more {
+                            store.append(batch).unwrap();
+                        }
+                        model.extend(more);
+                    }
+                    Order::Truncate(keep) => {
+                        model.truncate(keep.index(model.len() + 1));
+                        let end = model.last().map_or(LogIndex::START, Batch::end);
+                        prop_assert_eq!(store.truncate(end).unwrap().index, end);
+                    }
+                    Order::Reopen => {
+                        drop(store);
+                        store = FileStore::open(dir.path(), UNSYNCED).unwrap();
+                        reader = store.read_from(LogIndex::START).unwrap();
+                        read.clear();
+                    }
+                    Order::Read(count) => match reader.next_batches(count * 50) {
+                        Ok(batches) => read.extend(batches),
+                        Err(ReadError::Truncated { to }) => {
+                            prop_assert!(to < reader.position());
+                            read.retain(|batch| batch.end() <= to);
+                            reader = store.read_from(to).unwrap();
+                        }
+                        Err(error) => panic!("{error}"),
+                    },
+                }
+                let end = model.last().map_or(LogIndex::START, Batch::end);
+                prop_assert_eq!(store.tip().index, end);
+                prop_assert!(read.len() <= model.len() || reader.next_batch().is_err());
+            }
+            prop_assert_eq!(read_all(&store).unwrap(), &model[..]);
+            prop_assert_eq!(inspect_all(dir.path()).0, &model[..]);
+            let rest = std::iter::from_fn(|| reader.next_batch().transpose());
+            if let Ok(rest) = rest.collect::<Result<Vec<_>, _>>() {
+                read.extend(rest);
+                prop_assert_eq!(read, model);
+            }
         }
 
         #[test]
