@@ -8,6 +8,7 @@ pub mod output;
 pub mod suggest;
 
 mod doctor;
+mod images;
 mod init;
 mod log;
 mod process;
@@ -50,6 +51,8 @@ enum Command {
     Replay(replay::Args),
     /// Look into a recorded log
     Log(log::Args),
+    /// List the guest images that can be run
+    Images(images::Args),
     /// Say what this host can do, and what it lacks
     Doctor(doctor::Args),
 }
@@ -71,6 +74,7 @@ fn dispatch(command: Command) -> Result<(), Failure> {
         Command::Run(args) => run::run(&args),
         Command::Replay(args) => replay::run(&args),
         Command::Log(args) => log::run(&args),
+        Command::Images(args) => images::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     }
 }

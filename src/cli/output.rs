@@ -46,6 +46,15 @@ pub fn bytes(bytes: u64) -> String {
     format!("{value:.1} {}", UNITS[unit])
 }
 
+/// Sizes that are powers of two: `64 MiB`.
+pub fn memory(bytes: u64) -> String {
+    if bytes >= 1 << 30 && bytes.is_multiple_of(1 << 30) {
+        format!("{} GiB", bytes >> 30)
+    } else {
+        format!("{} MiB", bytes >> 20)
+    }
+}
+
 /// A time span in milliseconds, or in microseconds below one of them.
 pub fn span(span: Duration) -> String {
     let micros = span.as_micros();
