@@ -138,7 +138,7 @@ impl Machine {
             if let Some(commit) = self.service.next_commit() {
                 self.disk.start(commit);
             }
-            if !self.network.answer(&mut self.service) {
+            if !self.network.answer(&mut self.service, now) {
                 break;
             }
         }

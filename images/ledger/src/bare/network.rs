@@ -43,10 +43,15 @@ type Storage<'a> = ManagedSlice<'a, u8>;
 /// MiB would be most of the time it takes to boot.
 pub type Buffers = [u8; SOCKETS * 2 * BUFFER];
 
+/// A connection that we have closed is reset when its client has not closed it after that long.
+const LINGER: Duration = Duration::from_secs(10);
+
 /// A socket, and the client that has it.
 struct Slot {
     handle: SocketHandle,
     connection: Option<Connection>,
+    /// Since when we have said all we had to say.
+    closed_since: Option<Instant>,
 }
 
 /// The network.
@@ -92,6 +97,7 @@ impl Network {
             .map(|socket| Slot {
                 handle: sockets.add(socket),
                 connection: None,
+                closed_since: None,
             })
             .collect();
         Self {
@@ -105,6 +111,7 @@ impl Network {
     /// Takes the frames that have arrived. Says whether there were any.
     pub fn receive(&mut self, now: Instant) -> bool {
         self.device.reclaim();
+        self.reset_lingering(now);
         self.interface.poll_maintenance(now);
         let mut any = false;
         while self
@@ -115,6 +122,16 @@ impl Network {
             any = true;
         }
         any
+    }
+
+    /// Takes sockets back from clients that do not close their side.
+    fn reset_lingering(&mut self, now: Instant) {
+        for slot in &mut self.slots {
+            if slot.closed_since.is_some_and(|since| since + LINGER <= now) {
+                self.sockets.get_mut::<Socket<'_>>(slot.handle).abort();
+                slot.closed_since = None;
+            }
+        }
     }
 
     /// Hands what clients sent to the service, and has it executed.
@@ -130,7 +147,7 @@ impl Network {
 
     /// Sends the answers that may be sent, and closes what is finished. True if a client has
     /// requests that can be executed now.
-    pub fn answer(&mut self, service: &mut Service) -> bool {
+    pub fn answer(&mut self, service: &mut Service, now: Instant) -> bool {
         let mut unsent = 0;
         let mut more = false;
         for slot in &mut self.slots {
@@ -145,6 +162,7 @@ impl Network {
             let heard_all = !socket.may_recv() && !service.unserved(connection);
             if connection.finished() || (heard_all && connection.unsent() == 0) {
                 socket.close();
+                slot.closed_since.get_or_insert(now);
             }
             if matches!(socket.state(), State::Closed | State::TimeWait) {
                 service.disconnect(connection);
@@ -187,6 +205,7 @@ impl Slot {
                 if let Some(connection) = self.connection.take() {
                     service.disconnect(&connection);
                 }
+                self.closed_since = None;
                 // A connection that we closed waits for stray segments; the next client of this
                 // socket comes from another port, so it need not wait here.
                 if socket.state() == State::TimeWait {
