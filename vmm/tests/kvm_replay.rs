@@ -123,6 +123,28 @@ fn kicks_leave_no_trace() {
     }
 }
 
+/// A replica whose guest differs in a single byte is found out.
+#[test]
+fn another_guests_log_diverges() {
+    if !kvm_is_here("another guest's log") {
+        return;
+    }
+    for (here, there) in [
+        (guests::register(1), guests::register(2)),
+        (guests::floating_point(40), guests::floating_point(41)),
+        (guests::halting(4), guests::interrupted(Ring::Zero, 4)),
+    ] {
+        let mut scenario = Scenario::new(here);
+        scenario.mark_landmarks = 1;
+        let recorded = record(&scenario);
+        scenario.image = there;
+        let error = replay(&scenario, &recorded.batches)
+            .err()
+            .expect("it is another guest");
+        assert!(error.contains("diverged at position"), "{error}");
+    }
+}
+
 fn marks(batches: &[Batch]) -> Vec<Mark> {
     batches
         .iter()

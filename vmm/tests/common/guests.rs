@@ -507,3 +507,34 @@ pub fn exits(ring: Ring, mmio: bool, rounds: u32) -> BootImage {
     });
     guest.build()
 }
+
+/// Reads a port that nobody claims with RBX holding `value`.
+pub fn register(value: u32) -> BootImage {
+    let mut guest = Guest::new(Ring::Three);
+    ok(guest.asm.mov(ebx, value));
+    guest.in32(NOBODYS_PORT);
+    guest.build()
+}
+
+/// Reads random bytes into [`STRING_TARGET`] by one string instruction.
+pub fn string_input() -> BootImage {
+    let mut guest = Guest::new(Ring::Three);
+    ok(guest.asm.mov(rdi, STRING_TARGET));
+    ok(guest.asm.mov(edx, u32::from(layout::ENTROPY)));
+    ok(guest.asm.insd());
+    guest.build()
+}
+
+/// Where [`string_input`] puts what it reads.
+pub const STRING_TARGET: u64 = FREE;
+
+/// Arms the timer for a deadline that has passed, reads a port, lets interrupts in, reads the
+/// port again.
+pub fn masked() -> BootImage {
+    let mut guest = Guest::new(Ring::Zero);
+    guest.out32(layout::TIMER_MILLIS, 1);
+    guest.in32(NOBODYS_PORT);
+    ok(guest.asm.sti());
+    guest.in32(NOBODYS_PORT);
+    guest.build()
+}

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
-use replay_log::{Batch, Header, Position, Term};
+use replay_log::{Batch, Header, ImageDigest, Position, Term};
 use vmm::boot::BootImage;
 use vmm::config::MachineConfig;
 use vmm::host::Output;
@@ -33,6 +33,8 @@ const WAITS_MAX: u32 = 100;
 #[derive(Clone)]
 pub struct Scenario {
     pub image: BootImage,
+    /// What the log's header says of the image, right or wrong.
+    pub image_digest: ImageDigest,
     pub config: MachineConfig,
     /// How many frames are sent to it.
     pub frames: u32,
@@ -64,6 +66,7 @@ pub struct Replayed {
 impl Scenario {
     pub fn new(image: BootImage) -> Self {
         Self {
+            image_digest: image.digest(),
             image,
             config: config(),
             frames: 0,
@@ -94,7 +97,7 @@ impl Scenario {
     pub fn header(&self) -> Header {
         Header {
             machine_model: vmm::MACHINE_MODEL,
-            image: self.image.digest(),
+            image: self.image_digest,
             config: Bytes::new(),
             disks: Vec::new(),
             term: Term(1),
