@@ -1,5 +1,5 @@
 //! The agent's end of the numbered frames of one VM: which gateway has what, which output is for
-//! whom, and what may be forgotten. Pure: no I/O and no clock. `FrameStreams`
+//! whom, and what may be forgotten. Pure: no I/O and no clock. [`super::frame_streams`]
 //! connects it to byte streams.
 //!
 //! Every copy of the VM keeps one, from power-on, and feeds it with the outputs that its machine
@@ -209,6 +209,7 @@ pub struct FramePort {
     owners: HashMap<Mac, GatewayIncarnation>,
     sessions: HashMap<SessionId, Session>,
     arrivals: VecDeque<(FrameSource, Bytes)>,
+    held: bool,
     last_output: FrameNumber,
     /// A replica's outputs, not sorted by gateway yet.
     kept: VecDeque<(FrameNumber, Bytes)>,
@@ -237,6 +238,7 @@ impl FramePort {
             owners: HashMap::new(),
             sessions: HashMap::new(),
             arrivals: VecDeque::new(),
+            held: false,
             last_output: FrameNumber(0),
             kept: VecDeque::new(),
             forgotten: FrameNumber(0),
@@ -610,11 +612,25 @@ impl FramePort {
     /// The next frame for the machine. Each comes once; the log must show it before any output
     /// that it leads to.
     pub fn poll_arrival(&mut self) -> Option<(FrameSource, Bytes)> {
+        if self.held {
+            return None;
+        }
         let (source, bytes) = self.arrivals.pop_front()?;
         if let Some(gateway) = self.gateways.get_mut(&source.gateway) {
             gateway.arriving_bytes = gateway.arriving_bytes.saturating_sub(bytes.len());
         }
         Some((source, bytes))
+    }
+
+    /// Whether [`FramePort::poll_arrival`] or [`FramePort::poll_event`] would give something.
+    pub fn has_news(&self) -> bool {
+        (!self.held && !self.arrivals.is_empty()) || !self.events.is_empty()
+    }
+
+    /// Holds arrivals back while the machine's queue is full, or lets them go on. What waits here
+    /// is bounded by [`FrameLimits::arrivals`].
+    pub const fn hold_arrivals(&mut self, held: bool) {
+        self.held = held;
     }
 
     /// Whether more may be read from a session. When not, it is the machine's turn to take frames.
@@ -972,6 +988,12 @@ mod tests {
         assert!(port.wants_input(SessionId(1)));
         port.message(SessionId(1), frame(3)).expect("a frame");
         assert!(!port.wants_input(SessionId(1)), "30 bytes of 30 wait");
+        port.hold_arrivals(true);
+        assert_eq!((port.poll_arrival(), port.has_news()), (None, true));
+        while port.poll_event().is_some() {}
+        assert!(!port.has_news());
+        port.hold_arrivals(false);
+        assert!(port.has_news());
         port.poll_arrival();
         assert!(port.wants_input(SessionId(1)));
     }

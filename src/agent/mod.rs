@@ -4,6 +4,7 @@ pub mod bulk;
 pub mod certs;
 pub mod clock;
 pub mod durable;
+pub mod frame_streams;
 pub mod frames;
 pub mod init;
 pub mod journal;

@@ -78,6 +78,23 @@ pub struct PortCounters {
     pub welcomes: u64,
 }
 
+impl PortCounters {
+    /// The sums of two.
+    #[must_use]
+    pub const fn plus(self, other: Self) -> Self {
+        Self {
+            frames_to_guest: self.frames_to_guest + other.frames_to_guest,
+            bytes_to_guest: self.bytes_to_guest + other.bytes_to_guest,
+            frames_from_guest: self.frames_from_guest + other.frames_from_guest,
+            bytes_from_guest: self.bytes_from_guest + other.bytes_from_guest,
+            resent: self.resent + other.resent,
+            duplicates: self.duplicates + other.duplicates,
+            dropped_old_term: self.dropped_old_term + other.dropped_old_term,
+            welcomes: self.welcomes + other.welcomes,
+        }
+    }
+}
+
 /// Why a session, or the whole incarnation, cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum PortError {

@@ -460,7 +460,7 @@ impl Stack {
     }
 
     /// Hands the bytes that have arrived to `take`, which says how many of them it took, until it
-    /// takes no more than a part or nothing is left.
+    /// takes none or nothing is left.
     pub fn receive(&mut self, id: ConnectionId, mut take: impl FnMut(&[u8]) -> usize) {
         let Some(connection) = self.connections.get_mut(&id) else {
             return;
@@ -468,14 +468,14 @@ impl Stack {
         let socket = connection.socket_mut();
         let mut took_any = false;
         while socket.can_recv() {
-            let all = socket.recv(|bytes| {
+            let taken = socket.recv(|bytes| {
                 let taken = take(bytes).min(bytes.len());
-                took_any |= taken > 0;
-                (taken, taken == bytes.len())
+                (taken, taken)
             });
-            if !matches!(all, Ok(true)) {
+            if !taken.is_ok_and(|taken| taken > 0) {
                 break;
             }
+            took_any = true;
         }
         if took_any {
             self.schedule(id);
@@ -502,7 +502,7 @@ impl Stack {
     }
 
     /// Lets `fill` write into the free part of the send buffer and say how much it wrote, until it
-    /// fills no more than a part or the buffer is full.
+    /// writes nothing or the buffer is full.
     pub fn send(&mut self, id: ConnectionId, mut fill: impl FnMut(&mut [u8]) -> usize) {
         let Some(connection) = self.connections.get_mut(&id) else {
             return;
@@ -510,14 +510,14 @@ impl Stack {
         let socket = connection.socket_mut();
         let mut filled_any = false;
         while socket.can_send() {
-            let all = socket.send(|room| {
+            let filled = socket.send(|room| {
                 let filled = fill(room).min(room.len());
-                filled_any |= filled > 0;
-                (filled, filled == room.len())
+                (filled, filled)
             });
-            if !matches!(all, Ok(true)) {
+            if !filled.is_ok_and(|filled| filled > 0) {
                 break;
             }
+            filled_any = true;
         }
         if filled_any {
             self.schedule(id);

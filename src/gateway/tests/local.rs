@@ -1,0 +1,179 @@
+//! Real clients on real sockets, through a gateway that is connected to a guest by channels.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use replay_log::{FrameNumber, FrameSource};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+
+use super::guest::{BYE, DEAF, ECHO, Guest, NOBODY, RESET, stack_config};
+use crate::gateway::{Gateway, GatewayConfig, GatewayMetrics, LocalGateway, Publish};
+use crate::protocol::Time;
+
+/// Runs a guest on channels until they close.
+async fn run_guest(
+    mut frames: mpsc::Receiver<(FrameSource, Bytes)>,
+    outputs: mpsc::Sender<(FrameNumber, Bytes)>,
+) {
+    let started = Instant::now();
+    let now = || Time::from_nanos(started.elapsed().as_nanos() as u64);
+    let mut guest = Guest::new();
+    let mut number = 0;
+    let mut arrived = 0;
+    loop {
+        let wait = guest.wake_at(now()).map_or(Duration::from_secs(60), |at| {
+            Duration::from_nanos(at.since(now()).as_nanos())
+        });
+        let frame = match tokio::time::timeout(wait, frames.recv()).await {
+            Ok(None) => return,
+            Ok(Some((source, frame))) => {
+                arrived += 1;
+                assert_eq!(source.number.0, arrived, "frames are counted");
+                Some(frame)
+            }
+            Err(_) => None,
+        };
+        for frame in guest.step(frame, now()) {
+            number += 1;
+            if outputs.send((FrameNumber(number), frame)).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+struct Setup {
+    addresses: Vec<SocketAddr>,
+    metrics: std::sync::Arc<GatewayMetrics>,
+}
+
+async fn start(ports: &[u16], most_clients: usize) -> Setup {
+    let publish = ports
+        .iter()
+        .map(|port| Publish {
+            host: ([127, 0, 0, 1], 0).into(),
+            guest_port: *port,
+        })
+        .collect();
+    let mut config = GatewayConfig::new(publish, stack_config());
+    config.most_clients = most_clients;
+    let gateway = Gateway::bind(config).await.expect("ports");
+    let (to_vmm, frames) = mpsc::channel(16);
+    let (outputs, from_vmm) = mpsc::channel(16);
+    let local = LocalGateway::new(gateway, to_vmm, from_vmm);
+    let setup = Setup {
+        addresses: local.addresses(),
+        metrics: local.metrics(),
+    };
+    tokio::spawn(run_guest(frames, outputs));
+    tokio::spawn(async move { local.run().await.expect("it ends with the guest") });
+    setup
+}
+
+async fn within<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(30), future)
+        .await
+        .expect("it does not hang")
+}
+
+#[tokio::test]
+async fn many_clients_get_their_own_bytes_back() {
+    let setup = start(&[ECHO], 100).await;
+    let clients = (0..50u8).map(|index| {
+        let address = setup.addresses[0];
+        tokio::spawn(async move {
+            let socket = TcpStream::connect(address).await.expect("a connection");
+            let (mut reader, mut writer) = socket.into_split();
+            let sent: Vec<u8> = (0..100_000u32)
+                .map(|n| (n as u8).wrapping_mul(index | 1))
+                .collect();
+            let all = sent.clone();
+            let writing = tokio::spawn(async move {
+                writer.write_all(&all).await.expect("written");
+                writer.shutdown().await.expect("half closed");
+            });
+            let mut back = Vec::new();
+            reader.read_to_end(&mut back).await.expect("read");
+            writing.await.expect("writer");
+            assert!(back == sent, "client {index} got something else back");
+        })
+    });
+    for client in clients.collect::<Vec<_>>() {
+        within(client).await.expect("a client");
+    }
+    let counts = setup.metrics.read();
+    assert_eq!(counts.clients_accepted, 50);
+    assert_eq!(counts.clients_reset, 0);
+}
+
+#[tokio::test]
+async fn ends_and_resets_reach_the_client() {
+    let setup = start(&[BYE, RESET, NOBODY], 100).await;
+    let connect = async |index: usize| {
+        TcpStream::connect(setup.addresses[index])
+            .await
+            .expect("a connection")
+    };
+    let mut words = String::new();
+    let mut bye = connect(0).await;
+    within(bye.read_to_string(&mut words)).await.expect("words");
+    assert_eq!(words, "bye");
+
+    let mut reset = connect(1).await;
+    reset.write_all(b"x").await.expect("written");
+    let error = within(reset.read_u8()).await.expect_err("a reset");
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+
+    let mut refused = connect(2).await;
+    let error = within(refused.read_u8()).await.expect_err("a reset");
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    assert_eq!(setup.metrics.read().clients_reset, 2);
+}
+
+#[tokio::test]
+async fn a_deaf_guest_stops_the_client() {
+    let setup = start(&[DEAF], 100).await;
+    let client = TcpStream::connect(setup.addresses[0])
+        .await
+        .expect("a connection");
+    // Until the kernel's buffers are full too and stay so.
+    let mut sent = 0usize;
+    let full = async {
+        loop {
+            client.writable().await.expect("a socket");
+            match client.try_write(&[0; 65_536]) {
+                Ok(written) => sent += written,
+                Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+            }
+        }
+    };
+    let stuck = tokio::time::timeout(Duration::from_millis(700), full).await;
+    assert!(stuck.is_err());
+    let carried = setup.metrics.read().bytes_to_guest as usize;
+    assert!(
+        carried < 100_000,
+        "{carried} bytes went to a guest with 16 KiB"
+    );
+    assert!(sent > carried, "the rest waits in the kernel");
+}
+
+#[tokio::test]
+async fn clients_beyond_the_bound_wait_for_others_to_leave() {
+    let setup = start(&[ECHO], 1).await;
+    let mut first = TcpStream::connect(setup.addresses[0])
+        .await
+        .expect("a connection");
+    first.write_all(b"1").await.expect("written");
+    assert_eq!(within(first.read_u8()).await.expect("echo"), b'1');
+    let mut second = TcpStream::connect(setup.addresses[0])
+        .await
+        .expect("the kernel accepts");
+    second.write_all(b"2").await.expect("written");
+    assert_eq!(setup.metrics.read().clients_accepted, 1);
+    drop(first);
+    assert_eq!(within(second.read_u8()).await.expect("echo"), b'2');
+    assert_eq!(setup.metrics.read().clients_accepted, 2);
+}

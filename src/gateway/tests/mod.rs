@@ -1,0 +1,5 @@
+//! Tests of the gateway with real sockets and a guest that speaks TCP.
+
+mod guest;
+mod local;
+mod stack;
