@@ -2,4 +2,5 @@
 //! the account of what its clients saw of it.
 
 pub mod cluster;
+pub mod load;
 pub mod timeline;

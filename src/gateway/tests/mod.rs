@@ -1,5 +1,6 @@
 //! Tests of the gateway with real sockets and a guest that speaks TCP.
 
+mod failover;
 mod guest;
 mod local;
 mod stack;

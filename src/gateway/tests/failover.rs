@@ -1,0 +1,342 @@
+//! A gateway, its clients and a small cluster of copies of one guest: primaries die under load, and
+//! no client notices.
+
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use replay_log::{FrameNumber, FrameSource, LogIndex, Term};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, DuplexStream};
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, oneshot};
+
+use super::guest::{COUNT, Guest, stack_config};
+use crate::agent::frame_streams::FrameStreams;
+use crate::agent::frames::{FrameLimits, FramePort};
+use crate::gateway::frames::Boot;
+use crate::gateway::{Dial, Gateway, GatewayConfig, GatewayMetrics, Publish, Reign};
+use crate::protocol::{Time, VmName};
+
+const COPIES: usize = 3;
+
+fn vm() -> VmName {
+    VmName::new("ledger").expect("a name")
+}
+
+/// What happened to the guest: something arrived, or only time passed.
+#[derive(Clone)]
+struct Happened {
+    at: Time,
+    frame: Option<(FrameSource, Bytes)>,
+}
+
+struct Copy {
+    streams: FrameStreams<DuplexStream>,
+    guest: Guest,
+    log: Vec<Happened>,
+    executed: usize,
+    outputs: u64,
+    unreleased: Vec<(FrameNumber, Bytes)>,
+}
+
+impl Copy {
+    fn new() -> Self {
+        let port = FramePort::new(vm(), Boot([1; 16]), FrameLimits::default());
+        Self {
+            streams: FrameStreams::new(port),
+            guest: Guest::new(),
+            log: Vec::new(),
+            executed: 0,
+            outputs: 0,
+            unreleased: Vec::new(),
+        }
+    }
+
+    fn execute(&mut self) {
+        while let Some(next) = self.log.get(self.executed) {
+            self.executed += 1;
+            let frame = next.frame.as_ref().map(|(_, frame)| frame.clone());
+            for frame in self.guest.step(frame, next.at) {
+                self.outputs += 1;
+                self.unreleased.push((FrameNumber(self.outputs), frame));
+            }
+        }
+    }
+
+    fn release(&mut self) {
+        for (number, frame) in self.unreleased.drain(..) {
+            self.streams.port.output(number, frame);
+        }
+    }
+}
+
+enum Order {
+    Kill(oneshot::Sender<()>),
+    Totals(oneshot::Sender<(u64, u64, u64)>),
+}
+
+struct Cluster {
+    copies: Vec<Copy>,
+    primary: usize,
+    term: Term,
+    started: Instant,
+    reigns: mpsc::Sender<Reign<usize>>,
+}
+
+impl Cluster {
+    fn now(&self) -> Time {
+        Time::from_nanos(self.started.elapsed().as_nanos() as u64)
+    }
+
+    async fn run(
+        mut self,
+        mut opened: mpsc::Receiver<(usize, DuplexStream)>,
+        mut orders: mpsc::Receiver<Order>,
+    ) {
+        self.lead().await;
+        let mut ship = tokio::time::interval(Duration::from_millis(1));
+        loop {
+            let now = self.now();
+            let copies = &mut self.copies;
+            tokio::select! {
+                biased;
+                order = orders.recv() => match order {
+                    None => return,
+                    Some(Order::Kill(done)) => {
+                        self.kill().await;
+                        let _ = done.send(());
+                    }
+                    Some(Order::Totals(answer)) => {
+                        let primary = &self.copies[self.primary];
+                        let totals = (primary.guest.frames, primary.outputs, primary.guest.lines);
+                        let _ = answer.send(totals);
+                    }
+                },
+                stream = opened.recv() => {
+                    let (host, stream) = stream.expect("the gateway outlives the cluster");
+                    self.copies[host].streams.accept(stream);
+                }
+                () = poll_fn(|cx| {
+                    let mut news = Poll::Pending;
+                    for copy in copies.iter_mut() {
+                        while copy.streams.port.poll_event().is_some() {}
+                        if copy.streams.poll(cx, now).is_ready() {
+                            news = Poll::Ready(());
+                        }
+                    }
+                    news
+                }) => self.take_arrivals(now),
+                _ = ship.tick() => self.ship(now),
+            }
+        }
+    }
+
+    fn take_arrivals(&mut self, now: Time) {
+        let primary = &mut self.copies[self.primary];
+        while let Some((source, frame)) = primary.streams.port.poll_arrival() {
+            primary.log.push(Happened {
+                at: now,
+                frame: Some((source, frame)),
+            });
+            let end = LogIndex(primary.log.len() as u64);
+            primary.streams.port.logged(source, end);
+        }
+        primary.execute();
+    }
+
+    fn ship(&mut self, now: Time) {
+        let primary = &mut self.copies[self.primary];
+        if primary.guest.wake_at(now).is_some_and(|due| due <= now) {
+            primary.log.push(Happened {
+                at: now,
+                frame: None,
+            });
+            primary.execute();
+        }
+        let log = primary.log.clone();
+        let end = LogIndex(log.len() as u64);
+        primary.streams.port.committed(end, now);
+        primary.release();
+        let watermark = primary.streams.port.received_by_all();
+        for (index, copy) in self.copies.iter_mut().enumerate() {
+            if index != self.primary {
+                copy.log.extend_from_slice(&log[copy.log.len()..]);
+                copy.execute();
+                copy.release();
+                copy.streams.port.forget(watermark);
+            }
+        }
+    }
+
+    /// The primary is gone with all it did not ship; a fresh copy takes its place.
+    async fn kill(&mut self) {
+        let dead = self.primary;
+        self.copies[dead] = Copy::new();
+        self.primary = (dead + 1) % COPIES;
+        self.term = self.term.next();
+        self.lead().await;
+    }
+
+    async fn lead(&mut self) {
+        let (term, now) = (self.term, self.now());
+        let primary = &mut self.copies[self.primary];
+        let logged: std::collections::BTreeMap<_, _> = primary
+            .log
+            .iter()
+            .filter_map(|happened| happened.frame.as_ref())
+            .map(|(source, _)| (source.gateway, source.number))
+            .collect();
+        primary.streams.port.lead(term, logged, now);
+        for (index, copy) in self.copies.iter_mut().enumerate() {
+            if index != self.primary {
+                copy.streams.port.follow(term);
+            }
+        }
+        let reign = Reign {
+            term,
+            primary: self.primary,
+        };
+        self.reigns.send(reign).await.expect("a gateway");
+    }
+}
+
+/// Opens streams to the cluster in the same process.
+struct InProcess {
+    opened: mpsc::Sender<(usize, DuplexStream)>,
+}
+
+impl Dial for InProcess {
+    type Host = usize;
+    type Stream = DuplexStream;
+
+    fn open(
+        &self,
+        host: &usize,
+    ) -> impl Future<Output = io::Result<DuplexStream>> + Send + 'static + use<> {
+        let (opened, host) = (self.opened.clone(), *host);
+        async move {
+            let (near, far) = tokio::io::duplex(8 * 1024);
+            let accepted = opened.send((host, far)).await;
+            accepted.map_err(|_| io::ErrorKind::ConnectionRefused)?;
+            Ok(near)
+        }
+    }
+}
+
+struct Setup {
+    address: SocketAddr,
+    metrics: Arc<GatewayMetrics>,
+    orders: mpsc::Sender<Order>,
+}
+
+async fn start() -> Setup {
+    let publish = vec![Publish {
+        host: ([127, 0, 0, 1], 0).into(),
+        guest_port: COUNT,
+    }];
+    let gateway = Gateway::bind(GatewayConfig::new(publish, stack_config()))
+        .await
+        .expect("a port");
+    let (opened, streams) = mpsc::channel(4);
+    let (reigns, news) = mpsc::channel(4);
+    let (orders, received) = mpsc::channel(4);
+    let setup = Setup {
+        address: gateway.addresses()[0],
+        metrics: gateway.metrics(),
+        orders,
+    };
+    let cluster = Cluster {
+        copies: (0..COPIES).map(|_| Copy::new()).collect(),
+        primary: 0,
+        term: Term(1),
+        started: Instant::now(),
+        reigns,
+    };
+    tokio::spawn(cluster.run(streams, received));
+    tokio::spawn(gateway.run(vm(), InProcess { opened }, news));
+    setup
+}
+
+/// One client: asks, waits for the answer, again and again. Answers must rise.
+async fn count(address: SocketAddr, questions: usize) -> u64 {
+    let socket = TcpStream::connect(address).await.expect("a connection");
+    let (reader, mut writer) = socket.into_split();
+    let mut answers = BufReader::new(reader).lines();
+    let mut last = 0;
+    for _ in 0..questions {
+        writer.write_all(b"one more\n").await.expect("written");
+        let answer = answers.next_line().await.expect("the connection lives");
+        let answer: u64 = answer
+            .expect("an answer")
+            .parse()
+            .expect("a number, whole and alone");
+        assert!(answer > last, "{answer} came after {last}");
+        last = answer;
+    }
+    last
+}
+
+#[tokio::test]
+async fn clients_do_not_notice_that_primaries_die() {
+    const CLIENTS: usize = 20;
+    const QUESTIONS: usize = 300;
+    const KILLS: usize = 12;
+    let setup = start().await;
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|_| tokio::spawn(count(setup.address, QUESTIONS)))
+        .collect();
+    for kill in 1..=KILLS {
+        // Each kill comes when some more frames have passed, so all of them come under load.
+        let due = (kill * CLIENTS * QUESTIONS / (KILLS + 2)) as u64;
+        while setup.metrics.read().frames_from_guest < due {
+            tokio::time::sleep(Duration::from_micros(300)).await;
+        }
+        let (done, killed) = oneshot::channel();
+        setup.orders.send(Order::Kill(done)).await.expect("sent");
+        killed.await.expect("killed");
+    }
+    let mut highest = 0;
+    for client in clients {
+        let last = tokio::time::timeout(Duration::from_secs(60), client)
+            .await
+            .expect("it does not hang")
+            .expect("a client");
+        highest = highest.max(last);
+    }
+    assert_eq!(highest, (CLIENTS * QUESTIONS) as u64);
+    // Both sides agree on every frame: none was lost, none came twice.
+    let settle = async {
+        loop {
+            let (answer, totals) = oneshot::channel();
+            setup
+                .orders
+                .send(Order::Totals(answer))
+                .await
+                .expect("sent");
+            let (frames, outputs, lines) = totals.await.expect("totals");
+            assert_eq!(lines, (CLIENTS * QUESTIONS) as u64);
+            let counts = setup.metrics.read();
+            let settled = counts.clients == 0
+                && counts.frames_to_guest == frames
+                && counts.frames_from_guest == outputs
+                && counts.uncommitted_bytes == 0;
+            if settled {
+                return (frames, outputs);
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let (frames, outputs) = tokio::time::timeout(Duration::from_secs(10), settle)
+        .await
+        .expect("both sides count the same");
+    let counts = setup.metrics.read();
+    assert_eq!(counts.term, KILLS as u64 + 1);
+    assert_eq!(counts.clients_reset, 0);
+    assert_eq!(counts.fresh_starts, 0);
+    assert!(counts.resent > 0, "no kill hit a frame on its way");
+    println!("{frames} frames to the guest, {outputs} from it: {counts:?}");
+}
