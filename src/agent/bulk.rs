@@ -88,7 +88,7 @@ pub enum FetchError {
 }
 
 /// Serves the bases in this folder to other hosts until the endpoint ends.
-pub async fn serve(endpoint: &Endpoint, bases: PathBuf) {
+pub async fn serve_bases(endpoint: &Endpoint, bases: PathBuf) {
     let streams = endpoint.serve(StreamKind::Bulk, 8);
     serve_requests(streams, move |from: Identity, question, mut reply| {
         let bases = bases.clone();
@@ -329,7 +329,7 @@ mod tests {
         let base = Base::seal(folder.path(), &mut &contents()[..]).expect("sealed");
         let serving = two.clone();
         let bases = folder.path().to_owned();
-        tokio::spawn(async move { serve(&serving, bases).await });
+        tokio::spawn(async move { serve_bases(&serving, bases).await });
         let peer = Peer {
             identity: two.identity().clone(),
             address: two.local_address().expect("bound").into(),

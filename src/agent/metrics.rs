@@ -122,8 +122,8 @@ fn set_vm(vm: &VmStatus) {
         u64::from(node.stalled_since.is_some()),
     );
     set("understudy_waiting_output_bytes", vm.waiting_output);
-    set("understudy_gateways", u64::from(vm.gateways));
-    set("understudy_vmm_running", u64::from(vm.vmm.is_some()));
+    set("understudy_gateways", vm.gateways as u64);
+    set("understudy_vmm_running", u64::from(vm.guest.is_some()));
     if let Some(bytes) = vm.log_bytes {
         set("understudy_log_disk_bytes", bytes);
     }

@@ -6,14 +6,19 @@
 //! the lines that follow (`operator_refused`, `record_committed`, `switchover_failed`, `went_live`).
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use tokio::sync::{mpsc, oneshot};
 
-use super::certs::{Credentials, Role};
-use super::journal::Line;
-use super::link::{Answers, BindError, Channel, Endpoint, Peer, RequestError, StreamKind};
+use super::certs::{Credentials, Identity, Role};
+use super::journal::{Journal, Line};
+use super::link::{
+    Answers, BindError, Channel, Endpoint, Peer, Reply, RequestError, StreamKind, serve_requests,
+};
+use super::metrics;
 use super::witness::client::{AskError, WitnessClient};
 use crate::config::{Config, ConfigError};
 use crate::protocol::{HostName, Operator, Policy, Record, Status, Time, VmName};
@@ -22,6 +27,8 @@ use crate::protocol::{HostName, Operator, Policy, Record, Status, Time, VmName};
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How many lines of the journal come in one answer.
 pub const EVENTS_MAX: u32 = 1_000;
+/// How many bytes of lines come in one answer; more than the longest line.
+const EVENTS_BYTES: usize = 512 * 1024;
 
 /// A request to a host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,8 +152,8 @@ pub struct VmStatus {
     pub vm: VmName,
     /// What the protocol knows.
     pub node: Status,
-    /// The VMM process, while there is one.
-    pub vmm: Option<VmmStatus>,
+    /// The guest, while there is one.
+    pub guest: Option<GuestStatus>,
     /// How the last guest or VMM ended or failed, if it did and none has been started since.
     pub last_word: Option<String>,
     /// What the log takes on disk, in bytes, when it is known.
@@ -154,16 +161,16 @@ pub struct VmStatus {
     /// Output that waits for its commit, in bytes.
     pub waiting_output: u64,
     /// How many gateways are served.
-    pub gateways: u32,
+    pub gateways: usize,
 }
 
-/// A VMM process.
+/// The guest's VMM process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VmmStatus {
-    /// Its process id.
-    pub pid: u32,
-    /// What it does, in a word: recording, replaying, going live.
-    pub doing: String,
+pub struct GuestStatus {
+    /// Its process id, while it lives.
+    pub pid: Option<u32>,
+    /// Whether it records, as a primary's does; otherwise it replays.
+    pub recording: bool,
 }
 
 /// What the agent asks the driver of one VM on behalf of an operator.
@@ -171,14 +178,7 @@ pub struct VmmStatus {
 pub enum VmQuestion {
     /// How does it do?
     Status,
-    /// Create the VM: remember its image, then [`Operator::Create`].
-    Create {
-        /// The image's name.
-        image: String,
-        /// The wish.
-        wish: Operator,
-    },
-    /// An order for the protocol.
+    /// An operator's wish; what comes of it is in the journal and the status.
     Do(Operator),
 }
 
@@ -189,11 +189,6 @@ pub enum VmAnswer {
     Status(Box<VmStatus>),
     /// The order is given.
     Taken,
-    /// It is not.
-    Refused {
-        /// One sentence that says what to do.
-        why: String,
-    },
 }
 
 /// Why an operator got no good answer.
@@ -438,7 +433,252 @@ async fn join_all<F: Future>(futures: Vec<F>) -> Vec<F::Output> {
     running.into_iter().filter_map(|(_, done)| done).collect()
 }
 
-/// Whether a role may give orders.
-pub(super) fn may_order(role: Role) -> bool {
-    role == Role::Operator
+/// A request that the agent has to answer, from an operator.
+#[derive(Debug)]
+pub struct Asked {
+    /// Who asks.
+    pub who: Identity,
+    /// What: never [`Request::Events`] or [`Request::Metrics`], which are served here.
+    pub request: Request,
+    /// Where the answer goes.
+    pub reply: oneshot::Sender<Answer>,
+}
+
+/// Serves operators on this endpoint: what only the agent can answer comes out of the receiver.
+/// Call it on the runtime that runs the endpoint.
+pub fn serve(endpoint: &Endpoint, journal: &Arc<Journal>) -> mpsc::Receiver<Asked> {
+    let (ask, asked) = mpsc::channel(16);
+    let streams = endpoint.serve(StreamKind::Operator, 16);
+    let server = Server {
+        ask,
+        journal: Arc::clone(journal),
+    };
+    tokio::spawn(serve_requests(streams, move |who, request, reply| {
+        let server = server.clone();
+        async move { server.serve(who, request, reply).await }
+    }));
+    asked
+}
+
+#[derive(Clone)]
+struct Server {
+    ask: mpsc::Sender<Asked>,
+    journal: Arc<Journal>,
+}
+
+impl Server {
+    async fn serve(self, who: Identity, request: Request, mut reply: Reply) {
+        if let Request::Events {
+            after,
+            limit,
+            follow,
+        } = request
+            && who.role == Role::Operator
+        {
+            return self.events(after, limit, follow, reply).await;
+        }
+        let answer = match request {
+            _ if who.role != Role::Operator => Answer::Refused {
+                why: format!(
+                    "a {} may not give orders: use the operator's folder",
+                    who.role
+                ),
+            },
+            Request::Metrics => match self.ask(who, Request::Status).await {
+                Answer::Status(status) => Answer::Metrics(metrics::render(&status)),
+                other => other,
+            },
+            request => self.ask(who, request).await,
+        };
+        // Fails only when the operator is gone.
+        let _ = reply.send(&answer).await;
+    }
+
+    async fn ask(&self, who: Identity, request: Request) -> Answer {
+        let (reply, answer) = oneshot::channel();
+        let asked = Asked {
+            who,
+            request,
+            reply,
+        };
+        let ends = || Answer::Refused {
+            why: "the agent of this host ends: ask again when it is back".to_owned(),
+        };
+        if self.ask.send(asked).await.is_err() {
+            return ends();
+        }
+        answer.await.unwrap_or_else(|_| ends())
+    }
+
+    async fn events(&self, mut after: u64, limit: u32, follow: bool, mut reply: Reply) {
+        let mut written = self.journal.written();
+        loop {
+            written.mark_unchanged();
+            let (lines, whole) = match self
+                .journal
+                .read(after, limit.min(EVENTS_MAX) as usize)
+                .await
+            {
+                Ok(lines) => lines_that_fit(&lines),
+                Err(error) => {
+                    let why = error.to_string();
+                    // Fails only when the operator is gone.
+                    let _ = reply.send(&Answer::Refused { why }).await;
+                    return;
+                }
+            };
+            after = lines.last().map_or(after, |(number, _)| *number);
+            let more = !whole || lines.len() as u32 >= limit.min(EVENTS_MAX);
+            let lines: Vec<_> = lines.into_iter().map(|(_, line)| line).collect();
+            let news = !lines.is_empty() || !follow;
+            if news && reply.send(&Answer::Events(lines)).await.is_err() || !follow {
+                return;
+            }
+            if more && limit > 0 {
+                continue;
+            }
+            tokio::select! {
+                changed = written.changed() => if changed.is_err() { return },
+                () = reply.unwanted() => return,
+            }
+        }
+    }
+}
+
+/// As many lines as one answer takes, with their numbers, and whether that was all.
+fn lines_that_fit(lines: &[Line]) -> (Vec<(u64, String)>, bool) {
+    let (mut fit, mut bytes) = (Vec::new(), 0);
+    for line in lines {
+        let text = serde_json::to_string(line).expect("a line can be written as JSON");
+        bytes += text.len() + 8;
+        if bytes > EVENTS_BYTES {
+            return (fit, false);
+        }
+        fit.push((line.number, text));
+    }
+    (fit, true)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use super::*;
+    use crate::agent::certs::Name;
+    use crate::agent::certs::authority::Authority;
+    use crate::agent::journal::Incident;
+
+    fn lost(count: u64) -> Incident {
+        Incident::LinesLost {
+            count,
+            reason: "x".repeat(20_000),
+        }
+    }
+
+    struct Host {
+        _folder: tempfile::TempDir,
+        journal: Arc<Journal>,
+        asked: mpsc::Receiver<Asked>,
+        config: Config,
+        authority: Authority,
+    }
+
+    fn host() -> Host {
+        let authority = Authority::generate().expect("an authority");
+        let name: Name = "a".parse().expect("a name");
+        let credentials = authority.issue(&Identity::host(&name)).expect("issued");
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let endpoint = Endpoint::bind(&credentials, any).expect("an endpoint");
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let journal = Journal::open(folder.path(), HostName::from(&name)).expect("a journal");
+        let journal = Arc::new(journal);
+        let asked = serve(&endpoint, &journal);
+        let address = endpoint.local_address().expect("bound");
+        let mut config = Config::new(Role::Operator, name.clone());
+        config.hosts.insert(name, address.into());
+        Host {
+            _folder: folder,
+            journal,
+            asked,
+            config,
+            authority,
+        }
+    }
+
+    impl Host {
+        fn client(&self, role: Role) -> Client {
+            let name = "someone".parse().expect("a name");
+            let credentials = self.authority.issue(&Identity { role, name });
+            Client::with(&self.config, &credentials.expect("issued")).expect("a client")
+        }
+    }
+
+    fn a() -> HostName {
+        HostName::new("a").expect("a name")
+    }
+
+    #[tokio::test]
+    async fn orders_reach_the_agent_and_its_answers_the_operator() {
+        let mut host = host();
+        let client = host.client(Role::Operator);
+        let vm = VmName::new("ledger").expect("a name");
+        let order = Request::Switchover { vm, to: None };
+        let expected = order.clone();
+        let agent = tokio::spawn(async move {
+            let asked = host.asked.recv().await.expect("asked");
+            assert_eq!(asked.request, expected);
+            assert_eq!(asked.who.to_string(), "operator someone");
+            asked
+                .reply
+                .send(Answer::Taken { journal: 7 })
+                .expect("waits");
+            let asked = host.asked.recv().await.expect("asked");
+            let why = "no".to_owned();
+            asked.reply.send(Answer::Refused { why }).expect("waits");
+        });
+        assert_eq!(client.order(&a(), &order).await.expect("taken"), 7);
+        let refused = client.order(&a(), &order).await;
+        assert!(matches!(refused, Err(OperatorError::Refused { why }) if why == "no"));
+        agent.await.expect("asked as expected");
+        // The agent is gone.
+        let refused = client.status(&a()).await;
+        assert!(matches!(refused, Err(OperatorError::Refused { .. })));
+        let nobody = HostName::new("b").expect("a name");
+        let unknown = client.status(&nobody).await.expect_err("no such host");
+        assert!(unknown.to_string().contains("its hosts are a"), "{unknown}");
+    }
+
+    #[tokio::test]
+    async fn only_operators_are_heard() {
+        let host = host();
+        for role in [Role::Host, Role::Gateway, Role::Witness] {
+            let client = host.client(role);
+            let refused = client.events(&a(), 0).await;
+            assert!(matches!(refused, Err(OperatorError::Refused { .. })));
+            let refused = client.status(&a()).await;
+            assert!(matches!(refused, Err(OperatorError::Refused { .. })));
+        }
+    }
+
+    #[tokio::test]
+    async fn the_journal_is_read_and_followed() {
+        let host = host();
+        let client = host.client(Role::Operator);
+        // More than one answer takes.
+        for count in 1..=60 {
+            host.journal.write(None, lost(count));
+        }
+        let lines = client.events(&a(), 58).await.expect("lines");
+        assert_eq!(lines.len(), 2);
+        let mut following = client.follow(&a(), 0).await.expect("lines");
+        let mut numbers = Vec::new();
+        while numbers.len() < 60 {
+            let lines = following.next().await.expect("lines").expect("goes on");
+            numbers.extend(lines.iter().map(|line| line.number));
+        }
+        assert_eq!(numbers, (1..=60).collect::<Vec<_>>());
+        host.journal.write(None, lost(61));
+        let lines = following.next().await.expect("lines").expect("goes on");
+        assert_eq!(lines[0].what, lost(61).into());
+    }
 }
