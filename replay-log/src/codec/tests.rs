@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use bytes::Bytes;
 
 use super::*;
-use crate::batch::{Batch, BatchBuilder, MAX_BATCH};
+use crate::batch::{Batch, BatchBuilder, FrameError, MAX_BATCH, MAX_ENTRIES};
 use crate::entry::{
     Answer, Arrival, DiskOutcome, Entry, GatewayIncarnation, GroupBody, GuestTime, Mark,
     MarkDigest, RequestNumber,
@@ -23,7 +23,7 @@ fn build(entries: &[Entry]) -> Batch {
     builder.finish().unwrap()
 }
 
-fn raw_batch(first: LogIndex, count: u32, payload: &[u8]) -> Batch {
+fn raw_frame(first: LogIndex, count: u32, payload: &[u8]) -> Vec<u8> {
     let mut body = Vec::new();
     for number in [1, first.0, u64::from(count)] {
         put(&mut body, number);
@@ -33,6 +33,11 @@ fn raw_batch(first: LogIndex, count: u32, payload: &[u8]) -> Batch {
     put(&mut frame, body.len() as u64);
     frame.extend_from_slice(&crc32fast::hash(&body).to_le_bytes());
     frame.extend_from_slice(&body);
+    frame
+}
+
+fn raw_batch(first: LogIndex, count: u32, payload: &[u8]) -> Batch {
+    let frame = raw_frame(first, count, payload);
     Batch::decode_frame(&frame).unwrap().unwrap().0
 }
 
@@ -270,6 +275,28 @@ fn a_cut_is_refused_by_name() {
         }
     );
     assert!(error.to_string().contains("newer version"), "{error}");
+}
+
+#[test]
+fn counts_that_cannot_be_are_refused_before_anything_is_allocated_for_them() {
+    let payload = vec![OUTPUT << 5; 70_000];
+    let decode = |first, count, payload| {
+        let frame = raw_frame(LogIndex(first), count, payload);
+        Batch::decode_frame(&frame).map(|read| read.is_some())
+    };
+    assert_eq!(decode(0, MAX_ENTRIES, &payload), Ok(true));
+    for (first, count, payload) in [
+        (0, MAX_ENTRIES + 1, &payload[..]),
+        (0, 0, &payload),
+        (0, 11, &payload[..10]),
+        (u64::MAX - 1, 2, &payload[..10]),
+    ] {
+        let refused = decode(first, count, payload);
+        assert!(matches!(refused, Err(FrameError::Entries { .. })));
+    }
+    let huge = [&[0xff, 0xff, 0xff, 0x7f][..], &[0; 100]].concat();
+    let refused = Batch::decode_frame(&huge);
+    assert!(matches!(refused, Err(FrameError::Length { .. })));
 }
 
 #[test]
