@@ -106,6 +106,14 @@ pub enum ImageError {
         /// The closest embedded one.
         closest: &'static str,
     },
+    /// No embedded image has this digest.
+    #[error(
+        "no image of this program has the digest {digest}…: name the folder of the image it was recorded from, or use the version of Understudy that recorded it"
+    )]
+    NoDigest {
+        /// Its first digits.
+        digest: String,
+    },
     /// A file of the folder cannot be read.
     #[error("the image's file {} cannot be read", path.display())]
     Read {
@@ -286,6 +294,16 @@ pub fn find(name: &str) -> Result<Image, ImageError> {
     Err(ImageError::Unknown {
         name: name.into(),
         closest,
+    })
+}
+
+/// The embedded image with this digest.
+pub fn with_digest(digest: ImageDigest) -> Result<Image, ImageError> {
+    let found = embedded()?
+        .into_iter()
+        .find(|image| image.digest() == digest);
+    found.ok_or_else(|| ImageError::NoDigest {
+        digest: blake3::Hash::from_bytes(digest.0).to_hex()[..12].to_owned(),
     })
 }
 

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 
 use bytes::Bytes;
-use replay_log::{Batch, Entry, Header, LogIndex, Position, ReadError, RequestNumber};
+use replay_log::{Batch, Entry, Header, LogIndex, Position, RequestNumber};
 use thiserror::Error;
 use vmm::boot::BootImage;
 use vmm::config::{ConfigError, MachineConfig};
@@ -39,7 +39,7 @@ pub enum OfflineError {
     Kvm(#[from] KvmError),
     /// The log cannot be read on.
     #[error(transparent)]
-    Read(#[from] ReadError),
+    Read(LogError),
     /// The log does not fit the machine.
     #[error(transparent)]
     Feed(#[from] FeedError),
@@ -87,7 +87,10 @@ pub struct Replayed {
 }
 
 /// A source of batches in order; `None` at the end.
-pub type NextBatch<'a> = dyn FnMut() -> Result<Option<Batch>, ReadError> + 'a;
+pub type NextBatch<'a> = dyn FnMut() -> Result<Option<Batch>, LogError> + 'a;
+
+/// Why a log cannot be read on, in the words of whatever keeps it.
+pub type LogError = Box<dyn std::error::Error + Send + Sync>;
 
 /// What a replay needs beside the log.
 pub struct Setup {
@@ -155,7 +158,7 @@ pub fn replay(
         if let Turn::Ended(end) = turn {
             ended = Some(end);
         }
-        match next()? {
+        match next().map_err(OfflineError::Read)? {
             Some(batch) => tape.feed(&batch)?,
             None => break,
         }

@@ -55,12 +55,21 @@ enum Command {
     Images(images::Args),
     /// Say what this host can do, and what it lacks
     Doctor(doctor::Args),
+    /// Be the process that runs one guest; started by agents
+    #[command(name = crate::agent::vm_process::SUBCOMMAND, hide = true)]
+    VmmProcess {
+        /// The process that started this one
+        agent: u32,
+    },
 }
 
 /// The whole program.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     log_to_stderr();
+    if let Command::VmmProcess { agent } = cli.command {
+        return crate::agent::vm_process::child::run(agent);
+    }
     match dispatch(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),
@@ -76,6 +85,7 @@ fn dispatch(command: Command) -> Result<(), Failure> {
         Command::Log(args) => log::run(&args),
         Command::Images(args) => images::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::VmmProcess { .. } => Ok(()),
     }
 }
 
@@ -90,10 +100,19 @@ fn log_to_stderr() {
 /// Runs a command that does I/O until it ends, or until Ctrl-C or SIGTERM: then it is dropped,
 /// and whatever it holds (processes, folders, sockets) with it.
 fn block_on(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .or_fail()?;
+    block_on_runtime(tokio::runtime::Builder::new_multi_thread(), command)
+}
+
+/// The same on this thread alone: fewest hops between what has to be fast.
+fn block_on_here(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    block_on_runtime(tokio::runtime::Builder::new_current_thread(), command)
+}
+
+fn block_on_runtime(
+    mut builder: tokio::runtime::Builder,
+    command: impl Future<Output = Result<(), Failure>>,
+) -> Result<(), Failure> {
+    let runtime = builder.enable_all().build().or_fail()?;
     runtime.block_on(async {
         tokio::select! {
             ended = command => ended,

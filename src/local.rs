@@ -1,0 +1,289 @@
+//! A guest on this host alone: one VMM process, a gateway in this process, and, if wanted, a
+//! recording. What `understudy run` does, and what benchmarks compare with.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use replay_log::{
+    AppendError, Batch, FileOptions, FileStore, FrameError, FrameNumber, FrameSource, Header,
+    LogIndex, OpenError, Store as _, SyncPolicy, Term,
+};
+use ring::rand::{SecureRandom, SystemRandom};
+use thiserror::Error;
+use tokio::sync::mpsc;
+use vmm::disk::Base;
+use vmm::host::{Output, OutputKind};
+use vmm::tape::GuestEnd;
+
+use crate::agent::vm_process::{
+    DiskSetup, FromVm, IpcError, SpawnError, Start, StartAs, ToVm, VmProcess,
+};
+use crate::gateway::stack::StackConfig;
+use crate::gateway::{Gateway, GatewayConfig, GatewayError, LocalGateway, Publish};
+use crate::images::Image;
+
+/// Frames that may wait between the gateway and the machine.
+const FRAMES_WAITING: usize = 256;
+
+/// What is to be run.
+pub struct LocalRun {
+    /// The image.
+    pub image: Image,
+    /// Where its log is kept; without, nothing is kept.
+    pub record: Option<PathBuf>,
+    /// Whether the recorder runs at all. Off only to measure what it costs.
+    pub recorder: bool,
+    /// Which ports are published.
+    pub publish: Vec<Publish>,
+    /// The program that is a VMM process; `None`: this program itself.
+    pub vmm_binary: Option<PathBuf>,
+}
+
+/// Why a guest could not be run on this host alone.
+#[derive(Debug, Error)]
+pub enum LocalError {
+    /// The folder for the recording is in use.
+    #[error("{} holds a log already: record into another folder", folder.display())]
+    NotEmpty {
+        /// Which.
+        folder: PathBuf,
+    },
+    /// The recording's folder.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The recording cannot go on.
+    #[error("the recording cannot go on")]
+    Append(#[from] AppendError),
+    /// The VMM process.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    /// The VMM process talks nonsense, or is gone.
+    #[error(transparent)]
+    Ipc(#[from] IpcError),
+    /// The VMM process wrote a batch that is none.
+    #[error("the VMM process wrote a batch that cannot be read")]
+    Batch(#[source] Option<FrameError>),
+    /// The VMM process failed.
+    #[error("{reason}")]
+    Failed {
+        /// Its own words.
+        reason: String,
+    },
+    /// The VMM process is gone.
+    #[error("the VMM process ended without a word: see the kernel's log for what killed it")]
+    Gone,
+    /// The gateway.
+    #[error(transparent)]
+    Gateway(#[from] GatewayError),
+    /// Ports are published and the image has no network.
+    #[error("the image {image} has no network device, so none of its ports can be published")]
+    NoNetwork {
+        /// The image.
+        image: String,
+    },
+    /// A folder for its disks.
+    #[error("no temporary folder for the guest's disks: {0}")]
+    Temporary(#[source] std::io::Error),
+    /// No entropy.
+    #[error("the kernel gives no random bytes")]
+    NoRandom,
+}
+
+/// A running guest.
+pub struct LocalMachine {
+    process: VmProcess,
+    store: Option<FileStore>,
+    to_gateway: Option<mpsc::Sender<(FrameNumber, Bytes)>>,
+    from_gateway: mpsc::Receiver<(FrameSource, Bytes)>,
+    /// Where clients can connect, in the order of [`LocalRun::publish`].
+    pub addresses: Vec<SocketAddr>,
+    gateway: Option<tokio::task::JoinHandle<Result<(), GatewayError>>>,
+    /// Removed when the guest has ended.
+    _disks: tempfile::TempDir,
+}
+
+impl LocalMachine {
+    /// Starts a guest. Call it on a thread that lives as long as the guest.
+    pub async fn start(run: LocalRun) -> Result<Self, LocalError> {
+        let store = run.record.as_deref().map(open_recording).transpose()?;
+        let disks = tempfile::Builder::new()
+            .prefix("understudy-disks-")
+            .tempdir()
+            .map_err(LocalError::Temporary)?;
+        let header = header_of(&run.image)?;
+        let gateway = gateway_of(&run).await?;
+        let start_as = if run.recorder {
+            StartAs::Primary
+        } else {
+            StartAs::Unrecorded
+        };
+        let start = Start {
+            kernel: run.image.kernel.clone(),
+            disks: setups(disks.path(), header.disks.len()),
+            header,
+            start_as,
+        };
+        let process = match &run.vmm_binary {
+            Some(binary) => VmProcess::spawn_from(binary, start)?,
+            None => VmProcess::spawn(start)?,
+        };
+        let (to_vmm, from_gateway) = mpsc::channel(FRAMES_WAITING);
+        let (to_gateway, from_vmm) = mpsc::channel(FRAMES_WAITING);
+        let addresses = gateway.as_ref().map(Gateway::addresses).unwrap_or_default();
+        let task =
+            gateway.map(|gateway| tokio::spawn(LocalGateway::new(gateway, to_vmm, from_vmm).run()));
+        Ok(Self {
+            process,
+            store,
+            to_gateway: task.is_some().then_some(to_gateway),
+            from_gateway,
+            addresses,
+            gateway: task,
+            _disks: disks,
+        })
+    }
+
+    /// The VMM process's id.
+    pub fn pid(&self) -> Option<u32> {
+        self.process.id()
+    }
+
+    /// Serves the guest until it ends by its own doing. `console` gets what it says.
+    pub async fn serve(&mut self, mut console: impl FnMut(&[u8])) -> Result<GuestEnd, LocalError> {
+        loop {
+            tokio::select! {
+                said = self.process.recv() => match said? {
+                    None => return Err(LocalError::Gone),
+                    Some(FromVm::Ended { end, .. }) => return Ok(end),
+                    Some(FromVm::Failed { reason, .. }) => {
+                        return Err(LocalError::Failed { reason });
+                    }
+                    Some(FromVm::Shipped { batch, .. }) => self.keep(&batch)?,
+                    Some(FromVm::Output(output)) => self.let_out(output, &mut console).await,
+                    Some(_) => {}
+                },
+                Some((source, bytes)) = self.from_gateway.recv() => {
+                    self.process.sender().send(&ToVm::Frame { source, bytes })?;
+                }
+                ended = Self::gateway_ended(&mut self.gateway) => {
+                    self.gateway = None;
+                    ended?;
+                }
+            }
+        }
+    }
+
+    /// Types on the guest's console.
+    pub fn type_console(&self, bytes: Bytes) -> Result<(), LocalError> {
+        Ok(self.process.sender().send(&ToVm::Console(bytes))?)
+    }
+
+    /// How much of the log is kept, in entries and in bytes on disk.
+    pub fn recorded(&self) -> Option<(LogIndex, u64)> {
+        self.store
+            .as_ref()
+            .map(|store| (store.tip().index, store.bytes()))
+    }
+
+    /// Ends the guest as a power failure would.
+    pub async fn kill(self) -> std::io::Result<()> {
+        self.process.kill().await.map(drop)
+    }
+
+    async fn gateway_ended(
+        task: &mut Option<tokio::task::JoinHandle<Result<(), GatewayError>>>,
+    ) -> Result<(), GatewayError> {
+        match task {
+            // A gateway that was cancelled ended with the runtime.
+            Some(task) => task.await.unwrap_or(Ok(())),
+            None => std::future::pending().await,
+        }
+    }
+
+    fn keep(&mut self, framed: &[u8]) -> Result<(), LocalError> {
+        let Some(store) = &mut self.store else {
+            return Ok(());
+        };
+        match Batch::decode_frame(framed) {
+            Ok(Some((batch, _))) => {
+                store.append(&batch)?;
+                Ok(())
+            }
+            Ok(None) => Err(LocalError::Batch(None)),
+            Err(error) => Err(LocalError::Batch(Some(error))),
+        }
+    }
+
+    /// The log that led to an output was kept before: nothing else is waited for.
+    async fn let_out(&mut self, output: Output, console: &mut impl FnMut(&[u8])) {
+        match output.kind {
+            OutputKind::Console => console(&output.bytes),
+            OutputKind::Frame => {
+                if let Some(gateway) = &self.to_gateway {
+                    // A gateway that is gone has ended with an error of its own.
+                    let _ = gateway.send((output.number, output.bytes)).await;
+                }
+            }
+        }
+    }
+}
+
+fn open_recording(folder: &Path) -> Result<FileStore, LocalError> {
+    let options = FileOptions {
+        sync: SyncPolicy::Never,
+        ..FileOptions::default()
+    };
+    let store = FileStore::open(folder, options)?;
+    if store.tip().index == LogIndex::START {
+        Ok(store)
+    } else {
+        Err(LocalError::NotEmpty {
+            folder: folder.to_owned(),
+        })
+    }
+}
+
+fn header_of(image: &Image) -> Result<Header, LocalError> {
+    let mut boot = [0; 16];
+    SystemRandom::new()
+        .fill(&mut boot)
+        .map_err(|_| LocalError::NoRandom)?;
+    Ok(Header {
+        machine_model: vmm::MACHINE_MODEL,
+        image: image.digest(),
+        config: image.machine().to_bytes(),
+        disks: image
+            .disks
+            .iter()
+            .map(|disk| Base::empty(disk.size).name())
+            .collect(),
+        term: Term(1),
+        boot,
+    })
+}
+
+/// Disks of which nothing outlives the run, though flushes reach the disk as on any other.
+fn setups(folder: &Path, count: usize) -> Vec<DiskSetup> {
+    let setup = |disk: usize| DiskSetup {
+        bases: folder.to_owned(),
+        overlay: folder.join(disk.to_string()),
+        durable: true,
+    };
+    (0..count).map(setup).collect()
+}
+
+async fn gateway_of(run: &LocalRun) -> Result<Option<Gateway>, LocalError> {
+    if run.publish.is_empty() {
+        return Ok(None);
+    }
+    let Some(network) = &run.image.network else {
+        return Err(LocalError::NoNetwork {
+            image: run.image.name.clone(),
+        });
+    };
+    let stack = StackConfig::new(network.address, network.prefix);
+    Ok(Some(
+        Gateway::bind(GatewayConfig::new(run.publish.clone(), stack)).await?,
+    ))
+}
