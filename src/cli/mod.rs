@@ -8,12 +8,17 @@ pub mod output;
 pub mod suggest;
 
 mod doctor;
+mod events;
 mod images;
 mod init;
 mod log;
+mod operator;
+mod pair;
 mod process;
 mod replay;
 mod run;
+mod status;
+mod switchover;
 mod witness;
 
 use std::future::Future;
@@ -45,6 +50,14 @@ enum Command {
     Init(init::Args),
     /// Keep the records of a cluster, so that two hosts never both reign
     Witness(witness::Args),
+    /// Start a VM with replicas, or change where its copies are
+    Pair(pair::Args),
+    /// Show how hosts and VMs do
+    Status(status::Args),
+    /// Let a replica of a VM reign, with nothing lost
+    Switchover(switchover::Args),
+    /// Show what each host decided, and why
+    Events(events::Args),
     /// Run a guest on this host alone, in the foreground
     Run(run::Args),
     /// Replay a recorded log and check every digest in it
@@ -80,6 +93,10 @@ fn dispatch(command: Command) -> Result<(), Failure> {
     match command {
         Command::Init(args) => init::run(&args),
         Command::Witness(args) => witness::run(&args),
+        Command::Pair(args) => pair::run(&args),
+        Command::Status(args) => status::run(&args),
+        Command::Switchover(args) => switchover::run(&args),
+        Command::Events(args) => events::run(&args),
         Command::Run(args) => run::run(&args),
         Command::Replay(args) => replay::run(&args),
         Command::Log(args) => log::run(&args),

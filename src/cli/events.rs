@@ -1,0 +1,143 @@
+//! `events`: what each host decided and why, from the journals of all hosts in the order of time.
+
+use tokio::sync::mpsc;
+
+use super::failure::{Failure, OrExit as _, sentence};
+use super::operator::{ClusterArgs, known_host};
+use super::{block_on, output};
+use crate::agent::journal::Line;
+use crate::agent::operator::{Client, OperatorError};
+use crate::protocol::{HostName, VmName};
+
+/// What `events` is told.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    /// Only of these hosts
+    #[arg(long = "host", value_name = "HOST")]
+    hosts: Vec<HostName>,
+    /// Only about this VM
+    #[arg(long, value_name = "VM")]
+    vm: Option<VmName>,
+    /// Go on with what is decided from now on, until Ctrl-C
+    #[arg(long)]
+    follow: bool,
+    /// Print JSON, an event a line, with reason codes
+    #[arg(long)]
+    json: bool,
+}
+
+/// Does it.
+pub fn run(args: &Args) -> Result<(), Failure> {
+    block_on(async {
+        let client = args.cluster.client()?;
+        let hosts = chosen(&client, &args.hosts)?;
+        let mut known = Vec::new();
+        let mut lines = Vec::new();
+        let mut failed = None;
+        for host in hosts {
+            match all_events(&client, &host).await {
+                Ok(found) => {
+                    known.push((host, found.last().map_or(0, |line| line.number)));
+                    lines.extend(found);
+                }
+                Err(error) => {
+                    eprintln!("understudy: host {host}: {}", sentence(&error));
+                    failed = Some(error);
+                }
+            }
+        }
+        if let (true, Some(error)) = (known.is_empty(), failed) {
+            return Err(error).or_fail();
+        }
+        lines.sort_by_key(|line| (timestamp(line), line.clock));
+        for line in lines {
+            print(args, &line)?;
+        }
+        if args.follow {
+            follow(args, &client, known).await?;
+        }
+        Ok(())
+    })
+}
+
+fn chosen(client: &Client, wanted: &[HostName]) -> Result<Vec<HostName>, Failure> {
+    if wanted.is_empty() {
+        Ok(client.hosts().cloned().collect())
+    } else {
+        wanted.iter().map(|host| known_host(client, host)).collect()
+    }
+}
+
+/// All lines that a host keeps.
+pub async fn all_events(client: &Client, host: &HostName) -> Result<Vec<Line>, OperatorError> {
+    events_after(client, host, 0).await
+}
+
+/// The lines of a host after a number.
+pub async fn events_after(
+    client: &Client,
+    host: &HostName,
+    after: u64,
+) -> Result<Vec<Line>, OperatorError> {
+    let (mut lines, mut after) = (Vec::new(), after);
+    loop {
+        let more = client.events(host, after).await?;
+        let Some(last) = more.last() else {
+            return Ok(lines);
+        };
+        after = last.number;
+        lines.extend(more);
+    }
+}
+
+async fn follow(args: &Args, client: &Client, known: Vec<(HostName, u64)>) -> Result<(), Failure> {
+    // As many as a terminal could show meanwhile; then the hosts wait.
+    let (send, mut received) = mpsc::channel(64);
+    for (host, after) in known {
+        let mut lines = client.follow(&host, after).await.or_fail()?;
+        let send = send.clone();
+        tokio::spawn(async move {
+            loop {
+                let next = lines.next().await;
+                let goes_on = matches!(next, Ok(Some(_)));
+                if send.send((host.clone(), next)).await.is_err() || !goes_on {
+                    return;
+                }
+            }
+        });
+    }
+    drop(send);
+    while let Some((host, next)) = received.recv().await {
+        match next {
+            Ok(Some(lines)) => lines.iter().try_for_each(|line| print(args, line))?,
+            Ok(None) => eprintln!("understudy: host {host} has ended"),
+            Err(error) => eprintln!("understudy: host {host}: {}", sentence(&error)),
+        }
+    }
+    Ok(())
+}
+
+fn timestamp(line: &Line) -> Option<jiff::Timestamp> {
+    line.at.parse().ok()
+}
+
+fn print(args: &Args, line: &Line) -> Result<(), Failure> {
+    if args.vm.is_some() && args.vm != line.vm {
+        return Ok(());
+    }
+    if args.json {
+        return output::json_line(line);
+    }
+    let at = timestamp(line).map_or_else(
+        || line.at.clone(),
+        |at| at.strftime("%F %H:%M:%S%.3f").to_string(),
+    );
+    let vm = line
+        .vm
+        .as_ref()
+        .map_or(String::new(), |vm| format!("{vm}: "));
+    println!("{at}  {:<10} {vm}{}", line.host.as_str(), line.text);
+    Ok(())
+}
