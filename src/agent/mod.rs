@@ -3,11 +3,14 @@
 pub mod bulk;
 pub mod certs;
 pub mod clock;
+pub mod driver;
 pub mod durable;
 pub mod frame_streams;
 pub mod frames;
+pub mod host;
 pub mod init;
 pub mod journal;
+pub mod library;
 pub mod link;
 pub mod metrics;
 pub mod operator;

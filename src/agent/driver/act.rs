@@ -1,0 +1,423 @@
+//! The driver's hands: the protocol's actions are carried out, in their order.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use replay_log::{Entry, FrameNumber, Header, LogIndex, Term};
+use vmm::host::OutputKind;
+use vmm::outbox::Outbox;
+
+use super::guest::{Guest, Parts};
+use super::home::{Home, HomeError};
+use super::{Back, HostMessage, VmDriver};
+use crate::agent::clock::now;
+use crate::agent::frame_streams::FrameStreams;
+use crate::agent::frames::{FrameLimits, FramePort};
+use crate::agent::library::Library;
+use crate::agent::vm_process::{DiskSetup, ToVm};
+use crate::gateway::frames::Boot;
+use crate::protocol::{Action, Durable, Event, HostName, Input, Message, VmRun};
+
+/// How long the keeper of records is waited for when it could not be asked at once.
+const PARTS_PATIENCE: Duration = Duration::from_secs(120);
+
+impl VmDriver {
+    /// Carries out everything the node wants, then lets everything flow that may.
+    pub(super) async fn settle(&mut self) {
+        loop {
+            while let Some(action) = self.node.poll_action() {
+                self.carry_out(action).await;
+            }
+            if self.inputs.is_empty() {
+                break;
+            }
+            let now = now();
+            while let Some(input) = self.inputs.pop_front() {
+                self.node.handle(now, input);
+            }
+        }
+        self.flow();
+    }
+
+    async fn carry_out(&mut self, action: Action) {
+        match action {
+            Action::Send { to, message } => self.send(&to, message),
+            Action::Append { batch } => {
+                let mut news = Vec::new();
+                self.log.append(batch, &mut news);
+                self.log_news(news);
+                self.start_awaited();
+            }
+            Action::Sync => {
+                let mut news = Vec::new();
+                self.log.sync(&mut news);
+                self.log_news(news);
+            }
+            Action::LookUp { peer, index } => {
+                let mut news = Vec::new();
+                self.log.look_up(peer, index, &mut news);
+                self.log_news(news);
+            }
+            Action::Persist(durable) => self.persist(durable),
+            Action::StreamLog {
+                to,
+                term,
+                from,
+                through,
+            } => {
+                self.streams.add(to, term, from, through);
+            }
+            Action::StopStream { to } => self.streams.stop(&to),
+            Action::ReadRecord => self.read_record(),
+            Action::SwapRecord { expect, new } => self.swap_record(expect, new),
+            Action::DropLog { incarnation } => self.drop_log(incarnation),
+            Action::Replay { run } => {
+                self.end_guest().await;
+                self.replay(run);
+            }
+            Action::Boot { run, term, cold } => {
+                self.end_guest().await;
+                self.boot(run, term, cold);
+            }
+            Action::GoLive { run, term, at } => {
+                if let Some(guest) = self.guest.as_mut().filter(|guest| guest.run() == run) {
+                    self.known_term = self.known_term.max(term);
+                    guest.go_live(term, at);
+                }
+            }
+            Action::PauseVm { run } => self.tell_guest(run, &ToVm::Pause(true)),
+            Action::ResumeVm { run } => self.tell_guest(run, &ToVm::Pause(false)),
+            Action::StopVm { run, .. } => {
+                if self.guest.as_ref().is_some_and(|guest| guest.run() == run) {
+                    self.end_guest().await;
+                }
+                self.awaiting_header = None;
+            }
+            Action::Release { term, through } => self.release(term, through),
+            Action::ForgetOutputs { through } => self.gateways.port.forget(through),
+            Action::Throttle { on } => {
+                if let Some(guest) = &self.guest {
+                    let run = guest.run();
+                    self.tell_guest(run, &ToVm::Throttle(on));
+                }
+            }
+            Action::Journal(event) => self.journal(&event),
+        }
+    }
+
+    fn send(&self, to: &HostName, message: Message) {
+        let message = HostMessage {
+            vm: self.vm.clone(),
+            message,
+        };
+        // A message that cannot be sent is lost; the protocol resumes at the next `PeerUp`.
+        if let Err(error) = self.env.link.send(to.as_str(), &message) {
+            tracing::debug!(vm = %self.vm, %to, %error, "not sent");
+        }
+    }
+
+    /// Streams, the guest's feed and the gateways go on as far as their windows allow.
+    fn flow(&mut self) {
+        let (env, vm) = (&self.env, &self.vm);
+        let sent = self.streams.pump(&self.log, |to, message| {
+            let message = HostMessage {
+                vm: vm.clone(),
+                message,
+            };
+            if let Err(error) = env.link.send(to.as_str(), &message) {
+                tracing::debug!(%vm, %to, %error, "not sent");
+            }
+        });
+        if let Err(error) = sent {
+            self.inputs.push_back(Input::StoreFailed {
+                reason: error.to_string(),
+            });
+        }
+        if let Some(guest) = &mut self.guest
+            && let Err(error) = guest.feed(&self.log)
+        {
+            let run = guest.run();
+            self.inputs.push_back(Input::VmFailed {
+                run,
+                reason: error.to_string(),
+            });
+        }
+        let waiting = self.outbox.bytes() as u64;
+        // Told in steps: what matters is whether it grows out of bounds.
+        if waiting >> 16 != self.told_waiting >> 16 {
+            self.told_waiting = waiting;
+            self.inputs.push_back(Input::OutputWaits { bytes: waiting });
+        }
+    }
+
+    fn tell_guest(&mut self, run: VmRun, message: &ToVm) {
+        let Some(guest) = self.guest.as_ref().filter(|guest| guest.run() == run) else {
+            return;
+        };
+        if let Err(error) = guest.tell(message) {
+            self.inputs.push_back(Input::VmFailed {
+                run,
+                reason: error.to_string(),
+            });
+        }
+    }
+
+    async fn end_guest(&mut self) {
+        self.awaiting_header = None;
+        let Some(guest) = self.guest.take() else {
+            return;
+        };
+        if let Err(error) = guest.kill().await {
+            tracing::warn!(vm = %self.vm, %error, "the VMM process did not end");
+        }
+    }
+
+    // ---- durable state ----
+
+    fn persist(&mut self, durable: Durable) {
+        if durable.acks != self.acks {
+            self.acks = durable.acks;
+            self.log
+                .set_options(super::home::log_options(&self.env.config, durable.acks));
+        }
+        self.to_persist.push_back(durable);
+        self.persist_next();
+    }
+
+    /// One at a time, in order, on a blocking thread: a promise waits for the disk, heartbeats do
+    /// not.
+    pub(super) fn persist_next(&mut self) {
+        if self.persisting {
+            return;
+        }
+        let Some(durable) = self.to_persist.pop_front() else {
+            return;
+        };
+        self.persisting = true;
+        let (home, back) = (self.home.clone(), self.to_back.clone());
+        tokio::task::spawn_blocking(move || {
+            let input = match home.persist(&durable) {
+                Ok(()) => Input::Persisted(durable),
+                Err(error) => Input::StoreFailed {
+                    reason: error.to_string(),
+                },
+            };
+            let _ = back.send(Back::Input(input));
+        });
+    }
+
+    fn drop_log(&mut self, incarnation: crate::protocol::Incarnation) {
+        self.streams.clear();
+        self.header = None;
+        if let Err(error) = self.log.drop_log(incarnation) {
+            self.inputs.push_back(Input::StoreFailed {
+                reason: error.to_string(),
+            });
+        }
+    }
+
+    // ---- the record ----
+
+    fn read_record(&self) {
+        let (vm, back) = (self.vm.clone(), self.to_back.clone());
+        let witness = self.env.witness.clone();
+        tokio::spawn(async move {
+            let input = match witness {
+                None => Input::ReadFailed {
+                    reason: "this cluster has no witness".into(),
+                },
+                Some(witness) => match witness.read(&vm).await {
+                    Ok(record) => Input::RecordRead(record),
+                    Err(error) => Input::ReadFailed {
+                        reason: error.to_string(),
+                    },
+                },
+            };
+            let _ = back.send(Back::Input(input));
+        });
+    }
+
+    fn swap_record(&self, expect: Option<crate::protocol::Version>, new: crate::protocol::Record) {
+        let (vm, back) = (self.vm.clone(), self.to_back.clone());
+        let witness = self.env.witness.clone();
+        tokio::spawn(async move {
+            let swapped = match witness {
+                None => crate::protocol::Swapped::Unknown {
+                    reason: "this cluster has no witness".into(),
+                },
+                Some(witness) => witness.swap(&vm, expect, new).await,
+            };
+            let _ = back.send(Back::Input(Input::RecordSwapped(swapped)));
+        });
+    }
+
+    // ---- the guest ----
+
+    /// Starts a replay of the log; when the log is empty as yet, as soon as its header is there.
+    fn replay(&mut self, run: VmRun) {
+        self.awaiting_header = Some(run);
+        self.start_awaited();
+    }
+
+    fn start_awaited(&mut self) {
+        let Some(run) = self.awaiting_header else {
+            return;
+        };
+        if self.header.is_none() {
+            self.header = self.read_header();
+        }
+        let Some(header) = self.header.clone() else {
+            return;
+        };
+        self.awaiting_header = None;
+        if let Err(error) = self.home.keep_header(&header) {
+            tracing::warn!(vm = %self.vm, %error, "the header is not kept beside the log");
+        }
+        self.fetch_parts(run, header);
+    }
+
+    fn read_header(&self) -> Option<Header> {
+        let batch = self.log.first_batch().ok()??;
+        let entries = batch.decode().ok()?;
+        match entries.into_iter().next() {
+            Some(Entry::Header(header)) => Some(header),
+            _ => None,
+        }
+    }
+
+    /// Gets the image and the disk bases that a log names, from this host or another.
+    fn fetch_parts(&self, run: VmRun, header: Header) {
+        let (home, back, env) = (self.home.clone(), self.to_back.clone(), self.env.clone());
+        let binary = env.vmm_binary.clone();
+        tokio::spawn(async move {
+            let fetched = tokio::time::timeout(PARTS_PATIENCE, env.library.parts(&header)).await;
+            let parts = match fetched {
+                Err(_) => Err("its image and disks could not be fetched in time".to_owned()),
+                Ok(Err(error)) => Err(error.to_string()),
+                Ok(Ok((kernel, bases))) => {
+                    let disks = home.fresh_disks(bases);
+                    disks
+                        .map(|disks| Parts {
+                            header,
+                            kernel,
+                            disks,
+                            binary,
+                        })
+                        .map_err(|error| error.to_string())
+                }
+            };
+            let _ = back.send(Back::Parts(run, false, parts));
+        });
+    }
+
+    fn boot(&mut self, run: VmRun, term: Term, cold: bool) {
+        self.known_term = self.known_term.max(term);
+        let (home, back, env) = (self.home.clone(), self.to_back.clone(), self.env.clone());
+        let binary = env.vmm_binary.clone();
+        tokio::task::spawn_blocking(move || {
+            let parts = boot_parts(&home, &env.library, term, cold);
+            let parts = parts.map(|(header, kernel, disks)| Parts {
+                header,
+                kernel,
+                disks,
+                binary,
+            });
+            let parts = parts.map_err(|error| error.to_string());
+            let _ = back.send(Back::Parts(run, true, parts));
+        });
+    }
+
+    /// Everything a guest starts from is there.
+    pub(super) fn start_guest(&mut self, run: VmRun, boots: bool, parts: Result<Parts, String>) {
+        if self.guest.is_some() {
+            return;
+        }
+        let started = parts.and_then(|parts| {
+            let header = parts.header.clone();
+            let guest = Guest::start(run, parts, boots).map_err(|error| error.to_string())?;
+            Ok((header, guest))
+        });
+        match started {
+            Ok((header, guest)) => {
+                let boot = Boot(header.boot);
+                self.header = Some(header);
+                self.guest = Some(guest);
+                self.outbox = Outbox::new();
+                self.told_received = FrameNumber(0);
+                // A machine at power-on has made no output and taken no frame yet.
+                let port = FramePort::new(self.vm.clone(), boot, FrameLimits::default());
+                self.gateways = FrameStreams::new(port);
+                self.gateways.port.follow(self.known_term);
+                if boots {
+                    self.gateways.port.lead(self.known_term, [], now());
+                }
+                self.last_word = None;
+            }
+            Err(reason) => {
+                self.last_word = Some(reason.clone());
+                self.inputs.push_back(Input::VmFailed { run, reason });
+            }
+        }
+    }
+
+    // ---- outputs ----
+
+    fn release(&mut self, term: Term, through: LogIndex) {
+        self.known_term = self.known_term.max(term);
+        let mut last = None;
+        let mut console = Vec::new();
+        for output in self.outbox.release(through) {
+            last = Some(output.number);
+            match output.kind {
+                OutputKind::Frame => {
+                    self.gateways
+                        .port
+                        .output(output.number, output.bytes.clone());
+                }
+                OutputKind::Console => console.extend_from_slice(&output.bytes),
+            }
+        }
+        if let Some(last) = last {
+            self.outbox.forget(last);
+        }
+        if !console.is_empty() {
+            self.home.console(&console);
+        }
+        self.gateways.port.committed(through, now());
+    }
+
+    fn journal(&mut self, event: &Event) {
+        if let Event::RecordCommitted {
+            version, primary, ..
+        } = event
+        {
+            self.known_term = self.known_term.max(version.term);
+            if primary.host != self.env.host {
+                self.gateways.port.follow(self.known_term);
+            }
+        }
+        if let Event::Deposed { by, .. } = event {
+            self.known_term = self.known_term.max(by.term);
+            self.gateways.port.follow(self.known_term);
+        }
+        self.env.journal.write(Some(&self.vm), event.clone());
+    }
+}
+
+/// What a machine boots from: the image, and fresh or left-over disks. Blocks.
+fn boot_parts(
+    home: &Home,
+    library: &Library,
+    term: Term,
+    cold: bool,
+) -> Result<(Header, Bytes, Vec<DiskSetup>), HomeError> {
+    let image = home.image(library)?;
+    let bases = if cold {
+        home.seal_disks()?
+    } else {
+        home.image_disks(&image)
+    };
+    let header = super::home::new_header(&image, &bases, term)?;
+    home.keep_header(&header)?;
+    Ok((header, image.kernel, home.fresh_disks(bases)?))
+}

@@ -1,0 +1,180 @@
+//! The VMM process of one VM on this host, as its driver sees it: started to boot or to replay,
+//! fed with the log, told to go live.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use replay_log::{Header, LogIndex, LogTip, Term};
+use thiserror::Error;
+
+use super::keeper::{Cursor, LogKeeper};
+use crate::agent::vm_process::{
+    DiskSetup, FromVm, IpcError, SpawnError, Start, StartAs, ToVm, VmProcess,
+};
+use crate::protocol::VmRun;
+
+/// So many bytes of log may be with the VMM process and not executed.
+const WINDOW: usize = 16 << 20;
+
+/// What the process is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Doing {
+    /// It replays what it is fed.
+    Replaying,
+    /// It was told to go live, or will be when it has the log through here.
+    GoingLive,
+    /// It records: this is a primary.
+    Recording,
+}
+
+/// Why a guest cannot go on.
+#[derive(Debug, Error)]
+pub enum GuestError {
+    /// No process.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    /// The process does not listen.
+    #[error(transparent)]
+    Ipc(#[from] IpcError),
+    /// The log cannot be read to feed it.
+    #[error("the log cannot be read to replay it: {0}")]
+    Read(#[from] replay_log::ReadError),
+}
+
+/// A running VMM process.
+pub struct Guest {
+    run: VmRun,
+    process: VmProcess,
+    doing: Doing,
+    cursor: Cursor,
+    /// Fed and not executed: the end of each batch and its bytes.
+    under_way: std::collections::VecDeque<(LogIndex, usize)>,
+    bytes: usize,
+    go_live: Option<(Term, LogTip)>,
+}
+
+/// What a guest is started from.
+pub struct Parts {
+    /// Which machine.
+    pub header: Header,
+    /// Its kernel.
+    pub kernel: Bytes,
+    /// Its disks on this host.
+    pub disks: Vec<DiskSetup>,
+    /// The program to start; `None`: this program's own file.
+    pub binary: Option<PathBuf>,
+}
+
+impl Guest {
+    /// Starts a process that records from power-on (`boots`), or replays from the log's beginning.
+    pub fn start(run: VmRun, parts: Parts, boots: bool) -> Result<Self, GuestError> {
+        let start = Start {
+            header: parts.header,
+            kernel: parts.kernel,
+            disks: parts.disks,
+            start_as: if boots {
+                StartAs::Primary
+            } else {
+                StartAs::Replica
+            },
+        };
+        let process = match &parts.binary {
+            Some(binary) => VmProcess::spawn_from(Path::new(binary), start)?,
+            None => VmProcess::spawn(start)?,
+        };
+        Ok(Self {
+            run,
+            process,
+            doing: if boots {
+                Doing::Recording
+            } else {
+                Doing::Replaying
+            },
+            cursor: Cursor::new(LogIndex::START),
+            under_way: std::collections::VecDeque::new(),
+            bytes: 0,
+            go_live: None,
+        })
+    }
+
+    /// Which run of the VM this is.
+    pub const fn run(&self) -> VmRun {
+        self.run
+    }
+
+    /// What it is doing.
+    pub const fn doing(&self) -> Doing {
+        self.doing
+    }
+
+    /// Its process id, while it lives.
+    pub fn pid(&self) -> Option<u32> {
+        self.process.id()
+    }
+
+    /// The next thing the process says; `None` when it is gone. Cancel safe.
+    pub async fn recv(&mut self) -> Result<Option<FromVm>, IpcError> {
+        self.process.recv().await
+    }
+
+    /// The next thing it has said already.
+    pub fn take(&mut self) -> Result<Option<FromVm>, IpcError> {
+        self.process.take()
+    }
+
+    /// Says something to it.
+    pub fn tell(&self, message: &ToVm) -> Result<(), GuestError> {
+        Ok(self.process.sender().send(message)?)
+    }
+
+    /// It has executed the log through here.
+    pub fn executed(&mut self, through: LogIndex) {
+        while let Some((end, bytes)) = self.under_way.front()
+            && *end <= through
+        {
+            self.bytes -= bytes;
+            self.under_way.pop_front();
+        }
+    }
+
+    /// Feeds it what the log has beyond what it was fed, as far as the window allows.
+    pub fn feed(&mut self, log: &LogKeeper) -> Result<(), GuestError> {
+        if self.doing == Doing::Recording {
+            return Ok(());
+        }
+        while self.bytes < WINDOW {
+            let Some(batch) = log.read(&mut self.cursor)? else {
+                break;
+            };
+            let mut framed = Vec::with_capacity(batch.payload().len() + 32);
+            batch.encode_frame(&mut framed);
+            self.under_way.push_back((batch.end(), framed.len()));
+            self.bytes += framed.len();
+            self.tell(&ToVm::Batch(framed.into()))?;
+        }
+        if let Some((term, at)) = self.go_live
+            && self.cursor.next() >= at.index
+        {
+            self.go_live = None;
+            self.tell(&ToVm::GoLive { term, at: at.index })?;
+        }
+        Ok(())
+    }
+
+    /// Lets it go live once it has the log through `at`.
+    pub fn go_live(&mut self, term: Term, at: LogTip) {
+        self.doing = Doing::GoingLive;
+        self.go_live = Some((term, at));
+    }
+
+    /// It has said that it records now.
+    pub const fn is_live(&mut self) {
+        self.doing = Doing::Recording;
+    }
+
+    /// Ends the process and waits for its end.
+    pub async fn kill(self) -> io::Result<()> {
+        self.process.kill().await.map(drop)
+    }
+}

@@ -1,0 +1,182 @@
+//! The driver's ears: what happens outside becomes inputs of the protocol.
+
+use bytes::Bytes;
+use replay_log::{Batch, FrameSource};
+use vmm::host::{Output, OutputKind};
+
+use super::guest::Doing;
+use super::keeper::Returned;
+use super::{Back, ToDriver, VmDriver};
+use crate::agent::clock::now;
+use crate::agent::operator::{VmAnswer, VmQuestion};
+use crate::agent::vm_process::{FromVm, IpcError};
+use crate::protocol::{Input, Message};
+
+/// What comes from the VMM process: a message, its end, or nonsense.
+pub(super) type GuestSaid = Result<Option<FromVm>, IpcError>;
+
+impl VmDriver {
+    pub(super) fn hear(&mut self, heard: ToDriver) {
+        match heard {
+            ToDriver::Heard(input) => {
+                if let Input::Message { from, message } = &input {
+                    match message {
+                        Message::Ack(ack) | Message::Report(ack) => {
+                            self.streams.acknowledged(from, ack.held);
+                        }
+                        _ => {}
+                    }
+                }
+                if let Input::PeerDown(peer) = &input {
+                    self.streams.stop(peer);
+                }
+                self.inputs.push_back(input);
+            }
+            ToDriver::Gateway(stream) => self.gateways.accept(stream),
+            ToDriver::Operator(question, reply) => {
+                let answer = self.answer(question);
+                // An operator who does not wait any more needs no answer.
+                let _ = reply.send(answer);
+            }
+        }
+    }
+
+    fn answer(&mut self, question: VmQuestion) -> VmAnswer {
+        match question {
+            VmQuestion::Status => VmAnswer::Status(Box::new(self.status())),
+            VmQuestion::Do(operator) => {
+                self.inputs.push_back(Input::Operator(operator));
+                VmAnswer::Taken
+            }
+        }
+    }
+
+    pub(super) fn hear_store(&mut self, returned: Returned) {
+        let mut news = Vec::new();
+        self.log.returned(returned, &mut news);
+        self.log_news(news);
+    }
+
+    pub(super) fn hear_back(&mut self, back: Back) {
+        match back {
+            Back::Input(input) => {
+                if matches!(input, Input::Persisted(_)) {
+                    self.persisting = false;
+                    self.persist_next();
+                }
+                self.inputs.push_back(input);
+            }
+            Back::Parts(run, boots, parts) => self.start_guest(run, boots, parts),
+        }
+    }
+
+    pub(super) fn hear_guest(&mut self, said: GuestSaid) {
+        let Some(guest) = &mut self.guest else { return };
+        let run = guest.run();
+        match said {
+            Ok(Some(said)) => self.guest_said(said),
+            Ok(None) => {
+                self.guest = None;
+                let reason = "the VMM process ended without a word".to_owned();
+                self.guest_failed(run, reason);
+            }
+            Err(error) => {
+                self.guest = None;
+                self.guest_failed(run, error.to_string());
+            }
+        }
+    }
+
+    fn guest_failed(&mut self, run: crate::protocol::VmRun, reason: String) {
+        self.last_word = Some(reason.clone());
+        self.inputs.push_back(Input::VmFailed { run, reason });
+    }
+
+    fn guest_said(&mut self, said: FromVm) {
+        let Some(guest) = &mut self.guest else { return };
+        let run = guest.run();
+        match said {
+            FromVm::Ready => {}
+            FromVm::Shipped { batch, frames } => self.shipped(&batch, &frames),
+            FromVm::Output(output) => {
+                let recording = guest.doing() == Doing::Recording;
+                self.output(output, recording);
+            }
+            FromVm::Executed { through, at } => {
+                guest.executed(through);
+                self.inputs.push_back(Input::Executed {
+                    run,
+                    through,
+                    position: at,
+                });
+            }
+            FromVm::Live { frames, .. } => {
+                guest.is_live();
+                let term = self.known_term;
+                self.gateways.port.lead(term, frames, now());
+                self.inputs.push_back(Input::WentLive { run });
+            }
+            FromVm::Paused { .. } => self.inputs.push_back(Input::Paused { run }),
+            FromVm::Ended { end, at } => {
+                let how = format!("{end:?} at position {at}");
+                self.last_word = Some(format!("the guest ended: {how}"));
+                self.inputs.push_back(Input::VmEnded { run, how });
+            }
+            FromVm::Failed { reason, .. } => {
+                self.guest = None;
+                self.guest_failed(run, reason);
+            }
+        }
+    }
+
+    fn shipped(&mut self, framed: &Bytes, frames: &[FrameSource]) {
+        let Some(guest) = &self.guest else { return };
+        let run = guest.run();
+        match Batch::decode_frame(framed) {
+            Ok(Some((batch, _))) => {
+                for source in frames {
+                    self.gateways.port.logged(*source, batch.end());
+                }
+                self.inputs.push_back(Input::Recorded { run, batch });
+            }
+            Ok(None) => self.guest_failed(run, "the VMM process wrote a torn batch".into()),
+            Err(error) => self.guest_failed(run, format!("the VMM process's batch: {error}")),
+        }
+    }
+
+    /// An output of the machine: a primary's waits for its commit, a replica's is kept in case
+    /// this host is the next to send it.
+    fn output(&mut self, output: Output, recording: bool) {
+        if recording {
+            self.outbox.push(output);
+        } else if output.kind == OutputKind::Frame {
+            self.gateways.port.output(output.number, output.bytes);
+        }
+    }
+
+    /// What gateways have sent goes to the guest; what they have received is told the node.
+    pub(super) fn hear_gateways(&mut self) {
+        let Some(guest) = &self.guest else { return };
+        let run = guest.run();
+        let mut failed = None;
+        while let Some((source, bytes)) = self.gateways.port.poll_arrival() {
+            if guest.doing() != Doing::Recording {
+                continue;
+            }
+            let message = crate::agent::vm_process::ToVm::Frame { source, bytes };
+            if let Err(error) = guest.tell(&message) {
+                failed = Some(error.to_string());
+                break;
+            }
+        }
+        if let Some(reason) = failed {
+            self.guest_failed(run, reason);
+        }
+        let received = self.gateways.port.received_by_all();
+        if received != self.told_received {
+            self.told_received = received;
+            self.inputs
+                .push_back(Input::GatewayReceived { through: received });
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! The driver of one VM on one host: turns the protocol's actions into files, processes and
+//! connections, and what happens there into the protocol's inputs. One task owns all of it.
+//!
+//! ```text
+//!   other hosts ──link──┐                             ┌──► log store, streams to replicas
+//!   witness ────────────┤                             ├──► VMM process: boot, feed, go live
+//!   VMM process ────────┼──► inputs ─► Node ─► actions┼──► witness: read, swap
+//!   gateways ───────────┤                             ├──► outbox ─► gateways
+//!   operators ──────────┘                             └──► journal
+//! ```
+
+mod act;
+mod guest;
+mod hear;
+mod home;
+mod keeper;
+mod status;
+mod streams;
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use replay_log::{FrameNumber, Header, Term};
+use thiserror::Error;
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender, unbounded_channel};
+use vmm::outbox::Outbox;
+
+use crate::agent::clock::now;
+use crate::agent::frame_streams::FrameStreams;
+use crate::agent::frames::{FrameLimits, FramePort};
+use crate::agent::journal::Journal;
+use crate::agent::link::Link;
+use crate::agent::operator::{VmAnswer, VmQuestion};
+use crate::agent::witness::client::WitnessClient;
+use crate::config::Config;
+use crate::gateway::frames::Boot;
+use crate::protocol::{self, HostName, Input, Message, Node, VmName};
+
+use guest::Guest;
+pub use guest::{Doing, GuestError};
+pub use home::{Home, HomeError};
+use keeper::{LogKeeper, LogNews, Returned};
+use streams::Streams;
+
+/// So many ready inputs are taken before actions are carried out.
+const INPUTS_AT_ONCE: usize = 64;
+
+/// A message between the agents of two hosts.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct HostMessage {
+    /// About which VM.
+    pub vm: VmName,
+    /// What.
+    pub message: Message,
+}
+
+impl crate::agent::link::LinkMessage for HostMessage {
+    fn lane(&self) -> crate::agent::link::Lane {
+        use crate::agent::link::Lane;
+        match self.message.lane() {
+            protocol::Lane::Control => Lane::Control,
+            protocol::Lane::Log => Lane::Log,
+            protocol::Lane::Datagram => Lane::Datagram,
+        }
+    }
+}
+
+/// A gateway's stream, whole: what was read of it to know the VM comes again.
+pub type GatewayOpened = tokio::io::Join<
+    tokio::io::Chain<std::io::Cursor<bytes::Bytes>, quinn::RecvStream>,
+    quinn::SendStream,
+>;
+
+/// What all drivers of a host share.
+pub struct Surroundings {
+    /// The host's configuration.
+    pub config: Config,
+    /// This host.
+    pub host: HostName,
+    /// The connections to the other hosts.
+    pub link: Link<HostMessage>,
+    /// Who keeps the records; a cluster without one changes no records.
+    pub witness: Option<WitnessClient>,
+    /// Where decisions are written down.
+    pub journal: Arc<Journal>,
+    /// The images and disk bases this host has, and how it gets those it lacks.
+    pub library: crate::agent::library::Library,
+    /// The program that is a VMM process; `None`: this program itself.
+    pub vmm_binary: Option<PathBuf>,
+}
+
+/// What reaches a driver from the agent.
+pub enum ToDriver {
+    /// Another host is connected, or not any more, or says something.
+    Heard(Input),
+    /// A gateway opened a stream for this VM.
+    Gateway(GatewayOpened),
+    /// An operator asks.
+    Operator(VmQuestion, tokio::sync::oneshot::Sender<VmAnswer>),
+}
+
+/// What reaches a driver from its own background work.
+enum Back {
+    Input(Input),
+    Parts(crate::protocol::VmRun, bool, Result<guest::Parts, String>),
+}
+
+/// Why a driver ended.
+#[derive(Debug, Error)]
+pub enum DriverError {
+    /// The VM's folder.
+    #[error(transparent)]
+    Home(#[from] HomeError),
+    /// The VM's log.
+    #[error("the log of this VM cannot be opened: {0}")]
+    Log(#[from] replay_log::OpenError),
+}
+
+/// The driver of one VM.
+pub struct VmDriver {
+    vm: VmName,
+    env: Arc<Surroundings>,
+    node: Node,
+    home: Home,
+    log: LogKeeper,
+    returns: UnboundedReceiver<Returned>,
+    streams: Streams,
+    guest: Option<Guest>,
+    outbox: Outbox,
+    gateways: FrameStreams<GatewayOpened>,
+    /// The highest term known to reign, for the gateways.
+    known_term: Term,
+    /// The header of the log, once there is one.
+    header: Option<Header>,
+    /// A run that waits for its header: the log is empty as yet.
+    awaiting_header: Option<crate::protocol::VmRun>,
+    told_received: FrameNumber,
+    told_waiting: u64,
+    inbox: Receiver<ToDriver>,
+    back: UnboundedReceiver<Back>,
+    to_back: UnboundedSender<Back>,
+    inputs: VecDeque<Input>,
+    persisting: bool,
+    to_persist: VecDeque<crate::protocol::Durable>,
+    acks: crate::protocol::Acks,
+    /// How the guest ended or failed, for `status`.
+    last_word: Option<String>,
+}
+
+impl VmDriver {
+    /// The driver of a VM, with what this host has kept of it.
+    pub fn open(
+        vm: VmName,
+        env: Arc<Surroundings>,
+        inbox: Receiver<ToDriver>,
+    ) -> Result<Self, DriverError> {
+        let home = Home::open(&env.config.data, &vm)?;
+        let durable = home.durable()?;
+        let (to_returns, returns) = unbounded_channel();
+        let options = home::log_options(&env.config, durable.acks);
+        let log = LogKeeper::open(&home.log_dir(), options, durable.incarnation, to_returns)?;
+        let restored = protocol::Restored {
+            durable: durable.clone(),
+            log: log.tip(),
+            damaged: false,
+        };
+        let config = protocol::Config::new(env.host.clone(), vm.clone());
+        let node = Node::new(config, restored, now());
+        let header = home.header()?;
+        let boot = Boot(header.as_ref().map_or([0; 16], |header| header.boot));
+        let (to_back, back) = unbounded_channel();
+        Ok(Self {
+            gateways: FrameStreams::new(FramePort::new(vm.clone(), boot, FrameLimits::default())),
+            vm,
+            env,
+            node,
+            home,
+            log,
+            returns,
+            streams: Streams::default(),
+            guest: None,
+            outbox: Outbox::new(),
+            known_term: Term(0),
+            header,
+            awaiting_header: None,
+            told_received: FrameNumber(0),
+            told_waiting: 0,
+            inbox,
+            back,
+            to_back,
+            inputs: VecDeque::new(),
+            persisting: false,
+            to_persist: VecDeque::new(),
+            acks: durable.acks,
+            last_word: None,
+        })
+    }
+
+    /// Runs until the agent drops its end of the inbox.
+    pub async fn run(mut self) {
+        loop {
+            self.settle().await;
+            let due = self.due();
+            let open = tokio::select! {
+                biased;
+                // First, because polling it also writes out what the port has to say.
+                () = std::future::poll_fn(|context| self.gateways.poll(context, now())) => {
+                    self.hear_gateways();
+                    true
+                }
+                said = Self::guest_says(&mut self.guest) => {
+                    self.hear_guest(said);
+                    true
+                }
+                heard = self.inbox.recv() => match heard {
+                    Some(heard) => { self.hear(heard); true }
+                    None => false,
+                },
+                Some(returned) = self.returns.recv() => {
+                    self.hear_store(returned);
+                    true
+                }
+                Some(back) = self.back.recv() => {
+                    self.hear_back(back);
+                    true
+                }
+                () = tokio::time::sleep(due) => true,
+            };
+            if !open {
+                break;
+            }
+            self.take_what_is_ready();
+            let now = now();
+            while let Some(input) = self.inputs.pop_front() {
+                self.node.handle(now, input);
+            }
+            if self.node.poll_timeout().is_some_and(|at| at <= now) {
+                self.node.handle_timeout(now);
+            }
+        }
+        if let Some(guest) = self.guest.take()
+            && let Err(error) = guest.kill().await
+        {
+            tracing::warn!(vm = %self.vm, %error, "the VMM process did not end");
+        }
+    }
+
+    /// How long until the node wants to be called.
+    fn due(&self) -> Duration {
+        self.node
+            .poll_timeout()
+            .map_or(Duration::from_secs(1), |at| {
+                Duration::from_nanos(at.since(now()).as_nanos())
+            })
+    }
+
+    async fn guest_says(guest: &mut Option<Guest>) -> hear::GuestSaid {
+        match guest {
+            Some(guest) => guest.recv().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Takes what has arrived already, so that a late driver does not believe in a silence that is
+    /// only its own.
+    fn take_what_is_ready(&mut self) {
+        for _ in 0..INPUTS_AT_ONCE {
+            let Ok(heard) = self.inbox.try_recv() else {
+                break;
+            };
+            self.hear(heard);
+        }
+        for _ in 0..INPUTS_AT_ONCE {
+            let said = match &mut self.guest {
+                Some(guest) => guest.take().transpose(),
+                None => None,
+            };
+            let Some(said) = said else { break };
+            self.hear_guest(said.map(Some));
+        }
+        while let Ok(returned) = self.returns.try_recv() {
+            self.hear_store(returned);
+        }
+        while let Ok(back) = self.back.try_recv() {
+            self.hear_back(back);
+        }
+    }
+
+    fn log_news(&mut self, news: Vec<LogNews>) {
+        for news in news {
+            self.inputs.push_back(match news {
+                LogNews::Stored(incarnation, tip) => Input::Stored { incarnation, tip },
+                LogNews::Synced(incarnation, tip) => Input::Synced { incarnation, tip },
+                LogNews::TipAt(peer, index, tip) => Input::TipAt { peer, index, tip },
+                LogNews::Failed(reason) => Input::StoreFailed { reason },
+            });
+        }
+    }
+}

@@ -1,0 +1,23 @@
+//! What a driver tells about its VM: for `status`, metrics and the demo.
+
+use super::VmDriver;
+use super::guest::Doing;
+use crate::agent::operator::{GuestStatus, VmStatus};
+
+impl VmDriver {
+    /// How the VM is, seen from here.
+    pub(super) fn status(&self) -> VmStatus {
+        VmStatus {
+            vm: self.vm.clone(),
+            node: self.node.status(),
+            guest: self.guest.as_ref().map(|guest| GuestStatus {
+                pid: guest.pid(),
+                recording: guest.doing() == Doing::Recording,
+            }),
+            log_bytes: self.log.bytes(),
+            waiting_output: self.outbox.bytes() as u64,
+            gateways: self.gateways.port.served(),
+            last_word: self.last_word.clone(),
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! What a host has to run guests from: images, by name and by digest, and sealed disk bases. A
+//! base that it lacks it fetches from the other hosts.
+
+use std::path::PathBuf;
+
+use bytes::Bytes;
+use replay_log::{DiskBase, Header, ImageDigest};
+use thiserror::Error;
+use vmm::disk::{Base, BaseError};
+
+use crate::agent::bulk::{self, FetchError};
+use crate::agent::link::{Endpoint, Peer};
+use crate::images::{self, Image, ImageError};
+
+/// Why something cannot be run here.
+#[derive(Debug, Error)]
+pub enum LibraryError {
+    /// The image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// No image with this digest.
+    #[error(
+        "this host has no image {digest}: put the image's folder into {}, the same version as on the primary",
+        folder.display()
+    )]
+    NoImage {
+        /// The first bytes of its digest.
+        digest: String,
+        /// Where it is looked for.
+        folder: PathBuf,
+    },
+    /// A base is there and is damaged, or cannot be read.
+    #[error(transparent)]
+    Base(#[from] BaseError),
+    /// A base is on no host that can be reached.
+    #[error("a disk base is not here and could be fetched from no other host")]
+    Fetch(#[source] Option<FetchError>),
+}
+
+/// What a host has.
+pub struct Library {
+    images: PathBuf,
+    bases: PathBuf,
+    endpoint: Endpoint,
+    peers: Vec<Peer>,
+}
+
+impl Library {
+    /// What is in a host's data folder, or with these other hosts.
+    pub fn new(data: &std::path::Path, endpoint: Endpoint, peers: Vec<Peer>) -> Self {
+        Self {
+            images: data.join("images"),
+            bases: data.join("bases"),
+            endpoint,
+            peers,
+        }
+    }
+
+    /// The image of this name: embedded, or a folder.
+    pub fn image_named(&self, name: &str) -> Result<Image, LibraryError> {
+        let folder = self.images.join(name);
+        if !name.contains('/') && folder.is_dir() {
+            return Ok(images::find(&folder.to_string_lossy())?);
+        }
+        Ok(images::find(name)?)
+    }
+
+    /// The image with this digest.
+    pub fn image(&self, digest: ImageDigest) -> Result<Image, LibraryError> {
+        let folders = std::fs::read_dir(&self.images)
+            .into_iter()
+            .flatten()
+            .flatten();
+        let own = folders.filter_map(|entry| images::find(&entry.path().to_string_lossy()).ok());
+        let found = images::embedded()?
+            .into_iter()
+            .chain(own)
+            .find(|i| i.digest() == digest);
+        found.ok_or_else(|| LibraryError::NoImage {
+            digest: blake3::Hash::from_bytes(digest.0).to_hex()[..12].to_owned(),
+            folder: self.images.clone(),
+        })
+    }
+
+    /// The kernel and the disk bases that a log names; bases that are not here are fetched.
+    pub async fn parts(&self, header: &Header) -> Result<(Bytes, Vec<DiskBase>), LibraryError> {
+        let image = self.image(header.image)?;
+        for base in &header.disks {
+            self.have_base(*base).await?;
+        }
+        Ok((image.kernel, header.disks.clone()))
+    }
+
+    async fn have_base(&self, name: DiskBase) -> Result<(), LibraryError> {
+        match Base::open(&self.bases, name) {
+            Ok(_) => return Ok(()),
+            Err(BaseError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error.into()),
+        }
+        let mut last = None;
+        for peer in &self.peers {
+            match bulk::fetch_base(&self.endpoint, peer, name, &self.bases).await {
+                Ok(()) => return Ok(()),
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(LibraryError::Fetch(last))
+    }
+}
