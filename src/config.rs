@@ -210,7 +210,9 @@ impl Config {
         let text = String::from_utf8(bytes)
             .map_err(|error| unreadable(io::Error::new(io::ErrorKind::InvalidData, error)))?;
         let mut config = Self::parse(&text, &file)?;
-        config.folder = file.parent().unwrap_or(Path::new("")).to_owned();
+        file.parent()
+            .unwrap_or(Path::new(""))
+            .clone_into(&mut config.folder);
         config.data = config.folder.join(&config.data);
         Ok(config)
     }
@@ -392,8 +394,7 @@ impl ConfigError {
 
 fn line_of(span: Option<Range<usize>>, text: &str) -> usize {
     let start = span.map_or(0, |span| span.start);
-    let before = text.as_bytes().get(..start).unwrap_or_default();
-    1 + before.iter().filter(|byte| **byte == b'\n').count()
+    1 + text.get(..start).unwrap_or_default().matches('\n').count()
 }
 
 /// Reads the two messages that serde has for unknown names: "unknown field `x`, expected one of

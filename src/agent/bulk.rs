@@ -322,7 +322,7 @@ mod tests {
         contents
     }
 
-    async fn served() -> (tempfile::TempDir, Endpoint, Endpoint, Peer, DiskBase) {
+    fn served() -> (tempfile::TempDir, Endpoint, Endpoint, Peer, DiskBase) {
         let authority = Authority::generate().expect("an authority");
         let (one, two) = (endpoint(&authority, "a"), endpoint(&authority, "b"));
         let folder = tempfile::tempdir().expect("a temporary folder");
@@ -339,7 +339,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_base_comes_over_with_its_holes_and_is_checked() {
-        let (_there, one, _two, peer, name) = served().await;
+        let (_there, one, _two, peer, name) = served();
         let here = tempfile::tempdir().expect("a temporary folder");
         fetch_base(&one, &peer, name, here.path())
             .await
@@ -350,7 +350,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_missing_or_damaged_is_not_taken() {
-        let (there, one, _two, peer, name) = served().await;
+        let (there, one, _two, peer, name) = served();
         let here = tempfile::tempdir().expect("a temporary folder");
         let other = DiskBase {
             digest: [9; 32],

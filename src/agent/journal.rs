@@ -234,9 +234,10 @@ impl Journal {
     pub fn write(&self, vm: Option<&VmName>, what: impl Into<What>) {
         let what = what.into();
         let text = what.to_string();
-        match vm {
-            Some(vm) => tracing::info!(%vm, "{text}"),
-            None => tracing::info!("{text}"),
+        if let Some(vm) = vm {
+            tracing::info!(%vm, "{text}");
+        } else {
+            tracing::info!("{text}");
         }
         let line = Line {
             number: 0,

@@ -14,5 +14,6 @@ pub mod library;
 pub mod link;
 pub mod metrics;
 pub mod operator;
+pub mod thread;
 pub mod vm_process;
 pub mod witness;

@@ -181,7 +181,7 @@ impl Switch {
         let address = front.local_addr().expect("bound");
         let (sender, backend) = tokio::sync::watch::channel(backend);
         let task = tokio::spawn(async move {
-            let (mut there, mut here) = ([0; 65_536], [0; 65_536]);
+            let (mut there, mut here) = (vec![0; 65_536], vec![0; 65_536]);
             let mut dialler = None;
             loop {
                 // What cannot be sent is lost, as on any network.

@@ -155,7 +155,7 @@ impl Following {
     pub async fn changed(&mut self) {
         if self.record.changed().await.is_err() {
             // The task ends only with us.
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 }

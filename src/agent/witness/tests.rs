@@ -39,6 +39,7 @@ fn record(term: u64, epoch: u64, primary: &str, members: &[&str]) -> Record {
     }
 }
 
+#[allow(clippy::unnecessary_wraps)] // What is expected is always an option.
 fn version(term: u64, epoch: u64) -> Option<Version> {
     Some(Version {
         term: Term(term),

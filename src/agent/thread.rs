@@ -1,0 +1,86 @@
+//! The thread on which a host's heartbeats are sent and heard: a runtime of its own, before other
+//! work where the system lets us.
+//!
+//! A busy machine must not look like a dead one. What computes or waits for disks runs on the
+//! runtime's blocking threads (`spawn_blocking`), which have ordinary priority.
+
+use std::io;
+
+use rustix::process::{getpriority_process, setpriority_process};
+use tokio::runtime::Builder;
+use tokio::sync::oneshot;
+
+/// The niceness asked for: about thirty times the weight of an ordinary thread.
+const NICE: i32 = -15;
+
+/// Runs a future on a thread of its own, with a runtime that nothing else shares, and waits for
+/// its end.
+pub async fn on_own_thread<F, Fut, T>(name: &str, run: F) -> io::Result<T>
+where
+    F: FnOnce() -> Fut + Send + 'static,
+    Fut: Future<Output = T>,
+    T: Send + 'static,
+{
+    let (tell, done) = oneshot::channel();
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || {
+            let outcome = block_on(run);
+            // Whoever waited may have gone.
+            let _ = tell.send(outcome);
+        })?;
+    let ended = |_| io::Error::other("the thread ended without a result");
+    done.await.map_err(ended)?
+}
+
+fn block_on<F, Fut, T>(run: F) -> io::Result<T>
+where
+    F: FnOnce() -> Fut,
+    Fut: Future<Output = T>,
+{
+    let before = getpriority_process(None)?;
+    // Without the right to it (CAP_SYS_NICE) the thread stays as it is, and suspicion adapts to
+    // heartbeats that come late.
+    if let Err(error) = setpriority_process(None, NICE) {
+        tracing::info!(%error, "heartbeats have no priority over other work");
+    }
+    let runtime = Builder::new_current_thread()
+        .enable_all()
+        .on_thread_start(move || ordinary(before))
+        .build()?;
+    Ok(runtime.block_on(run()))
+}
+
+/// Gives up the priority that the calling thread inherited from its maker.
+pub fn ordinary(nice: i32) {
+    if let Err(error) = setpriority_process(None, nice) {
+        tracing::debug!(%error, "the priority stays as inherited");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_the_thread_itself_has_priority() {
+        let ours = getpriority_process(None).expect("a niceness");
+        let (own, blocking) = on_own_thread("test", async || {
+            let own = getpriority_process(None).expect("a niceness");
+            let blocking = tokio::task::spawn_blocking(|| getpriority_process(None))
+                .await
+                .expect("it ran")
+                .expect("a niceness");
+            (own, blocking)
+        })
+        .await
+        .expect("it ran");
+        assert_eq!(blocking, ours);
+        assert_eq!(getpriority_process(None).expect("a niceness"), ours);
+        if own == ours {
+            println!("SKIPPED: this user may not raise priorities");
+        } else {
+            assert_eq!(own, NICE);
+        }
+    }
+}
