@@ -1,6 +1,9 @@
 //! The agent of one host: a driver for each VM, and what they share.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use bytes::{Buf, BytesMut};
@@ -11,20 +14,27 @@ use tokio::task::JoinHandle;
 
 use super::bulk;
 use super::certs::Identity;
+use super::clock;
 use super::driver::{DriverError, GatewayOpened, HostMessage, Surroundings, ToDriver, VmDriver};
 use super::journal::{Incident, Journal, OpenJournalError};
 use super::library::{Library, LibraryError};
 use super::link::{BindError, Endpoint, IncomingStream, Link, LinkEvent, StreamKind};
+use super::metrics::{self, ServeMetricsError};
 use super::operator::{
-    self, Answer, Asked, HostStatus, LinkFigures, Request, VmAnswer, VmQuestion, VmStatus,
+    self, Answer, Asked, HostStatus, LinkFigures, Request, VmAnswer, VmQuestion,
 };
+use super::thread::on_own_thread;
 use super::witness::client::WitnessClient;
 use crate::config::{Config, ConfigError};
 use crate::gateway::frames::{Message as _, ToAgent, WireError};
-use crate::protocol::{HostName, Input, NameError, Operator, VmName};
+use crate::protocol::{HostName, Input, Operator, Span, Time, VmName};
 
 /// How many inputs may wait for a driver; then the link waits, and with it the peer.
 const INBOX: usize = 4_096;
+/// The record of a VM that another host speaks of is asked for no more often than this.
+const ASK_AGAIN: Span = Span::from_millis(300);
+/// So many VMs that are not looked after here are remembered.
+const ASKED_MAX: usize = 256;
 /// The longest first message of a gateway.
 const HELLO_MAX: usize = 1_024;
 
@@ -40,14 +50,19 @@ pub enum AgentError {
     /// No journal.
     #[error(transparent)]
     Journal(#[from] OpenJournalError),
-    /// A name that the protocol does not allow.
+    /// The address for metrics is taken.
     #[error(transparent)]
-    Name(#[from] NameError),
+    Metrics(#[from] ServeMetricsError),
+    /// No thread.
+    #[error("the agent's thread cannot be started: see to the limits of this user")]
+    Thread(#[from] std::io::Error),
     /// The data folder.
-    #[error("the data folder {folder} cannot be used: {source}")]
+    #[error(
+        "the data folder {folder} cannot be used: run as the user who owns it, on a disk with space"
+    )]
     Data {
         /// Which.
-        folder: String,
+        folder: PathBuf,
         /// What the system said.
         #[source]
         source: std::io::Error,
@@ -68,20 +83,56 @@ struct Running {
     task: JoinHandle<()>,
 }
 
+/// What the agent's own tasks want of it.
+enum Wish {
+    /// The record of this VM names this host.
+    Take { vm: VmName, why: String },
+    /// The record of this VM does not name this host, and an operator wants it gone.
+    Remove {
+        vm: VmName,
+        reply: oneshot::Sender<Answer>,
+    },
+    /// Somebody reads the metrics.
+    Status(oneshot::Sender<HostStatus>),
+}
+
 struct Agent {
     env: Arc<Surroundings>,
+    endpoint: Endpoint,
     drivers: BTreeMap<VmName, Running>,
     /// The hosts that are connected.
     up: BTreeSet<HostName>,
+    /// VMs that another host speaks of: when their record was last asked for.
+    asked: BTreeMap<VmName, Time>,
+    wishes: mpsc::Sender<Wish>,
 }
 
-/// Runs the agent of a host until `stop` resolves.
-///
-/// Everything that heartbeats depend on runs on the thread that calls this: VMM processes die with
-/// it, and nothing else shares it.
+/// Runs the agent of a host until `stop` resolves: on a thread of its own, so that heartbeats wait
+/// for nothing else, and VMM processes die with nothing less than the agent.
 pub async fn run(
     config: Config,
-    vmm_binary: Option<std::path::PathBuf>,
+    vmm_binary: Option<PathBuf>,
+    stop: impl Future<Output = ()>,
+) -> Result<(), AgentError> {
+    let (tell, told) = oneshot::channel::<()>();
+    let told = async move {
+        // To be dropped is to be told, too.
+        let _ = told.await;
+    };
+    let running = on_own_thread("agent", move || run_here(config, vmm_binary, told));
+    let mut running = std::pin::pin!(running);
+    tokio::select! {
+        ended = &mut running => ended?,
+        () = stop => {
+            drop(tell);
+            running.await?
+        }
+    }
+}
+
+async fn run_here(
+    config: Config,
+    vmm_binary: Option<PathBuf>,
     stop: impl Future<Output = ()>,
 ) -> Result<(), AgentError> {
     let credentials = config.credentials()?;
@@ -92,50 +143,70 @@ pub async fn run(
     })?;
     let bases = config.data.join("bases");
     std::fs::create_dir_all(&bases).map_err(|source| AgentError::Data {
-        folder: config.data.display().to_string(),
+        folder: config.data.clone(),
         source,
     })?;
     let endpoint = Endpoint::bind(&credentials, address)?;
-    let host = HostName::new(config.name.as_str())?;
+    let host = HostName::from(&config.name);
     let journal = Arc::new(Journal::open(&config.data.join("journal"), host.clone())?);
-    journal.write(
-        None,
-        Incident::AgentStarted {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-        },
-    );
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    journal.write(None, Incident::AgentStarted { version });
     let (link, events) = Link::start(&endpoint, config.other_hosts());
     let library = Library::new(&config.data, endpoint.clone(), config.other_hosts());
     let witness = config
         .witness()
         .map(|peer| WitnessClient::new(&endpoint, peer));
+    let metrics_at = config.metrics;
     let env = Arc::new(Surroundings {
+        vmm_binary: vmm_binary.or_else(|| config.vmm_binary.clone()),
         config,
         host,
         link,
         witness,
         journal,
         library,
-        vmm_binary,
     });
+    let (wishes, wished) = mpsc::channel(64);
     let mut agent = Agent {
         env,
+        endpoint: endpoint.clone(),
         drivers: BTreeMap::new(),
         up: BTreeSet::new(),
+        asked: BTreeMap::new(),
+        wishes: wishes.clone(),
     };
     agent.take_known();
-    let bulk = tokio::spawn({
-        let endpoint = endpoint.clone();
-        async move { bulk::serve_bases(&endpoint, bases).await }
-    });
-    tokio::select! {
-        () = agent.serve(&endpoint, events) => {}
-        () = stop => {}
-    }
-    bulk.abort();
+    let outcome = tokio::select! {
+        () = agent.serve(events, wished) => Ok(()),
+        () = bulk::serve_bases(&endpoint, bases) => Ok(()),
+        failed = serve_metrics(metrics_at, wishes) => failed.map_err(AgentError::from),
+        () = stop => Ok(()),
+    };
     agent.end().await;
     endpoint.close().await;
-    Ok(())
+    outcome
+}
+
+/// Ends only with a failure.
+async fn serve_metrics(
+    address: Option<SocketAddr>,
+    wishes: mpsc::Sender<Wish>,
+) -> Result<(), ServeMetricsError> {
+    let Some(address) = address else {
+        return std::future::pending().await;
+    };
+    metrics::serve(address, move || {
+        let wishes = wishes.clone();
+        async move {
+            let (reply, status) = oneshot::channel();
+            // Without an answer the agent ends.
+            let _ = wishes.send(Wish::Status(reply)).await;
+            status
+                .await
+                .map_or_else(|_| String::new(), |status| metrics::render(&status))
+        }
+    })
+    .await
 }
 
 impl Agent {
@@ -154,38 +225,36 @@ impl Agent {
     }
 
     /// The driver of a VM; it is begun if there is none.
-    fn take(&mut self, vm: &VmName, why: &str) -> Result<&Running, TakeError> {
+    fn take(&mut self, vm: &VmName, why: &str) -> Result<(), TakeError> {
         let limit = self.env.config.limits.vms;
-        if !self.drivers.contains_key(vm) {
-            if self.drivers.len() >= limit as usize {
-                return Err(TakeError::TooMany { limit });
-            }
-            let (inbox, heard) = mpsc::channel(INBOX);
-            let driver = VmDriver::open(vm.clone(), Arc::clone(&self.env), heard)?;
-            self.env.journal.write(
-                Some(vm),
-                Incident::VmTaken {
-                    why: why.to_owned(),
-                },
-            );
-            for peer in &self.up {
-                // The inbox is empty and holds more than there are hosts.
-                let _ = inbox.try_send(ToDriver::Heard(Input::PeerUp(peer.clone())));
-            }
-            let task = tokio::spawn(driver.run());
-            self.drivers.insert(vm.clone(), Running { inbox, task });
+        if self.drivers.contains_key(vm) {
+            return Ok(());
         }
-        Ok(&self.drivers[vm])
+        if self.drivers.len() >= limit as usize {
+            return Err(TakeError::TooMany { limit });
+        }
+        let (inbox, heard) = mpsc::channel(INBOX);
+        let driver = VmDriver::open(vm.clone(), Arc::clone(&self.env), heard)?;
+        let why = why.to_owned();
+        self.env.journal.write(Some(vm), Incident::VmTaken { why });
+        for peer in &self.up {
+            // The inbox is empty and holds more than there are hosts.
+            let _ = inbox.try_send(ToDriver::Heard(Input::PeerUp(peer.clone())));
+        }
+        let task = tokio::spawn(driver.run());
+        self.drivers.insert(vm.clone(), Running { inbox, task });
+        Ok(())
     }
 
     async fn serve(
         &mut self,
-        endpoint: &Endpoint,
         mut events: mpsc::Receiver<LinkEvent<HostMessage>>,
+        mut wished: mpsc::Receiver<Wish>,
     ) {
-        let mut frames = endpoint.serve(StreamKind::Frames, 16);
-        let mut orders = operator::serve(endpoint, &self.env.journal);
+        let mut frames = self.endpoint.serve(StreamKind::Frames, 16);
+        let mut orders = operator::serve(&self.endpoint, &self.env.journal);
         let (opened, mut gateways) = mpsc::channel(16);
+        // Nothing here waits for a driver's answer: what is awaited is room in its inbox.
         loop {
             tokio::select! {
                 Some(event) = events.recv() => self.link_event(event).await,
@@ -193,33 +262,30 @@ impl Agent {
                     tokio::spawn(greet(stream, opened.clone()));
                 }
                 Some((vm, gateway)) = gateways.recv() => self.gateway(&vm, gateway).await,
-                Some(asked) = orders.recv() => self.order(endpoint, asked).await,
+                Some(asked) = orders.recv() => self.order(asked),
+                Some(wish) = wished.recv() => self.grant(wish),
                 else => return,
             }
         }
     }
 
+    // ---- other hosts ----
+
     async fn link_event(&mut self, event: LinkEvent<HostMessage>) {
         match event {
             LinkEvent::PeerUp { peer, .. } => {
-                let Ok(peer) = HostName::new(peer.as_str()) else {
-                    return;
-                };
-                self.env
-                    .journal
-                    .write(None, Incident::HostConnected { peer: peer.clone() });
+                let peer = HostName::from(&peer);
+                let connected = Incident::HostConnected { peer: peer.clone() };
+                self.env.journal.write(None, connected);
                 self.up.insert(peer.clone());
                 self.tell_all(&Input::PeerUp(peer)).await;
             }
             LinkEvent::PeerDown { peer, ended, .. } => {
-                let Ok(peer) = HostName::new(peer.as_str()) else {
-                    return;
-                };
-                let (reason, detail) = (ended.word().to_owned(), ended.to_string());
+                let peer = HostName::from(&peer);
                 let lost = Incident::HostLost {
                     peer: peer.clone(),
-                    reason,
-                    detail,
+                    reason: ended.word().to_owned(),
+                    detail: ended.to_string(),
                 };
                 self.env.journal.write(None, lost);
                 self.up.remove(&peer);
@@ -230,17 +296,13 @@ impl Agent {
                 message: HostMessage { vm, message },
                 ..
             } => {
-                let Ok(from) = HostName::new(peer.as_str()) else {
-                    return;
-                };
-                let why = format!("{from} speaks of it");
-                match self.take(&vm, &why) {
-                    Ok(running) => {
-                        let heard = ToDriver::Heard(Input::Message { from, message });
-                        // A driver that is gone has said why.
-                        let _ = running.inbox.send(heard).await;
-                    }
-                    Err(error) => tracing::warn!(%vm, %error, "a host speaks of a VM"),
+                let from = HostName::from(&peer);
+                if let Some(running) = self.drivers.get(&vm) {
+                    let heard = ToDriver::Heard(Input::Message { from, message });
+                    // A driver that is gone has said why.
+                    let _ = running.inbox.send(heard).await;
+                } else {
+                    self.spoken_of(vm, &from);
                 }
             }
         }
@@ -252,6 +314,49 @@ impl Agent {
         }
     }
 
+    /// Another host speaks of a VM that is not looked after here. What counts is the record.
+    fn spoken_of(&mut self, vm: VmName, by: &HostName) {
+        let now = clock::now();
+        let lately = |asked: &Time| now.since(*asked) < ASK_AGAIN;
+        if self.asked.get(&vm).is_some_and(lately) {
+            return;
+        }
+        if self.asked.len() >= ASKED_MAX {
+            self.asked.retain(|_, asked| lately(asked));
+        }
+        let Some(witness) = self.env.witness.clone() else {
+            return;
+        };
+        self.asked.insert(vm.clone(), now);
+        let (host, wishes) = (self.env.host.clone(), self.wishes.clone());
+        let why = format!("{by} speaks of it, and its record names this host");
+        tokio::spawn(async move {
+            match witness.read(&vm).await {
+                Ok(Some(record)) if record.concerns(&host) => {
+                    // Fails only when the agent ends.
+                    let _ = wishes.send(Wish::Take { vm, why }).await;
+                }
+                Ok(_) => {}
+                Err(error) => tracing::debug!(%vm, %error, "its record cannot be read"),
+            }
+        });
+    }
+
+    fn grant(&mut self, wish: Wish) {
+        match wish {
+            Wish::Take { vm, why } => {
+                if let Err(error) = self.take(&vm, &why) {
+                    tracing::error!(%vm, %error, "this VM is not looked after");
+                }
+            }
+            Wish::Remove { vm, reply } => self.remove(vm, reply),
+            Wish::Status(reply) => {
+                let status = self.status();
+                tokio::spawn(async move { reply.send(status.await) });
+            }
+        }
+    }
+
     async fn gateway(&self, vm: &VmName, gateway: GatewayOpened) {
         // For a VM that is not looked after here the stream is dropped, and the gateway asks again
         // when the record's keeper names another host.
@@ -260,28 +365,30 @@ impl Agent {
         }
     }
 
-    async fn order(&mut self, endpoint: &Endpoint, asked: Asked) {
+    // ---- operators ----
+
+    /// Begins what is asked for. Answers that have to be waited for come from a task.
+    fn order(&mut self, asked: Asked) {
         let Asked {
             who,
             request,
             reply,
         } = asked;
-        let answer = match self.obey(endpoint, &who, request).await {
-            Ok(answer) => answer,
-            Err(why) => Answer::Refused { why },
-        };
-        // An operator who does not wait any more needs no answer.
-        let _ = reply.send(answer);
+        match self.obey(&who, request) {
+            // An operator who does not wait any more needs no answer.
+            Ok(answer) => drop(tokio::spawn(answer(reply))),
+            Err(why) => drop(reply.send(Answer::Refused { why })),
+        }
     }
 
-    async fn obey(
-        &mut self,
-        endpoint: &Endpoint,
-        who: &Identity,
-        request: Request,
-    ) -> Result<Answer, String> {
+    fn obey(&mut self, who: &Identity, request: Request) -> Result<Answering, String> {
         let (vm, order) = match request {
-            Request::Status => return Ok(Answer::Status(Box::new(self.status(endpoint).await))),
+            Request::Status => {
+                let status = self.status();
+                return Ok(answering(
+                    async move { Answer::Status(Box::new(status.await)) },
+                ));
+            }
             Request::Run {
                 vm,
                 image,
@@ -294,7 +401,7 @@ impl Agent {
             Request::Pair { vm, hosts, policy } => (vm, Operator::Pair { hosts, policy }),
             Request::Switchover { vm, to } => (vm, Operator::Switchover { to }),
             Request::AcceptLoss { vm } => (vm, Operator::AcceptLoss),
-            Request::Remove { vm } => return self.remove(&vm).await,
+            Request::Remove { vm } => return Ok(self.check_removal(vm)),
             Request::Events { .. } | Request::Metrics => {
                 return Err("this is answered elsewhere".to_owned());
             }
@@ -305,12 +412,13 @@ impl Agent {
             order: format!("{order:?}"),
         };
         self.env.journal.write(Some(&vm), ordered);
-        match self.ask(&vm, VmQuestion::Do(order)).await {
-            Some(_) => Ok(Answer::Taken { journal }),
-            None => Err(format!(
-                "this host does not look after {vm}: ask its primary"
-            )),
-        }
+        let asked = self.ask(&vm, VmQuestion::Do(order));
+        Ok(answering(async move {
+            match asked.await {
+                Some(_) => Answer::Taken { journal },
+                None => Answer::Refused { why: not_here(&vm) },
+            }
+        }))
     }
 
     /// Makes sure that a VM can be created from an image here.
@@ -321,54 +429,73 @@ impl Agent {
         let home = home.map_err(|error| error.to_string())?;
         home.set_image(image).map_err(|error| error.to_string())?;
         self.take(vm, "an operator creates it")
-            .map_err(|error| error.to_string())?;
-        Ok(())
+            .map_err(|error| error.to_string())
     }
 
-    async fn remove(&mut self, vm: &VmName) -> Result<Answer, String> {
-        let Some(VmAnswer::Status(status)) = self.ask(vm, VmQuestion::Status).await else {
-            return Err(format!("this host does not look after {vm}"));
-        };
-        let host = &self.env.host;
-        let named = status.node.record.is_some_and(|record| {
-            record.primary.host == *host || record.members.iter().any(|member| member.host == *host)
+    /// Removes a VM once it is known that its record does not name this host.
+    fn check_removal(&self, vm: VmName) -> Answering {
+        let (asked, wishes) = (self.ask(&vm, VmQuestion::Status), self.wishes.clone());
+        let host = self.env.host.clone();
+        Box::new(move |reply: oneshot::Sender<Answer>| {
+            Box::pin(async move {
+                let record = match asked.await {
+                    Some(VmAnswer::Status(status)) => status.node.record,
+                    _ => {
+                        let why = not_here(&vm);
+                        return drop(reply.send(Answer::Refused { why }));
+                    }
+                };
+                if record.is_some_and(|record| record.copy_on(&host).is_some()) {
+                    let why =
+                        format!("the record of {vm} names {host}: pair it without {host} first");
+                    return drop(reply.send(Answer::Refused { why }));
+                }
+                // Fails only when the agent ends.
+                let _ = wishes.send(Wish::Remove { vm, reply }).await;
+            })
+        })
+    }
+
+    fn remove(&mut self, vm: VmName, reply: oneshot::Sender<Answer>) {
+        let running = self.drivers.remove(&vm);
+        let env = Arc::clone(&self.env);
+        tokio::spawn(async move {
+            if let Some(Running { inbox, task }) = running {
+                drop(inbox);
+                // It has ended, in whatever way.
+                let _ = task.await;
+            }
+            let folder = env.config.data.join("vms").join(vm.as_str());
+            let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(folder));
+            let answer = match removed.await {
+                Ok(Err(error)) => Answer::Refused {
+                    why: format!("the folder of {vm} cannot be removed: {error}"),
+                },
+                _ => Answer::Done,
+            };
+            let why = "an operator removed it".to_owned();
+            env.journal.write(Some(&vm), Incident::VmRemoved { why });
+            // An operator who does not wait any more needs no answer.
+            let _ = reply.send(answer);
         });
-        if named {
-            return Err(format!(
-                "the record of {vm} names this host: pair it without this host first"
-            ));
-        }
-        if let Some(running) = self.drivers.remove(vm) {
-            drop(running.inbox);
-            let _ = running.task.await;
-        }
-        let folder = self.env.config.data.join("vms").join(vm.as_str());
-        let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(folder)).await;
-        if let Ok(Err(error)) = removed {
-            return Err(format!("its folder cannot be removed: {error}"));
-        }
-        let why = "an operator removed it".to_owned();
-        self.env
-            .journal
-            .write(Some(vm), Incident::VmRemoved { why });
-        Ok(Answer::Done)
     }
 
-    async fn status(&self, endpoint: &Endpoint) -> HostStatus {
-        let counters = endpoint.counters();
+    /// Asks every driver, and puts together what they answer.
+    fn status(&self) -> impl Future<Output = HostStatus> + Send + 'static {
+        let counters = self.endpoint.counters();
         let hosts = self.env.config.other_hosts();
-        let peers = hosts.iter().filter_map(|peer| {
-            let name = HostName::new(peer.identity.name.as_str()).ok()?;
+        let peers = hosts.iter().map(|peer| {
+            let name = HostName::from(&peer.identity.name);
             let up = self.up.contains(&name);
-            Some((name, up))
+            (name, up)
         });
-        HostStatus {
+        let status = HostStatus {
             host: self.env.host.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            now: super::clock::now(),
+            now: clock::now(),
             peers: peers.collect(),
             journal: *self.env.journal.written().borrow(),
-            vms: self.statuses().await,
+            vms: Vec::new(),
             link: LinkFigures {
                 log_bytes_raw: counters.log_bytes_raw.get(),
                 log_bytes_sent: counters.log_bytes_sent.get(),
@@ -377,28 +504,33 @@ impl Agent {
                 refused_peers: counters.refused_peers.get(),
                 closed_for_garbage: counters.closed_for_garbage.get(),
             },
-        }
-    }
-
-    async fn statuses(&self) -> Vec<VmStatus> {
-        let mut all = Vec::new();
-        for vm in self.drivers.keys() {
-            if let Some(VmAnswer::Status(status)) = self.ask(vm, VmQuestion::Status).await {
-                all.push(*status);
+        };
+        let vms = self.drivers.keys();
+        let asked: Vec<_> = vms.map(|vm| self.ask(vm, VmQuestion::Status)).collect();
+        async move {
+            let mut status = status;
+            for asked in asked {
+                if let Some(VmAnswer::Status(vm)) = asked.await {
+                    status.vms.push(*vm);
+                }
             }
+            status
         }
-        all
     }
 
-    async fn ask(&self, vm: &VmName, question: VmQuestion) -> Option<VmAnswer> {
-        let running = self.drivers.get(vm)?;
-        let (reply, answer) = oneshot::channel();
-        running
-            .inbox
-            .send(ToDriver::Operator(question, reply))
-            .await
-            .ok()?;
-        answer.await.ok()
+    /// Asks a driver; `None` when there is none or it has ended.
+    fn ask(
+        &self,
+        vm: &VmName,
+        question: VmQuestion,
+    ) -> impl Future<Output = Option<VmAnswer>> + Send + 'static {
+        let inbox = self.drivers.get(vm).map(|running| running.inbox.clone());
+        async move {
+            let (reply, answer) = oneshot::channel();
+            let asked = ToDriver::Operator(question, reply);
+            inbox?.send(asked).await.ok()?;
+            answer.await.ok()
+        }
     }
 
     /// Ends every driver and its VMM process.
@@ -408,6 +540,23 @@ impl Agent {
             let _ = running.task.await;
         }
     }
+}
+
+/// An answer that has to be waited for, and where it goes.
+type Answering =
+    Box<dyn FnOnce(oneshot::Sender<Answer>) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
+
+fn answering(answer: impl Future<Output = Answer> + Send + 'static) -> Answering {
+    Box::new(move |reply| {
+        Box::pin(async move {
+            // An operator who does not wait any more needs no answer.
+            let _ = reply.send(answer.await);
+        })
+    })
+}
+
+fn not_here(vm: &VmName) -> String {
+    format!("this host does not look after {vm}: ask its primary, which 'understudy status' names")
 }
 
 /// Reads a gateway's first message, to know which VM it wants, and hands the stream on whole.

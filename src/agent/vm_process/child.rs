@@ -82,6 +82,8 @@ impl ChildError {
 /// Runs the VMM process: its standard input is the socket to the agent, whose process id is
 /// `agent`.
 pub fn run(agent: u32) -> ExitCode {
+    // The agent's thread, which started this process, goes before other work; a guest does not.
+    crate::agent::thread::ordinary(0);
     // The kernel ends this process with the agent; if the agent died before it was asked to, the
     // socket's end says so.
     let dies_with_agent = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
