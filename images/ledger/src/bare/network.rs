@@ -7,14 +7,12 @@
 //!                            │ QUIT or protocol error: answered, then closed
 //! ```
 
-use alloc::vec;
 use alloc::vec::Vec;
 
 use ledger::command_line;
 use ledger::connection::Connection;
 use ledger::limits::OUTPUT_BUDGET;
 use ledger::service::Service;
-use managed::ManagedSlice;
 use smoltcp::iface::{
     Config, Interface, PollIngressSingleResult, PollResult, SocketHandle, SocketSet,
 };
@@ -36,15 +34,15 @@ const ACK_DELAY: Duration = Duration::from_millis(40);
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 const GIVE_UP: Duration = Duration::from_secs(300);
 
-/// What the sockets' buffers are made of.
-type Storage<'a> = ManagedSlice<'a, u8>;
-
-/// The first buffers of all sockets. They lie in zeroed memory that nobody has touched: touching 4
+/// The buffers of all sockets. They lie in zeroed memory that nobody has touched: touching 4
 /// MiB would be most of the time it takes to boot.
 pub type Buffers = [u8; SOCKETS * 2 * BUFFER];
 
 /// A connection that we have closed is reset when its client has not closed it after that long.
 const LINGER: Duration = Duration::from_secs(10);
+/// When both sides are closed, a socket waits so long for stray segments: the next client comes from
+/// another port, so it is enough that the last acknowledgement has left.
+const TIME_WAIT: Duration = Duration::from_secs(1);
 
 /// A socket, and the client that has it.
 struct Slot {
@@ -63,11 +61,11 @@ pub struct Network {
 }
 
 impl Network {
-    /// All sockets listen, with `first_buffers` as theirs. `seed` is real entropy.
+    /// All sockets listen, with `buffers` as theirs. `seed` is real entropy.
     pub fn new(
         mut device: Net,
         config: command_line::Network,
-        first_buffers: &'static mut Buffers,
+        buffers: &'static mut Buffers,
         seed: u64,
         now: Instant,
     ) -> Self {
@@ -86,7 +84,7 @@ impl Network {
             let _ = interface.routes_mut().add_default_ipv4_route(gateway);
         }
         let mut sockets = SocketSet::new(Vec::with_capacity(SOCKETS));
-        let slots = first_buffers
+        let slots = buffers
             .as_chunks_mut::<BUFFER>()
             .0
             .chunks_exact_mut(2)
@@ -111,7 +109,7 @@ impl Network {
     /// Takes the frames that have arrived. Says whether there were any.
     pub fn receive(&mut self, now: Instant) -> bool {
         self.device.reclaim();
-        self.reset_lingering(now);
+        self.take_back(now);
         self.interface.poll_maintenance(now);
         let mut any = false;
         while self
@@ -124,12 +122,21 @@ impl Network {
         any
     }
 
-    /// Takes sockets back from clients that do not close their side.
-    fn reset_lingering(&mut self, now: Instant) {
+    /// Takes sockets back that we have closed some time ago.
+    fn take_back(&mut self, now: Instant) {
         for slot in &mut self.slots {
-            if slot.closed_since.is_some_and(|since| since + LINGER <= now) {
-                self.sockets.get_mut::<Socket<'_>>(slot.handle).abort();
+            let Some(since) = slot.closed_since else {
+                continue;
+            };
+            let socket = self.sockets.get_mut::<Socket<'_>>(slot.handle);
+            let over = socket.state() == State::TimeWait;
+            if since + if over { TIME_WAIT } else { LINGER } <= now {
+                socket.abort();
                 slot.closed_since = None;
+                if over {
+                    // Listening at once, it forgets the reset that the other case sends.
+                    listen(socket);
+                }
             }
         }
     }
@@ -199,20 +206,14 @@ impl Network {
 }
 
 impl Slot {
-    fn open_or_listen(&mut self, socket: &mut Socket<'static>, service: &mut Service) {
+    fn open_or_listen(&mut self, socket: &mut Socket<'_>, service: &mut Service) {
         match socket.state() {
-            State::Closed | State::TimeWait => {
+            State::Closed => {
                 if let Some(connection) = self.connection.take() {
                     service.disconnect(&connection);
                 }
                 self.closed_since = None;
-                // A connection that we closed waits for stray segments; the next client of this
-                // socket comes from another port, so it need not wait here.
-                if socket.state() == State::TimeWait {
-                    *socket = self::socket(vec![0; BUFFER], vec![0; BUFFER]);
-                } else {
-                    listen(socket);
-                }
+                listen(socket);
             }
             State::Established | State::CloseWait if self.connection.is_none() => {
                 self.connection = Some(service.connect());
@@ -222,7 +223,7 @@ impl Slot {
     }
 }
 
-fn socket<'a>(receive: impl Into<Storage<'a>>, send: impl Into<Storage<'a>>) -> Socket<'a> {
+fn socket(receive: &'static mut [u8], send: &'static mut [u8]) -> Socket<'static> {
     let mut socket = Socket::new(SocketBuffer::new(receive), SocketBuffer::new(send));
     socket.set_nagle_enabled(false);
     socket.set_ack_delay(Some(ACK_DELAY));
