@@ -31,7 +31,7 @@ const PATIENCE: u64 = 1_000_000;
 const FOREVER: u64 = 600_000_000_000;
 
 /// A disk as small as the ledger accepts, so that its log is compacted within a test.
-const DISK: u64 = 16 << 20;
+const DISK: u64 = 32 << 20;
 
 /// A running ledger with clients.
 struct Ledger {
@@ -209,7 +209,7 @@ fn many_clients_and_compactions_lose_nothing() {
         return;
     };
     let clients: Vec<usize> = (0..60).map(|_| ledger.connect()).collect();
-    let rounds = 40;
+    let rounds = 90;
     let filler = "x".repeat(2000);
     for round in 0..rounds {
         for &client in &clients {

@@ -114,7 +114,7 @@ impl Service {
         let mut executed = false;
         while connection.unsent() < OUTPUT_HIGH_WATER
             && !connection.session.closing
-            && self.journal.admits(&self.keyspace)
+            && Journal::admits(&self.keyspace)
         {
             let (input, session, output) = connection.parts();
             match input.next_request() {

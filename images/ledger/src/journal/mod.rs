@@ -26,9 +26,25 @@ use crate::limits::{COMPACTION_STEP, MAX_CHANGE, MAX_PENDING};
 /// The size of a sector, in bytes.
 pub const SECTOR: usize = 512;
 
-/// The smallest disk the ledger works with, in sectors: 16 MiB. The largest batch and the limits on
-/// data and changes fit its areas with room to spare.
-pub const MIN_SECTORS: u64 = 16 * 1024 * 1024 / SECTOR as u64;
+/// The smallest disk the ledger works with, in sectors: 32 MiB.
+///
+/// With areas of size A, data takes at most 3/8 A and one command more. A compaction begins when
+/// 3/4 A are used, exceeded by one commit C at most, and copies at least four times what is
+/// written meanwhile, so that is at most a third of the data and 4/3 C: 1/8 A and 2 C in round
+/// figures. It has to fit the quarter that is left, less one C: A must be 24 C, and C is bounded by
+/// `MAX_PENDING` and `MAX_CHANGE`. The copy, the changes and keys that were added to both take
+/// 5/8 A and 4 C of the new area.
+pub const MIN_SECTORS: u64 = 32 * 1024 * 1024 / SECTOR as u64;
+
+const _: () = assert!(
+    MIN_SECTORS as usize / 2 * SECTOR / 8
+        > 7 * (MAX_PENDING + MAX_CHANGE) / 3 + COMMITS_OF_A_COMPACTION * 2 * SECTOR,
+    "a compaction must find room in the smallest area"
+);
+
+/// How many commits the longest compaction of the smallest disk takes: every one but the last
+/// copies a step.
+const COMMITS_OF_A_COMPACTION: usize = 256;
 
 /// A sector of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -140,17 +156,6 @@ struct Compaction {
     copied: Option<Box<[u8]>>,
     /// The batch with the COMPLETE flag is written (durable once its commit is).
     complete: bool,
-    /// The old area has no room any more: commits from the next one on are durable only when the
-    /// compaction is complete.
-    only_new: bool,
-}
-
-/// What a commit in flight will have done.
-#[derive(Clone, Copy, Debug)]
-struct InFlight {
-    number: CommitNumber,
-    /// It is durable by itself, not only together with the end of the compaction.
-    counts: bool,
 }
 
 /// Figures for `INFO`.
@@ -172,14 +177,12 @@ pub struct Journal {
     area_sectors: u64,
     tail: Tail,
     compaction: Option<Compaction>,
-    in_flight: Option<InFlight>,
-    /// The last commit that was handed out.
+    /// The last commit that was handed out; it is in flight until it is durable.
     last: CommitNumber,
     durable: CommitNumber,
     /// The highest generation that the disk has ever seen.
     newest: Generation,
     nonces: NonceSequence,
-    commits: u64,
     compactions: u64,
 }
 
@@ -216,12 +219,10 @@ impl Journal {
             area_sectors,
             tail,
             compaction: None,
-            in_flight: None,
             last: CommitNumber(0),
             durable: CommitNumber(0),
             newest,
             nonces,
-            commits: 0,
             compactions: 0,
         }
     }
@@ -234,9 +235,8 @@ impl Journal {
     }
 
     /// Whether a command may be executed: its changes will find room.
-    pub fn admits(&self, keyspace: &Keyspace) -> bool {
-        let stuck = self.compaction.as_ref().is_some_and(|it| it.only_new);
-        keyspace.pending() < MAX_PENDING && !stuck
+    pub fn admits(keyspace: &Keyspace) -> bool {
+        keyspace.pending() < MAX_PENDING
     }
 
     /// Which commit everything executed so far depends on, `None` when all is durable.
@@ -255,7 +255,7 @@ impl Journal {
 
     /// The next commit, if there is something to write and no other commit is in flight.
     pub fn next_commit(&mut self, keyspace: &mut Keyspace) -> Option<Commit> {
-        if self.in_flight.is_some() {
+        if self.last > self.durable {
             return None;
         }
         self.consider_compaction();
@@ -264,39 +264,33 @@ impl Journal {
         }
         let changes = keyspace.take_changes();
         let mut writes = Vec::new();
-        let counts = self.write_old(&changes, &mut writes);
-        self.write_new(changes, keyspace, &mut writes);
-        if writes.is_empty() {
-            return None;
+        if !changes.is_empty() {
+            let write = self
+                .tail
+                .append(self.area_sectors, Flags::CHANGES, &changes);
+            writes.push(write.expect("by MIN_SECTORS, a commit fits what an area has left"));
         }
+        self.copy_a_step(changes, keyspace, &mut writes);
         self.last = self.last.next();
-        self.in_flight = Some(InFlight {
-            number: self.last,
-            counts,
-        });
         Some(Commit { writes })
     }
 
     /// The commit in flight is durable.
     pub fn committed(&mut self) {
-        let Some(done) = self.in_flight.take() else {
+        if self.last == self.durable {
             return;
-        };
-        self.commits += 1;
-        let complete = self.compaction.as_ref().is_some_and(|it| it.complete);
-        if let Some(compaction) = self.compaction.take_if(|_| complete) {
-            self.tail = compaction.tail;
-            self.compactions += 1;
         }
-        if done.counts || complete {
-            self.durable = done.number;
+        self.durable = self.last;
+        if let Some(done) = self.compaction.take_if(|it| it.complete) {
+            self.tail = done.tail;
+            self.compactions += 1;
         }
     }
 
     /// Figures for `INFO`.
     pub fn stats(&self) -> JournalStats {
         JournalStats {
-            commits: self.commits,
+            commits: self.durable.0,
             compactions: self.compactions,
             used: self.tail.used * SECTOR as u64,
             capacity: self.area_sectors * SECTOR as u64,
@@ -310,37 +304,12 @@ impl Journal {
                 tail: Tail::empty(self.tail.area.other(), self.newest, self.nonces.draw()),
                 copied: None,
                 complete: false,
-                only_new: false,
             });
         }
     }
 
-    /// Writes the changes to the current area. Says whether the commit is durable by that.
-    fn write_old(&mut self, changes: &[u8], writes: &mut Vec<DiskWrite>) -> bool {
-        let stuck = self.compaction.as_ref().is_some_and(|it| it.only_new);
-        if changes.is_empty() {
-            return !stuck;
-        }
-        let write = (!stuck)
-            .then(|| self.tail.append(self.area_sectors, Flags::CHANGES, changes))
-            .flatten();
-        match (write, &mut self.compaction) {
-            (Some(write), _) => {
-                writes.push(write);
-                true
-            }
-            // The limits keep this from happening; if it does, the changes are safe in the new
-            // area as soon as that is complete, and nothing more is executed until then.
-            (None, Some(compaction)) => {
-                compaction.only_new = true;
-                false
-            }
-            (None, None) => unreachable!("compaction begins while a quarter of the area is free"),
-        }
-    }
-
     /// Writes the changes and a step of the data to the new area, if there is one.
-    fn write_new(&mut self, changes: Vec<u8>, keyspace: &Keyspace, writes: &mut Vec<DiskWrite>) {
+    fn copy_a_step(&mut self, changes: Vec<u8>, keyspace: &Keyspace, writes: &mut Vec<DiskWrite>) {
         let Some(compaction) = &mut self.compaction else {
             return;
         };
@@ -355,10 +324,8 @@ impl Journal {
             Flags::CHANGES
         };
         compaction.copied = left;
-        match compaction.tail.append(self.area_sectors, flags, &payload) {
-            Some(write) => writes.push(write),
-            None => unreachable!("data, and what changed while it was copied, fit an area"),
-        }
+        let write = compaction.tail.append(self.area_sectors, flags, &payload);
+        writes.push(write.expect("by MIN_SECTORS, data and changes fit an empty area"));
     }
 }
 

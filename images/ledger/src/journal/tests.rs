@@ -246,3 +246,68 @@ fn compaction_survives_power_failure_at_any_commit() {
         "{compactions} compactions, {crashes} crashes"
     );
 }
+
+/// Data as full as it may be, and changes as large as they may be: the areas always have room.
+#[test]
+fn the_fullest_log_finds_room() {
+    let mut disk = MemoryDisk::new();
+    let mut random = Random(7);
+    let (mut journal, mut keys, _) = boot(&mut disk, 1).unwrap();
+    let value = vec![9; crate::limits::MAX_BULK];
+    let mut full = 0;
+    while keys
+        .set(&random.below(1 << 30).to_le_bytes(), &value)
+        .is_ok()
+    {
+        settle(&mut journal, &mut keys, &mut disk);
+    }
+    for step in 0..200_u64 {
+        // Few large values, or many small ones: each taxes another part of the arithmetic.
+        let len = if step / 25 % 2 == 0 { value.len() } else { 40 };
+        while Journal::admits(&keys) {
+            let key = random.below(96).to_le_bytes();
+            if keys.set(&key, &value[..len]).is_err() {
+                full += 1;
+                let first = keys.keys().next().unwrap().to_vec();
+                keys.delete(&first);
+            }
+        }
+        let commit = journal.next_commit(&mut keys).unwrap();
+        commit.writes.iter().for_each(|write| disk.apply(write));
+        journal.committed();
+    }
+    assert!(
+        full > 20 && journal.stats().compactions > 3,
+        "{full} {:?}",
+        journal.stats()
+    );
+    let (_, read, _) = boot(&mut disk, 2).unwrap();
+    assert_eq!(contents(&read), contents(&keys));
+}
+
+/// After a compaction the older area still holds old data: losing the first batch of the current
+/// one must not bring that back.
+#[test]
+fn damage_at_the_start_of_the_newer_area_is_refused() {
+    let mut disk = MemoryDisk::new();
+    let (mut journal, mut keys, _) = boot(&mut disk, 1).unwrap();
+    let value = vec![9; 100_000];
+    while journal.stats().compactions == 0 {
+        keys.set(b"k", &value).unwrap();
+        settle(&mut journal, &mut keys, &mut disk);
+    }
+    keys.set(b"k", b"newest").unwrap();
+    settle(&mut journal, &mut keys, &mut disk);
+    disk.0[MIN_SECTORS as usize / 2 * SECTOR + 60] ^= 1;
+    let error = boot(&mut disk, 2).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            RecoveryError::Corrupt {
+                missing: Sequence(0),
+                ..
+            }
+        ),
+        "{error}"
+    );
+}
