@@ -319,7 +319,7 @@ async fn clients_do_not_notice_that_primaries_die() {
     }
     let mut highest = 0;
     for client in clients {
-        let last = tokio::time::timeout(Duration::from_secs(60), client)
+        let last = tokio::time::timeout(Duration::from_mins(1), client)
             .await
             .expect("it does not hang")
             .expect("a client");
