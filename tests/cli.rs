@@ -213,3 +213,135 @@ fn a_folder_without_a_log_is_a_failure() {
         assert!(err.contains("there is no log in"), "{command}: {err}");
     }
 }
+
+/// A cluster of one host in a fresh folder. Nothing of it runs.
+fn cluster() -> (tempfile::TempDir, String) {
+    let dir = tempfile::tempdir().expect("a folder");
+    let cluster = dir.path().join("c").display().to_string();
+    let hosts = ["--host", "alpha=127.0.0.1:1", "--host", "beta=127.0.0.1:2"];
+    let mut args = vec!["init", &cluster, "--witness", "w=127.0.0.1:3"];
+    args.extend(hosts);
+    let (code, _, err) = run(&args);
+    assert_eq!(code, 0, "{err}");
+    (dir, cluster)
+}
+
+#[test]
+fn operators_are_told_how_to_name_the_cluster() {
+    for command in [vec!["status"], vec!["events"], vec!["switchover", "vm"]] {
+        let (code, _, err) = run(&command);
+        assert_eq!(code, 2, "{command:?}");
+        assert!(err.contains("--cluster <DIR>"), "{err}");
+        let mut command = command;
+        command.extend(["--cluster", "/nowhere"]);
+        let (code, _, err) = run(&command);
+        assert_eq!(code, 1, "{command:?}");
+        assert!(err.contains("cannot read /nowhere"), "{err}");
+    }
+}
+
+#[test]
+fn a_misspelt_host_is_answered_with_the_closest() {
+    let (_dir, cluster) = cluster();
+    let (code, _, err) = run(&[
+        "pair",
+        "vm",
+        "--cluster",
+        &cluster,
+        "--primary",
+        "alhpa",
+        "--replica",
+        "beta",
+    ]);
+    assert_eq!(code, 1);
+    assert!(
+        err.contains("there is no host 'alhpa': did you mean 'alpha'?"),
+        "{err}"
+    );
+}
+
+#[test]
+fn bad_rules_are_a_usage_error() {
+    let (_dir, cluster) = cluster();
+    let pair = |option: &str, value: &str| {
+        let args = [
+            "pair",
+            "vm",
+            "--cluster",
+            &cluster,
+            "--primary",
+            "alpha",
+            option,
+            value,
+        ];
+        run(&args)
+    };
+    let (code, _, err) = pair("--rule", "most");
+    assert_eq!(code, 2);
+    assert!(err.contains("all, quorum or any("), "{err}");
+    let (code, _, err) = pair("--on-loss", "shrnk");
+    assert_eq!(code, 2);
+    assert!(err.contains("'shrink'"), "{err}");
+}
+
+#[test]
+fn a_cluster_of_which_nobody_answers_is_a_failure() {
+    let (_dir, cluster) = cluster();
+    let (code, out, err) = run(&["status", "--cluster", &cluster, "--json"]);
+    assert_eq!(code, 1);
+    assert!(err.contains("no host of the cluster answers"), "{err}");
+    let status: serde_json::Value = serde_json::from_str(&out).expect("JSON");
+    assert!(status["hosts"]["alpha"]["error"].is_string(), "{out}");
+}
+
+#[test]
+fn images_are_listed_and_misspelt_ones_are_answered_with_the_closest() {
+    let (code, out, _) = run(&["images", "--json"]);
+    assert_eq!(code, 0);
+    let images: serde_json::Value = serde_json::from_str(&out).expect("JSON");
+    assert_eq!(images[0]["name"], "ledger");
+    assert_eq!(images[0]["ports"][0], 6379);
+    let (code, _, err) = run(&["run", "legder"]);
+    assert_ne!(code, 0);
+    assert!(err.contains("did you mean 'ledger'?"), "{err}");
+}
+
+#[test]
+fn a_witness_ends_well_when_it_is_told_to_and_not_at_all_for_a_strangers_sake() {
+    use nix::sys::signal::{Signal, kill};
+    use nix::unistd::Pid;
+    use std::process::{Command, Stdio};
+    let dir = tempfile::tempdir().expect("a folder");
+    let free = std::net::UdpSocket::bind("127.0.0.1:0").expect("a port");
+    let witness = format!("w={}", free.local_addr().expect("bound"));
+    drop(free);
+    let cluster = dir.path().join("c").display().to_string();
+    let (code, _, err) = run(&[
+        "init",
+        &cluster,
+        "--witness",
+        &witness,
+        "--host",
+        "a=127.0.0.1:1",
+    ]);
+    assert_eq!(code, 0, "{err}");
+    let folder = format!("{cluster}/witnesses/w");
+    let (code, _, err) = run(&["witness", "--config", &folder, "--die-with", "1"]);
+    assert_eq!(code, 1);
+    assert!(err.contains("has ended already"), "{err}");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_understudy"))
+        .args(["witness", "--config", &folder])
+        .env("UNDERSTUDY_LOG", "info")
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    // It listens for signals as soon as it keeps records.
+    let mut said = std::io::BufReader::new(child.stderr.take().expect("piped"));
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut said, &mut line).expect("it says something");
+    assert!(line.contains("keeps records"), "{line}");
+    let pid = Pid::from_raw(child.id().try_into().expect("a pid"));
+    kill(pid, Signal::SIGTERM).expect("it is there");
+    let status = child.wait().expect("it ends");
+    assert_eq!(status.code(), Some(0));
+}

@@ -15,18 +15,16 @@
 //!                                            absent for too long, or too many bytes ──▶ dropped
 //! ```
 
-mod sessions;
-mod words;
-
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use replay_log::{FrameNumber, FrameSource, GatewayIncarnation, LogIndex, Term};
+use thiserror::Error;
 
-use crate::gateway::frames::{Boot, Hello, Mac, Refusal, SessionId, ToGateway};
+use crate::gateway::frames::{
+    Boot, Hello, Mac, Message, NetworkPort, Refusal, SessionId, ToAgent, ToGateway, put_frame,
+};
 use crate::protocol::{Span, Time, VmName};
-
-pub use words::{DropReason, FrameEvent, FrameLimits, FramePortCounters, GatewayError};
 
 /// How long the news of committed frames may wait for outputs to travel with.
 const COMMITTED_WITHIN: Span = Span::from_millis(20);
@@ -36,6 +34,93 @@ const COMMITTED_AFTER: u64 = 64;
 
 /// How many gateways are remembered that are gone: their numbers would be needed if they came back.
 const MOST_REMEMBERED: usize = 4_096;
+
+/// What one VM keeps for its gateways.
+#[derive(Clone, Copy, Debug)]
+pub struct FrameLimits {
+    /// How many gateways may be served at the same time.
+    pub gateways: usize,
+    /// Bytes of outputs kept for one gateway; one that lacks more is dropped.
+    pub outputs: usize,
+    /// Bytes of frames that wait for the machine, for each gateway; beyond it nothing is read from
+    /// the gateway.
+    pub arrivals: usize,
+    /// How long a gateway may be away before it is dropped and what was kept for it is forgotten.
+    pub absence: Span,
+}
+
+impl Default for FrameLimits {
+    fn default() -> Self {
+        Self {
+            gateways: 64,
+            outputs: 4 << 20,
+            arrivals: 1 << 20,
+            absence: Span::from_millis(60_000),
+        }
+    }
+}
+
+/// Something the journal should say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FrameEvent {
+    /// A gateway is served.
+    Welcomed {
+        /// Which.
+        gateway: GatewayIncarnation,
+        /// The last of its frames that the machine has or will get.
+        logged: FrameNumber,
+        /// How many outputs are sent to it again.
+        resent: usize,
+    },
+    /// A gateway was turned away.
+    Refused {
+        /// Which.
+        gateway: GatewayIncarnation,
+        /// Why.
+        why: Refusal,
+    },
+    /// A gateway stayed away for too long, or took nothing for too long; what was kept for it is
+    /// forgotten and it cannot go on.
+    Dropped {
+        /// Which.
+        gateway: GatewayIncarnation,
+        /// Why.
+        why: DropReason,
+        /// How many outputs were forgotten.
+        outputs: usize,
+    },
+}
+
+/// Why a gateway was dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DropReason {
+    /// It was away longer than [`FrameLimits::absence`].
+    Absent,
+    /// It lacked more than [`FrameLimits::outputs`].
+    TooFarBehind,
+}
+
+/// A gateway broke the rules: its session is closed, nothing else is disturbed.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("the gateway broke the frame protocol: {what}")]
+pub struct GatewayError {
+    what: &'static str,
+}
+
+/// What has gone through a port, for metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FramePortCounters {
+    /// Frames handed to the machine.
+    pub arrivals: u64,
+    /// Frames that came a second time and were dropped.
+    pub duplicates: u64,
+    /// Outputs queued for gateways, once for each gateway.
+    pub outputs: u64,
+    /// Outputs that were sent again after a welcome.
+    pub resent: u64,
+    /// Outputs that nobody was there for.
+    pub unclaimed: u64,
+}
 
 #[derive(Debug, Default)]
 struct Gateway {
@@ -361,6 +446,251 @@ impl FramePort {
         self.gateways.entry(incarnation).or_default()
     }
 
+    // ---- sessions ----
+
+    /// A gateway has opened a session.
+    pub fn connected(&mut self, session: SessionId) {
+        self.sessions.insert(
+            session,
+            Session {
+                standing: Standing::Silent,
+                first: None,
+            },
+        );
+    }
+
+    /// A session has ended.
+    pub fn disconnected(&mut self, session: SessionId, now: Time) {
+        let Some(ended) = self.sessions.remove(&session) else {
+            return;
+        };
+        if let Standing::Welcomed(flow) = ended.standing
+            && let Some(gateway) = self.gateways.get_mut(&flow.gateway)
+            && gateway.session == Some(session)
+        {
+            gateway.session = None;
+            gateway.absent_since = Some(now);
+        }
+    }
+
+    /// A gateway says something. After an error the session is to be closed, and
+    /// [`FramePort::disconnected`] called.
+    pub fn message(&mut self, session: SessionId, message: ToAgent) -> Result<(), GatewayError> {
+        let Some(known) = self.sessions.get_mut(&session) else {
+            return Ok(());
+        };
+        match (&mut known.standing, message) {
+            (Standing::Silent, ToAgent::Hello(hello)) => {
+                self.hello(session, hello);
+                Ok(())
+            }
+            (Standing::Welcomed(flow), ToAgent::Frame { number, bytes, .. }) => {
+                let gateway = flow.gateway;
+                self.arrival(FrameSource { gateway, number }, bytes)
+            }
+            (Standing::Welcomed(flow), ToAgent::Received { through }) => {
+                if through > flow.sent {
+                    return Err(GatewayError {
+                        what: "it received an output that it was not sent",
+                    });
+                }
+                let gateway = flow.gateway;
+                self.received(gateway, through);
+                Ok(())
+            }
+            // What was under way when the refusal was said.
+            (Standing::Refused, _) => Ok(()),
+            (Standing::Silent | Standing::Waiting(_), _) => Err(GatewayError {
+                what: "it did not wait for its welcome",
+            }),
+            (Standing::Welcomed(_), ToAgent::Hello(_)) => Err(GatewayError {
+                what: "a second hello",
+            }),
+        }
+    }
+
+    fn hello(&mut self, id: SessionId, hello: Hello) {
+        let why = match self.role {
+            _ if hello.vm != self.vm => Some(Refusal::UnknownVm),
+            Role::Leading(term) if term == hello.term => self.cannot_serve(&hello),
+            Role::Leading(term) if term > hello.term => Some(Refusal::OtherTerm),
+            Role::Following if hello.term < self.known => Some(Refusal::OtherTerm),
+            // The keeper's news may reach the gateway before this agent goes live.
+            Role::Leading(_) | Role::Following => {
+                if let Some(session) = self.sessions.get_mut(&id) {
+                    session.standing = Standing::Waiting(hello);
+                }
+                return;
+            }
+        };
+        let term = self.known;
+        if let Some(why) = why {
+            if let Some(session) = self.sessions.get_mut(&id) {
+                session.standing = Standing::Refused;
+                session.first = Some(ToGateway::Refused { term, why });
+            }
+            self.events.push_back(FrameEvent::Refused {
+                gateway: hello.gateway,
+                why,
+            });
+            return;
+        }
+        self.received(hello.gateway, hello.received);
+        let gateway = self.known_gateway(hello.gateway);
+        let before = gateway.session.replace(id);
+        gateway.absent_since = None;
+        gateway.dropped = false;
+        let (logged, resent) = (gateway.accepted, gateway.outputs.len());
+        if let Some(session) = self.sessions.get_mut(&id) {
+            session.first = Some(ToGateway::Welcome {
+                term,
+                boot: self.boot,
+                logged,
+            });
+            session.standing = Standing::Welcomed(Flow {
+                gateway: hello.gateway,
+                sent: hello.received,
+                resend_through: self.last_output,
+                told_committed: FrameNumber(0),
+                tell_now: true,
+            });
+        }
+        self.events.push_back(FrameEvent::Welcomed {
+            gateway: hello.gateway,
+            logged,
+            resent,
+        });
+        // The same gateway on an older stream: what comes there is not heard any more.
+        if let Some(before) = before.filter(|before| *before != id)
+            && let Some(older) = self.sessions.get_mut(&before)
+        {
+            older.standing = Standing::Refused;
+        }
+    }
+
+    fn received(&mut self, incarnation: GatewayIncarnation, through: FrameNumber) {
+        if let Some(gateway) = self.gateways.get_mut(&incarnation)
+            && let Some(last) = gateway.forget_outputs(through)
+        {
+            self.forgotten_for.insert(Mac::of(incarnation), last);
+        }
+    }
+
+    fn cannot_serve(&self, hello: &Hello) -> Option<Refusal> {
+        let served = || self.gateways.values().filter(|g| g.session.is_some());
+        let forgotten = self.forgotten_for.get(&Mac::of(hello.gateway));
+        match self.gateways.get(&hello.gateway) {
+            _ if forgotten.is_some_and(|forgotten| hello.received < *forgotten) => {
+                Some(Refusal::TooLate)
+            }
+            Some(gateway) if gateway.session.is_some() => None,
+            _ if served().count() >= self.limits.gateways => Some(Refusal::TooMany),
+            _ => None,
+        }
+    }
+
+    fn arrival(&mut self, source: FrameSource, bytes: Bytes) -> Result<(), GatewayError> {
+        let Some(gateway) = self.gateways.get_mut(&source.gateway) else {
+            return Ok(());
+        };
+        if source.number <= gateway.accepted {
+            self.counters.duplicates += 1;
+            return Ok(());
+        }
+        if source.number.0 != gateway.accepted.0 + 1 {
+            return Err(GatewayError {
+                what: "a frame is missing before this one",
+            });
+        }
+        gateway.accepted = source.number;
+        gateway.arriving_bytes += bytes.len();
+        self.counters.arrivals += 1;
+        self.arrivals.push_back((source, bytes));
+        Ok(())
+    }
+
+    /// The next frame for the machine. Each comes once; the log must show it before any output
+    /// that it leads to.
+    pub fn poll_arrival(&mut self) -> Option<(FrameSource, Bytes)> {
+        if self.held {
+            return None;
+        }
+        let (source, bytes) = self.arrivals.pop_front()?;
+        if let Some(gateway) = self.gateways.get_mut(&source.gateway) {
+            gateway.arriving_bytes = gateway.arriving_bytes.saturating_sub(bytes.len());
+        }
+        Some((source, bytes))
+    }
+
+    /// Whether [`FramePort::poll_arrival`] or [`FramePort::poll_event`] would give something.
+    pub fn has_news(&self) -> bool {
+        (!self.held && !self.arrivals.is_empty()) || !self.events.is_empty()
+    }
+
+    /// Holds arrivals back while the machine's queue is full, or lets them go on. What waits here
+    /// is bounded by [`FrameLimits::arrivals`].
+    pub const fn hold_arrivals(&mut self, held: bool) {
+        self.held = held;
+    }
+
+    /// Whether more may be read from a session. When not, it is the machine's turn to take frames.
+    pub fn wants_input(&self, session: SessionId) -> bool {
+        match self.sessions.get(&session).map(|s| &s.standing) {
+            Some(Standing::Welcomed(flow)) => self
+                .gateways
+                .get(&flow.gateway)
+                .is_none_or(|gateway| gateway.arriving_bytes < self.limits.arrivals),
+            _ => true,
+        }
+    }
+
+    /// Appends what is to be written to a session until there are `budget` bytes or nothing is
+    /// left. Says whether the session ends after that.
+    pub fn transmit(&mut self, session: SessionId, out: &mut BytesMut, budget: usize) -> bool {
+        let Some(known) = self.sessions.get_mut(&session) else {
+            return true;
+        };
+        if let Some(first) = known.first.take() {
+            first.encode(out);
+        }
+        let flow = match &mut known.standing {
+            Standing::Welcomed(flow) => flow,
+            Standing::Refused => return true,
+            Standing::Silent | Standing::Waiting(_) => return false,
+        };
+        let Some(gateway) = self.gateways.get_mut(&flow.gateway) else {
+            return true;
+        };
+        if gateway.session != Some(session) {
+            return true;
+        }
+        let skipped = gateway
+            .outputs
+            .partition_point(|(number, _)| *number <= flow.sent);
+        let mut any = false;
+        for (number, bytes) in gateway.outputs.range(skipped..) {
+            if out.len() >= budget {
+                break;
+            }
+            put_frame(out, NetworkPort::default(), *number, bytes);
+            if *number <= flow.resend_through {
+                self.counters.resent += 1;
+            }
+            flow.sent = *number;
+            any = true;
+        }
+        let untold = gateway.committed.0.saturating_sub(flow.told_committed.0);
+        if untold > 0 && (any || flow.tell_now || untold >= COMMITTED_AFTER) {
+            flow.tell_now = false;
+            flow.told_committed = gateway.committed;
+            ToGateway::Committed {
+                through: gateway.committed,
+            }
+            .encode(out);
+        }
+        false
+    }
+
     // ---- time ----
 
     /// When [`FramePort::handle_timeout`] wants to be called.
@@ -466,4 +796,280 @@ impl FramePort {
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+
+    const START: Time = Time::from_nanos(0);
+
+    fn seconds(seconds: u64) -> Time {
+        START.plus(Span::from_millis(seconds * 1_000))
+    }
+
+    fn vm(name: &str) -> VmName {
+        VmName::new(name).expect("a name")
+    }
+
+    const GATEWAY: GatewayIncarnation = GatewayIncarnation(5);
+    const OTHER: GatewayIncarnation = GatewayIncarnation(6);
+
+    fn port() -> FramePort {
+        let limits = FrameLimits {
+            gateways: 2,
+            outputs: 100,
+            arrivals: 30,
+            absence: Span::from_millis(60_000),
+        };
+        FramePort::new(vm("vm"), Boot([1; 16]), limits)
+    }
+
+    fn hello(gateway: GatewayIncarnation, term: u64, received: u64) -> ToAgent {
+        ToAgent::Hello(Hello {
+            vm: vm("vm"),
+            gateway,
+            term: Term(term),
+            received: FrameNumber(received),
+        })
+    }
+
+    /// An output, 15 bytes long.
+    fn ethernet(to: GatewayIncarnation) -> Bytes {
+        [&Mac::of(to).0[..], &[2, 0, 0, 0, 0, 99, 8, 0, 42]]
+            .concat()
+            .into()
+    }
+
+    fn frame(number: u64) -> ToAgent {
+        ToAgent::Frame {
+            port: NetworkPort::default(),
+            number: FrameNumber(number),
+            bytes: Bytes::from_static(&[0; 15]),
+        }
+    }
+
+    fn written(port: &mut FramePort, session: SessionId) -> (Vec<ToGateway>, bool) {
+        let mut out = BytesMut::new();
+        let ends = port.transmit(session, &mut out, 1 << 16);
+        let mut messages = Vec::new();
+        while let Some(message) = ToGateway::decode(&mut out).expect("well formed") {
+            messages.push(message);
+        }
+        (messages, ends)
+    }
+
+    fn refusal(port: &mut FramePort, session: SessionId) -> Option<Refusal> {
+        let (messages, ends) = written(port, session);
+        match messages.first() {
+            Some(ToGateway::Refused { why, .. }) if ends => Some(*why),
+            _ => None,
+        }
+    }
+
+    fn join(port: &mut FramePort, session: u64, gateway: GatewayIncarnation, received: u64) {
+        port.connected(SessionId(session));
+        port.message(SessionId(session), hello(gateway, 1, received))
+            .expect("hello");
+    }
+
+    /// A leading port whose machine has logged one frame of each of two gateways.
+    fn leading() -> FramePort {
+        let mut port = port();
+        let logged = [(GATEWAY, FrameNumber(1)), (OTHER, FrameNumber(1))];
+        port.lead(Term(1), logged, START);
+        port
+    }
+
+    #[test]
+    fn a_frame_that_comes_twice_is_delivered_once_and_a_gap_is_refused() {
+        let mut port = leading();
+        join(&mut port, 1, GATEWAY, 0);
+        for number in [1, 2, 2, 3] {
+            port.message(SessionId(1), frame(number)).expect("a frame");
+        }
+        let numbers: Vec<_> = std::iter::from_fn(|| port.poll_arrival())
+            .map(|(source, _)| source.number.0)
+            .collect();
+        assert_eq!(numbers, [2, 3]);
+        assert_eq!(port.counters().duplicates, 2);
+        assert!(port.message(SessionId(1), frame(5)).is_err());
+    }
+
+    #[test]
+    fn a_hello_waits_for_the_reign_that_it_names() {
+        let mut port = port();
+        join(&mut port, 1, GATEWAY, 0);
+        assert_eq!(written(&mut port, SessionId(1)), (vec![], false));
+        port.lead(Term(1), [], START);
+        let (messages, ends) = written(&mut port, SessionId(1));
+        assert!(matches!(messages[..], [ToGateway::Welcome { .. }]));
+        assert!(!ends);
+        // Deposed: the session is over, and so is one for a term that is past.
+        port.follow(Term(2));
+        assert_eq!(refusal(&mut port, SessionId(1)), Some(Refusal::OtherTerm));
+        join(&mut port, 2, GATEWAY, 0);
+        assert_eq!(refusal(&mut port, SessionId(2)), Some(Refusal::OtherTerm));
+    }
+
+    #[test]
+    fn outputs_go_to_whom_they_are_for() {
+        let mut port = leading();
+        join(&mut port, 1, GATEWAY, 0);
+        join(&mut port, 2, OTHER, 0);
+        port.output(FrameNumber(1), ethernet(GATEWAY));
+        port.output(FrameNumber(4), ethernet(OTHER));
+        let mut broadcast = ethernet(GATEWAY).to_vec();
+        broadcast[..6].fill(0xff);
+        port.output(FrameNumber(5), broadcast.into());
+        let mut numbers = |session| {
+            let (messages, _) = written(&mut port, SessionId(session));
+            messages
+                .iter()
+                .filter_map(|message| match message {
+                    ToGateway::Frame { number, .. } => Some(number.0),
+                    _ => None,
+                })
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(numbers(1), [1, 5]);
+        assert_eq!(numbers(2), [4, 5]);
+        assert_eq!(port.received_by_all(), FrameNumber(0));
+        let received = |through| ToAgent::Received {
+            through: FrameNumber(through),
+        };
+        port.message(SessionId(1), received(5)).expect("received");
+        assert_eq!(port.received_by_all(), FrameNumber(3));
+        assert!(port.message(SessionId(2), received(6)).is_err());
+    }
+
+    #[test]
+    fn a_gateway_that_stays_away_is_dropped_and_cannot_come_back() {
+        let mut port = leading();
+        join(&mut port, 1, GATEWAY, 0);
+        port.output(FrameNumber(1), ethernet(GATEWAY));
+        port.output(FrameNumber(2), ethernet(OTHER));
+        assert_eq!(port.received_by_all(), FrameNumber(0));
+        port.disconnected(SessionId(1), seconds(10));
+        // The other gateway was known from the log and never came: it goes first.
+        assert_eq!(port.poll_timeout(), Some(seconds(60)));
+        port.handle_timeout(seconds(60));
+        port.handle_timeout(seconds(70));
+        let dropped: Vec<_> = std::iter::from_fn(|| port.poll_event())
+            .filter_map(|event| match event {
+                FrameEvent::Dropped { gateway, why, .. } => Some((gateway, why)),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(
+            dropped,
+            [(OTHER, DropReason::Absent), (GATEWAY, DropReason::Absent)]
+        );
+        assert_eq!(port.received_by_all(), FrameNumber(2));
+        join(&mut port, 2, GATEWAY, 0);
+        assert_eq!(refusal(&mut port, SessionId(2)), Some(Refusal::TooLate));
+        join(&mut port, 3, GATEWAY, 1);
+        assert_eq!(refusal(&mut port, SessionId(3)), None);
+    }
+
+    #[test]
+    fn a_gateway_that_takes_nothing_is_dropped_at_the_bound() {
+        let mut port = leading();
+        join(&mut port, 1, GATEWAY, 0);
+        for number in 1..=7 {
+            port.output(FrameNumber(number), ethernet(GATEWAY));
+        }
+        assert_eq!(refusal(&mut port, SessionId(1)), Some(Refusal::TooLate));
+        assert_eq!(port.received_by_all(), FrameNumber(7));
+    }
+
+    #[test]
+    fn a_machine_that_takes_nothing_stops_the_gateway() {
+        let mut port = leading();
+        join(&mut port, 1, GATEWAY, 0);
+        port.message(SessionId(1), frame(2)).expect("a frame");
+        assert!(port.wants_input(SessionId(1)));
+        port.message(SessionId(1), frame(3)).expect("a frame");
+        assert!(!port.wants_input(SessionId(1)), "30 bytes of 30 wait");
+        port.hold_arrivals(true);
+        assert_eq!((port.poll_arrival(), port.has_news()), (None, true));
+        while port.poll_event().is_some() {}
+        assert!(!port.has_news());
+        port.hold_arrivals(false);
+        assert!(port.has_news());
+        port.poll_arrival();
+        assert!(port.wants_input(SessionId(1)));
+    }
+
+    #[test]
+    fn frames_are_committed_to_the_gateway_when_the_log_is() {
+        let mut port = leading();
+        join(&mut port, 1, GATEWAY, 0);
+        written(&mut port, SessionId(1));
+        port.message(SessionId(1), frame(2)).expect("a frame");
+        let (source, _) = port.poll_arrival().expect("it arrives");
+        port.logged(source, LogIndex(7));
+        port.committed(LogIndex(6), START);
+        assert_eq!(port.poll_timeout(), Some(seconds(60)));
+        port.committed(LogIndex(7), START);
+        assert_eq!(written(&mut port, SessionId(1)).0, []);
+        port.handle_timeout(START.plus(COMMITTED_WITHIN));
+        assert_eq!(
+            written(&mut port, SessionId(1)).0,
+            [ToGateway::Committed {
+                through: FrameNumber(2)
+            }]
+        );
+    }
+
+    #[test]
+    fn a_replica_keeps_outputs_until_all_gateways_have_them() {
+        let mut port = leading();
+        port.follow(Term(1));
+        port.output(FrameNumber(1), ethernet(GATEWAY));
+        port.output(FrameNumber(2), ethernet(GATEWAY));
+        port.forget(FrameNumber(3));
+        // Replay comes to it later than the gateway did.
+        port.output(FrameNumber(3), ethernet(GATEWAY));
+        port.output(FrameNumber(4), ethernet(GATEWAY));
+        port.lead(Term(2), [], START);
+        port.connected(SessionId(1));
+        port.message(SessionId(1), hello(GATEWAY, 2, 3))
+            .expect("hello");
+        let (messages, _) = written(&mut port, SessionId(1));
+        let numbers: Vec<_> = messages
+            .iter()
+            .filter_map(|message| match message {
+                ToGateway::Frame { number, .. } => Some(number.0),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(numbers, [4]);
+        // One that lacks what all were thought to have cannot go on.
+        port.connected(SessionId(2));
+        port.message(SessionId(2), hello(GATEWAY, 2, 2))
+            .expect("hello");
+        assert_eq!(refusal(&mut port, SessionId(2)), Some(Refusal::TooLate));
+    }
+
+    #[test]
+    fn strangers_are_turned_away() {
+        let mut port = leading();
+        port.connected(SessionId(1));
+        assert!(port.message(SessionId(1), frame(1)).is_err());
+        let wrong = ToAgent::Hello(Hello {
+            vm: vm("another"),
+            gateway: GATEWAY,
+            term: Term(1),
+            received: FrameNumber(0),
+        });
+        port.connected(SessionId(2));
+        port.message(SessionId(2), wrong).expect("hello");
+        assert_eq!(refusal(&mut port, SessionId(2)), Some(Refusal::UnknownVm));
+        join(&mut port, 3, GATEWAY, 0);
+        join(&mut port, 4, OTHER, 0);
+        join(&mut port, 5, GatewayIncarnation(7), 0);
+        assert_eq!(refusal(&mut port, SessionId(5)), Some(Refusal::TooMany));
+        // The same gateway again takes the place of its older session.
+        join(&mut port, 6, GATEWAY, 0);
+        assert_eq!(refusal(&mut port, SessionId(6)), None);
+        assert!(written(&mut port, SessionId(3)).1, "the older one ends");
+    }
+}

@@ -84,7 +84,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             Role::Host => println!("  host {name}:     understudy agent --config {folder}"),
             Role::Witness => println!("  witness {name}:  understudy witness --config {folder}"),
             Role::Gateway => println!(
-                "  gateway {name}:  understudy gateway --config {folder} --vm VM --publish ADDRESS:PORT=PORT"
+                "  gateway {name}:  understudy gateway --config {folder} --vm VM --publish [ADDRESS:]HOST:GUEST"
             ),
             Role::Operator => {}
         }

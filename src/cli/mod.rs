@@ -7,12 +7,15 @@ pub mod failure;
 pub mod output;
 pub mod suggest;
 
+mod agent;
+mod demo;
 mod doctor;
 mod events;
+mod gateway;
 mod images;
 mod init;
 mod log;
-mod operator;
+pub mod operator;
 mod pair;
 mod process;
 mod replay;
@@ -22,9 +25,11 @@ mod switchover;
 mod witness;
 
 use std::future::Future;
+use std::io;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use failure::{EXIT_CODES, Exit, Failure, OrExit as _};
@@ -48,8 +53,12 @@ struct Cli {
 enum Command {
     /// Make a cluster: its certificates, and a folder for each of its processes
     Init(init::Args),
+    /// Run VMs on this host, as primary or replica
+    Agent(agent::Args),
     /// Keep the records of a cluster, so that two hosts never both reign
     Witness(witness::Args),
+    /// Publish TCP ports of a VM, beside its clients
+    Gateway(gateway::Args),
     /// Start a VM with replicas, or change where its copies are
     Pair(pair::Args),
     /// Show how hosts and VMs do
@@ -66,6 +75,8 @@ enum Command {
     Log(log::Args),
     /// List the guest images that can be run
     Images(images::Args),
+    /// Kill a primary under load on this machine, and tell what its clients saw
+    Demo(demo::Args),
     /// Say what this host can do, and what it lacks
     Doctor(doctor::Args),
     /// Be the process that runs one guest; started by agents
@@ -92,7 +103,9 @@ pub fn main() -> ExitCode {
 fn dispatch(command: Command) -> Result<(), Failure> {
     match command {
         Command::Init(args) => init::run(&args),
+        Command::Agent(args) => agent::run(&args),
         Command::Witness(args) => witness::run(&args),
+        Command::Gateway(args) => gateway::run(&args),
         Command::Pair(args) => pair::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Switchover(args) => switchover::run(&args),
@@ -101,6 +114,7 @@ fn dispatch(command: Command) -> Result<(), Failure> {
         Command::Replay(args) => replay::run(&args),
         Command::Log(args) => log::run(&args),
         Command::Images(args) => images::run(&args),
+        Command::Demo(args) => demo::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::VmmProcess { .. } => Ok(()),
     }
@@ -139,14 +153,31 @@ fn block_on_runtime(
 }
 
 async fn interrupted() -> Failure {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = match signal(SignalKind::terminate()) {
-        Ok(terminate) => terminate,
+    match Interrupts::listen() {
+        Ok(mut interrupts) => interrupts.one().await,
         Err(error) => return Failure::new(Exit::Failed, error),
-    };
-    tokio::select! {
-        _ = tokio::signal::ctrl_c() => {}
-        _ = terminate.recv() => {}
     }
     Failure::new(Exit::Interrupted, "interrupted")
+}
+
+/// Ctrl-C and SIGTERM, heard from the moment this is made. Needs a runtime.
+struct Interrupts {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Interrupts {
+    fn listen() -> io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    async fn one(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
 }

@@ -2,12 +2,19 @@
 //! its hosts.
 
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use super::failure::{Failure, OrExit as _};
-use super::suggest;
-use crate::agent::operator::{Client, OperatorError};
+use super::{events, suggest};
+use crate::agent::journal::What;
+use crate::agent::operator::{Client, OperatorError, Request};
 use crate::config::Config;
-use crate::protocol::{HostName, Record, VmName};
+use crate::protocol::{Event, HostName, Record, VmName};
+
+/// Between two looks at whether an order has been carried out.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// How long a host may need to find out what is known of a VM that it is to start.
+const START_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Which cluster.
 #[derive(Debug, clap::Args)]
@@ -56,4 +63,57 @@ pub async fn record(client: &Client, vm: &VmName) -> Result<Option<Record>, Fail
         Err(OperatorError::NoVm { .. }) => Ok(None),
         Err(error) => Err(error).or_fail(),
     }
+}
+
+/// Gives the order to start a VM ([`Request::Run`]) and waits until the cluster knows it; the
+/// number of the host's last journal line before the order.
+///
+/// A host that hears of a VM for the first time has to ask the witness what is known of it, and
+/// refuses until it knows: it is asked again for a while.
+pub async fn start_vm(
+    client: &Client,
+    host: &HostName,
+    vm: &VmName,
+    order: &Request,
+) -> Result<u64, OperatorError> {
+    let until = Instant::now() + START_PATIENCE;
+    loop {
+        let journal = client.order(host, order).await?;
+        let refused = loop {
+            match client.record(vm).await {
+                Ok(_) => return Ok(journal),
+                Err(OperatorError::NoVm { .. }) => {}
+                Err(error) => return Err(error),
+            }
+            if let Some(why) = refusal(client, host, vm, journal).await? {
+                break why;
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        };
+        if Instant::now() > until {
+            return Err(OperatorError::Refused { why: refused });
+        }
+    }
+}
+
+/// Why a host has refused what an operator ordered about a VM after a line of its journal, if it
+/// has, or why the VM failed there.
+pub async fn refusal(
+    client: &Client,
+    host: &HostName,
+    vm: &VmName,
+    journal: u64,
+) -> Result<Option<String>, OperatorError> {
+    let lines = events::events_after(client, host, journal).await?;
+    let about_it = lines
+        .into_iter()
+        .filter(|line| line.vm.as_ref() == Some(vm));
+    Ok(about_it.into_iter().find_map(|line| match line.what {
+        What::Decision(Event::OperatorRefused { why }) => Some(why),
+        What::Decision(Event::SwitchoverFailed { .. }) => Some(line.text),
+        What::Decision(Event::VmFailed { reason }) => {
+            Some(format!("the VM failed on {host}: {reason}"))
+        }
+        _ => None,
+    }))
 }

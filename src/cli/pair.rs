@@ -6,12 +6,11 @@ use std::time::{Duration, Instant};
 use clap::ValueEnum;
 
 use super::failure::{Failure, OrExit as _};
-use super::operator::{ClusterArgs, known_host, record};
-use super::{block_on, events, output};
-use crate::agent::journal::What;
+use super::operator::{ClusterArgs, known_host, record, refusal, start_vm};
+use super::{block_on, output};
 use crate::agent::operator::{Client, Request};
 use crate::images;
-use crate::protocol::{self, Event, HostName, Policy, Record, Rule, VmName};
+use crate::protocol::{self, HostName, Policy, Record, Rule, VmName};
 
 /// How often the record is looked at while it is waited for.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -79,7 +78,12 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         let known = record(&client, &args.vm).await?;
         let policy = policy(args, known.as_ref());
         let order = order(args, known.as_ref(), &hosts, policy)?;
-        let journal = client.order(&primary, &order).await.or_fail()?;
+        let journal = if known.is_some() {
+            client.order(&primary, &order).await
+        } else {
+            start_vm(&client, &primary, &args.vm, &order).await
+        };
+        let journal = journal.or_fail()?;
         println!("{}", capital(&policy.rule.survives(hosts.len())));
         if args.wait > 0 {
             wait(&client, args, &hosts, journal).await?;
@@ -167,7 +171,12 @@ async fn wait(
             bar.set_message(format!("waiting for {}", missing.join(", ")));
         }
         bar.tick();
-        refused(client, args, journal).await?;
+        let refused = refusal(client, &args.primary, &args.vm, journal)
+            .await
+            .or_fail()?;
+        if let Some(why) = refused {
+            return Err(why).or_fail();
+        }
         if Instant::now() >= until {
             bar.finish_and_clear();
             return Err(format!(
@@ -178,25 +187,6 @@ async fn wait(
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }
-}
-
-async fn refused(client: &Client, args: &Args, journal: u64) -> Result<(), Failure> {
-    let lines = events::events_after(client, &args.primary, journal)
-        .await
-        .or_fail()?;
-    for line in lines
-        .into_iter()
-        .filter(|line| line.vm.as_ref() == Some(&args.vm))
-    {
-        match line.what {
-            What::Decision(Event::OperatorRefused { why }) => return Err(why).or_fail(),
-            What::Decision(Event::VmFailed { reason }) => {
-                return Err(format!("the VM failed on {}: {reason}", args.primary)).or_fail();
-            }
-            _ => {}
-        }
-    }
-    Ok(())
 }
 
 fn capital(text: &str) -> String {

@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::{Pid, getppid};
 use thiserror::Error;
 
+use super::Interrupts;
 use super::failure::{Exit, Failure, OrExit as _};
 use crate::agent::certs::Role;
 use crate::config::Config;
@@ -83,12 +84,11 @@ where
     F: AsyncFnOnce(std::pin::Pin<Box<dyn Future<Output = ()> + Send>>) -> Result<(), Failure>,
 {
     args.die_with_parent()?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .or_fail()?;
-    let stop = Box::pin(async {
-        super::interrupted().await;
-    });
-    runtime.block_on(run(stop))
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    let runtime = builder.enable_all().build().or_fail()?;
+    runtime.block_on(async {
+        // Before anything else: who sees it work may tell it to stop.
+        let mut interrupts = Interrupts::listen().or_fail()?;
+        run(Box::pin(async move { interrupts.one().await })).await
+    })
 }

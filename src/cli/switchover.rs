@@ -2,12 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use super::block_on;
 use super::failure::{Failure, OrExit as _};
-use super::operator::{ClusterArgs, known_host, known_vm};
-use super::{block_on, events};
-use crate::agent::journal::What;
+use super::operator::{ClusterArgs, known_host, known_vm, refusal};
 use crate::agent::operator::{Client, Request};
-use crate::protocol::{Event, HostName, Record, VmName};
+use crate::protocol::{HostName, Record, VmName};
 
 /// How often the record is looked at while it is waited for.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -67,12 +66,8 @@ async fn wait(
         if now.primary.host != *old {
             return Ok(now);
         }
-        for line in events::events_after(client, old, journal).await.or_fail()? {
-            match line.what {
-                What::Decision(Event::OperatorRefused { why }) => return Err(why).or_fail(),
-                What::Decision(Event::SwitchoverFailed { .. }) => return Err(line.text).or_fail(),
-                _ => {}
-            }
+        if let Some(why) = refusal(client, old, vm, journal).await.or_fail()? {
+            return Err(why).or_fail();
         }
         if Instant::now() >= until {
             return Err(format!(

@@ -158,6 +158,12 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// Leaves the folder where it is when the cluster goes, for those who look for a fault.
+    pub fn keep_folder(&mut self) -> &Path {
+        self.folder.disable_cleanup(true);
+        self.folder.path()
+    }
+
     /// The folder that `init` wrote: what `--cluster` takes.
     pub fn folder(&self) -> PathBuf {
         self.folder.path().join("cluster")
@@ -233,7 +239,7 @@ impl Cluster {
         if let (Role::Gateway, Some(published)) = (who.role, &self.published) {
             command.args(["--vm", published.vm.as_str()]);
             let Published { at, guest_port, .. } = published;
-            command.args(["--publish", &format!("{at}={guest_port}")]);
+            command.args(["--publish", &format!("{at}:{guest_port}")]);
         }
         let child = command.spawn().map_err(failed)?;
         self.processes.insert(who.clone(), Process(child));

@@ -3,4 +3,6 @@
 
 pub mod cluster;
 pub mod load;
+pub mod play;
+pub mod report;
 pub mod timeline;

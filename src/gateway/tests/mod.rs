@@ -3,5 +3,4 @@
 mod failover;
 mod guest;
 mod local;
-mod quic;
 mod stack;
