@@ -28,12 +28,12 @@ impl Machine {
     fn arrive(&mut self, frame: &Bytes) -> Vec<(FrameNumber, Bytes)> {
         self.arrivals += 1;
         let mut made = Vec::new();
-        if self.arrivals % 3 == 0 {
+        if self.arrivals.is_multiple_of(3) {
             made.push(self.output(&[0xff; 6], b"broadcast"));
         }
         let sender: Vec<u8> = frame[6..12].to_vec();
         made.push(self.output(&sender, &frame[12..]));
-        if self.arrivals % 4 == 0 {
+        if self.arrivals.is_multiple_of(4) {
             self.outputs += 1;
         }
         made

@@ -57,8 +57,11 @@ impl Mac {
         let mut mixed = gateway.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        let [a, b, c, d, e, ..] = (mixed ^ (mixed >> 31)).to_le_bytes();
-        Self([0x02, a, b, c, d, e])
+        let mut address = [0; 6];
+        address.copy_from_slice(&(mixed ^ (mixed >> 31)).to_le_bytes()[..6]);
+        // Locally administered, and one station.
+        address[0] = 0x02;
+        Self(address)
     }
 
     /// To whom a frame goes; `None` when it is no frame.
@@ -289,7 +292,7 @@ impl Message for ToAgent {
                 let used = cursor.used();
                 from.advance(used);
                 Ok(Some(Self::Hello(Hello {
-                    vm: vm,
+                    vm,
                     gateway: GatewayIncarnation(gateway),
                     term: Term(term),
                     received: FrameNumber(received),

@@ -377,7 +377,7 @@ impl<C: Carrier> Pump<C> {
         }
         match fate {
             Fate::Lives => return,
-            Fate::Done => self.stack.remove(id),
+            Fate::Done => self.stack.remove(id, now),
             Fate::ResetByGuest => {
                 let _ = client.socket.set_zero_linger();
                 add(&self.metrics.clients_reset, 1);

@@ -84,12 +84,16 @@ impl GuestSideAddress {
             });
         }
         let digest = blake3::hash(&incarnation.0.to_le_bytes());
-        let [a, b, c, d, e, f, ..] = *digest.as_bytes();
+        let (for_host, rest) = digest.as_bytes().split_at(4);
+        let number = |bytes: &[u8]| {
+            let fold = |number, byte: &u8| number << 8 | u32::from(*byte);
+            bytes.iter().fold(0u32, fold)
+        };
         let host_bits = 32 - u32::from(config.prefix);
         let base = u32::from(config.guest) >> host_bits << host_bits;
         // 254 or more addresses are left: neither all zeroes, nor all ones, nor the guest's.
         let hosts = (1u32 << host_bits) - 2;
-        let mut host = u32::from_le_bytes([a, b, c, d]) % hosts + 1;
+        let mut host = number(for_host) % hosts + 1;
         if base + host == u32::from(config.guest) {
             host = host % hosts + 1;
         }
@@ -97,7 +101,7 @@ impl GuestSideAddress {
         Ok(Self {
             mac: EthernetAddress(Mac::of(incarnation).0),
             ip: Ipv4Addr::from(base + host),
-            first_port: LOWEST_PORT + u16::from_le_bytes([e, f]) % ports,
+            first_port: LOWEST_PORT + (number(&rest[..4]) % u32::from(ports)) as u16,
         })
     }
 }
@@ -119,6 +123,10 @@ pub enum Progress {
     Reset,
 }
 
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "four independent facts, two of them for lists of names"
+)]
 struct Connection {
     sockets: SocketSet<'static>,
     handle: SocketHandle,
@@ -536,20 +544,27 @@ impl Stack {
 
     /// Resets a connection at once. The guest hears of it, and the connection is forgotten.
     pub fn abort(&mut self, id: ConnectionId, now: Time) {
-        if let Some(mut connection) = self.connections.remove(&id) {
+        if let Some(connection) = self.connections.get_mut(&id) {
             connection.socket_mut().abort();
-            // Its one reset segment goes out whatever room there is: an abort happens once.
-            let room = self.device.open();
-            let _ = self
-                .interface
-                .poll_egress(at(now), &mut self.device, &mut connection.sockets);
-            self.device.set_room(room);
         }
+        self.remove(id, now);
     }
 
-    /// Forgets a connection that has ended.
-    pub fn remove(&mut self, id: ConnectionId) {
-        self.connections.remove(&id);
+    /// Forgets a connection that has ended. Its last segment goes out first: without our
+    /// acknowledgement of its FIN the guest would keep its end for a second.
+    pub fn remove(&mut self, id: ConnectionId, now: Time) {
+        let Some(mut connection) = self.connections.remove(&id) else {
+            return;
+        };
+        // That acknowledgement may wait for data that will not come: it is late already. And one
+        // frame goes out whatever room there is: a connection ends once.
+        let late = now.plus(self.config.ack_delay.unwrap_or(Span::ZERO));
+        let room = self.device.open();
+        let sockets = &mut connection.sockets;
+        let _ = self
+            .interface
+            .poll_egress(at(late), &mut self.device, sockets);
+        self.device.set_room(room);
     }
 }
 

@@ -88,7 +88,7 @@ impl Guest {
 
     /// Takes a frame if there is one, and gives what the guest sends.
     pub(super) fn step(&mut self, frame: Option<Bytes>, now: Time) -> Vec<Bytes> {
-        let at = Instant::from_micros((now.as_nanos() / 1_000) as i64);
+        let at = instant(now);
         if let Some(frame) = frame {
             self.frames += 1;
             self.device.offer(frame);
@@ -102,9 +102,19 @@ impl Guest {
     }
 
     pub(super) fn wake_at(&mut self, now: Time) -> Option<Time> {
-        let at = Instant::from_micros((now.as_nanos() / 1_000) as i64);
+        let at = instant(now);
         let due = self.interface.poll_at(at, &self.sockets)?;
-        Some(Time::from_nanos(due.total_micros() as u64 * 1_000))
+        let micros = u64::try_from(due.total_micros()).expect("after the start");
+        Some(Time::from_nanos(micros * 1_000))
+    }
+
+    /// How many of its sockets are not free for another connection.
+    pub(super) fn busy(&self) -> usize {
+        self.services
+            .iter()
+            .map(|service| self.sockets.get::<tcp::Socket>(service.handle))
+            .filter(|socket| !matches!(socket.state(), tcp::State::Listen | tcp::State::Closed))
+            .count()
     }
 
     fn serve(&mut self, index: usize) {
@@ -139,7 +149,7 @@ impl Guest {
                 while socket.can_recv() {
                     let lines = socket
                         .recv(|bytes| {
-                            let lines = bytes.iter().filter(|byte| **byte == b'\n').count();
+                            let lines = bytes.split(|byte| *byte == b'\n').count() - 1;
                             (bytes.len(), lines)
                         })
                         .expect("bytes");
@@ -156,4 +166,8 @@ impl Guest {
             _ => {}
         }
     }
+}
+
+fn instant(now: Time) -> Instant {
+    Instant::from_micros(i64::try_from(now.as_nanos() / 1_000).expect("a test is short"))
 }

@@ -24,7 +24,7 @@ async fn run_guest(
     let mut number = 0;
     let mut arrived = 0;
     loop {
-        let wait = guest.wake_at(now()).map_or(Duration::from_secs(60), |at| {
+        let wait = guest.wake_at(now()).map_or(Duration::from_mins(1), |at| {
             Duration::from_nanos(at.since(now()).as_nanos())
         });
         let frame = match tokio::time::timeout(wait, frames.recv()).await {
@@ -144,7 +144,7 @@ async fn a_deaf_guest_stops_the_client() {
     let full = async {
         loop {
             client.writable().await.expect("a socket");
-            match client.try_write(&[0; 65_536]) {
+            match client.try_write(&[0; 8_192]) {
                 Ok(written) => sent += written,
                 Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
             }

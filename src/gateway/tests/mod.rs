@@ -3,4 +3,5 @@
 mod failover;
 mod guest;
 mod local;
+mod quic;
 mod stack;

@@ -118,6 +118,30 @@ fn half_close_goes_through_both_ways() {
 }
 
 #[test]
+fn the_guest_is_rid_of_a_connection_as_soon_as_we_are() {
+    let mut wire = Wire::new();
+    let id = wire.connect(ECHO);
+    wire.stack.finish(id);
+    // The guest answers our FIN with its own, and we forget the connection at that moment.
+    while wire.stack.progress(id) != Some(Progress::Closed) {
+        wire.stack.egress(wire.now);
+        let frame = wire.stack.poll_transmit().expect("a segment");
+        for answer in wire.guest.step(Some(frame), wire.now) {
+            wire.stack.handle_frame(answer, wire.now);
+        }
+    }
+    assert_eq!(wire.guest.busy(), 1);
+    wire.stack.remove(id, wire.now);
+    wire.settle();
+    assert_eq!(wire.guest.busy(), 0);
+
+    let id = wire.connect(ECHO);
+    wire.stack.abort(id, wire.now);
+    wire.settle();
+    assert_eq!(wire.guest.busy(), 0);
+}
+
+#[test]
 fn refusals_and_resets_are_told() {
     let mut wire = Wire::new();
     let id = wire.connect(NOBODY);

@@ -67,6 +67,11 @@ impl Disk {
         Ok(durable)
     }
 
+    /// Whether a commit is in flight: its end will wake the machine.
+    pub fn busy(&self) -> bool {
+        self.open > 0
+    }
+
     fn submit(&mut self) {
         while self.block.has_room()
             && let Some(request) = self.waiting.pop_front()

@@ -1,8 +1,8 @@
 //! The whole machine and its loop.
 //!
 //! One turn: take frames, execute, start a commit, send what is durable, go idle. A batch of
-//! requests costs three exits: the clock, idle (which starts the commit), idle (which sends the
-//! answers when the commit is durable).
+//! requests costs three or four exits: the clock, idle (which starts the commit), idle (which sends
+//! the answers when the commit is durable), and the clock before that if no other commit follows.
 
 use core::fmt;
 
@@ -107,9 +107,8 @@ impl Machine {
 
     /// Serves until the disk fails.
     pub fn run(&mut self) -> ! {
-        // After a commit the time is not asked again: nothing that waits for time can be waiting
-        // for a disk that answers within a moment. Two such turns in a row would be one too many.
-        let mut clock_is_fresh = false;
+        // Whether the clock was read in the last turn.
+        let mut fresh = false;
         loop {
             let Ok(durable) = self.disk.poll() else {
                 console::line(format_args!("ledger: the disk refused a request"));
@@ -118,13 +117,22 @@ impl Machine {
             if durable {
                 self.service.committed();
             }
-            if durable && clock_is_fresh {
-                clock_is_fresh = false;
-            } else {
+            // A disk answers within a moment, so the time of the turn that asked it is good enough.
+            // But the timer may have been due together with the disk, and nobody would tell again:
+            // only when another commit is sure to wake us can the clock be left for the next turn.
+            let mut read = !(durable && fresh);
+            if read {
                 self.clock.read();
-                clock_is_fresh = true;
             }
             self.turn();
+            if !read && !self.disk.busy() {
+                self.clock.read();
+                read = true;
+            }
+            if let Some(deadline) = self.network.deadline(self.clock.now()) {
+                self.clock.wake_by(deadline);
+            }
+            fresh = read;
             ports::idle();
         }
     }
@@ -143,8 +151,5 @@ impl Machine {
             }
         }
         self.network.send(now);
-        if let Some(deadline) = self.network.deadline(now) {
-            self.clock.wake_by(deadline);
-        }
     }
 }

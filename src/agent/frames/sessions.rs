@@ -1,0 +1,255 @@
+//! What gateways say on their sessions, and what is said to them.
+
+use bytes::{Bytes, BytesMut};
+use replay_log::{FrameNumber, FrameSource, GatewayIncarnation};
+
+use super::{COMMITTED_AFTER, Flow, FrameEvent, FramePort, GatewayError, Role, Session, Standing};
+use crate::gateway::frames::{
+    Hello, Mac, Message, NetworkPort, Refusal, SessionId, ToAgent, ToGateway, put_frame,
+};
+use crate::protocol::Time;
+
+impl FramePort {
+    /// A gateway has opened a session.
+    pub fn connected(&mut self, session: SessionId) {
+        self.sessions.insert(
+            session,
+            Session {
+                standing: Standing::Silent,
+                first: None,
+            },
+        );
+    }
+
+    /// A session has ended.
+    pub fn disconnected(&mut self, session: SessionId, now: Time) {
+        let Some(ended) = self.sessions.remove(&session) else {
+            return;
+        };
+        if let Standing::Welcomed(flow) = ended.standing
+            && let Some(gateway) = self.gateways.get_mut(&flow.gateway)
+            && gateway.session == Some(session)
+        {
+            gateway.session = None;
+            gateway.absent_since = Some(now);
+        }
+    }
+
+    /// A gateway says something. After an error the session is to be closed, and
+    /// [`FramePort::disconnected`] called.
+    pub fn message(&mut self, session: SessionId, message: ToAgent) -> Result<(), GatewayError> {
+        let Some(known) = self.sessions.get_mut(&session) else {
+            return Ok(());
+        };
+        match (&mut known.standing, message) {
+            (Standing::Silent, ToAgent::Hello(hello)) => {
+                self.hello(session, hello);
+                Ok(())
+            }
+            (Standing::Welcomed(flow), ToAgent::Frame { number, bytes, .. }) => {
+                let gateway = flow.gateway;
+                self.arrival(FrameSource { gateway, number }, bytes)
+            }
+            (Standing::Welcomed(flow), ToAgent::Received { through }) => {
+                if through > flow.sent {
+                    return Err(GatewayError {
+                        what: "it received an output that it was not sent",
+                    });
+                }
+                let gateway = flow.gateway;
+                self.received(gateway, through);
+                Ok(())
+            }
+            // What was under way when the refusal was said.
+            (Standing::Refused, _) => Ok(()),
+            (Standing::Silent | Standing::Waiting(_), _) => Err(GatewayError {
+                what: "it did not wait for its welcome",
+            }),
+            (Standing::Welcomed(_), ToAgent::Hello(_)) => Err(GatewayError {
+                what: "a second hello",
+            }),
+        }
+    }
+
+    pub(super) fn hello(&mut self, id: SessionId, hello: Hello) {
+        let why = match self.role {
+            _ if hello.vm != self.vm => Some(Refusal::UnknownVm),
+            Role::Leading(term) if term == hello.term => self.cannot_serve(&hello),
+            Role::Leading(term) if term > hello.term => Some(Refusal::OtherTerm),
+            Role::Following if hello.term < self.known => Some(Refusal::OtherTerm),
+            // The keeper's news may reach the gateway before this agent goes live.
+            Role::Leading(_) | Role::Following => {
+                if let Some(session) = self.sessions.get_mut(&id) {
+                    session.standing = Standing::Waiting(hello);
+                }
+                return;
+            }
+        };
+        let term = self.known;
+        if let Some(why) = why {
+            if let Some(session) = self.sessions.get_mut(&id) {
+                session.standing = Standing::Refused;
+                session.first = Some(ToGateway::Refused { term, why });
+            }
+            self.events.push_back(FrameEvent::Refused {
+                gateway: hello.gateway,
+                why,
+            });
+            return;
+        }
+        self.received(hello.gateway, hello.received);
+        let gateway = self.known_gateway(hello.gateway);
+        let before = gateway.session.replace(id);
+        gateway.absent_since = None;
+        gateway.dropped = false;
+        let (logged, resent) = (gateway.accepted, gateway.outputs.len());
+        if let Some(session) = self.sessions.get_mut(&id) {
+            session.first = Some(ToGateway::Welcome {
+                term,
+                boot: self.boot,
+                logged,
+            });
+            session.standing = Standing::Welcomed(Flow {
+                gateway: hello.gateway,
+                sent: hello.received,
+                resend_through: self.last_output,
+                told_committed: FrameNumber(0),
+                tell_now: true,
+            });
+        }
+        self.events.push_back(FrameEvent::Welcomed {
+            gateway: hello.gateway,
+            logged,
+            resent,
+        });
+        // The same gateway on an older stream: what comes there is not heard any more.
+        if let Some(before) = before.filter(|before| *before != id)
+            && let Some(older) = self.sessions.get_mut(&before)
+        {
+            older.standing = Standing::Refused;
+        }
+    }
+
+    fn received(&mut self, incarnation: GatewayIncarnation, through: FrameNumber) {
+        if let Some(gateway) = self.gateways.get_mut(&incarnation)
+            && let Some(last) = gateway.forget_outputs(through)
+        {
+            self.forgotten_for.insert(Mac::of(incarnation), last);
+        }
+    }
+
+    fn cannot_serve(&self, hello: &Hello) -> Option<Refusal> {
+        let served = || self.gateways.values().filter(|g| g.session.is_some());
+        let forgotten = self.forgotten_for.get(&Mac::of(hello.gateway));
+        match self.gateways.get(&hello.gateway) {
+            _ if forgotten.is_some_and(|forgotten| hello.received < *forgotten) => {
+                Some(Refusal::TooLate)
+            }
+            Some(gateway) if gateway.session.is_some() => None,
+            _ if served().count() >= self.limits.gateways => Some(Refusal::TooMany),
+            _ => None,
+        }
+    }
+
+    fn arrival(&mut self, source: FrameSource, bytes: Bytes) -> Result<(), GatewayError> {
+        let Some(gateway) = self.gateways.get_mut(&source.gateway) else {
+            return Ok(());
+        };
+        if source.number <= gateway.accepted {
+            self.counters.duplicates += 1;
+            return Ok(());
+        }
+        if source.number.0 != gateway.accepted.0 + 1 {
+            return Err(GatewayError {
+                what: "a frame is missing before this one",
+            });
+        }
+        gateway.accepted = source.number;
+        gateway.arriving_bytes += bytes.len();
+        self.counters.arrivals += 1;
+        self.arrivals.push_back((source, bytes));
+        Ok(())
+    }
+
+    /// The next frame for the machine. Each comes once; the log must show it before any output
+    /// that it leads to.
+    pub fn poll_arrival(&mut self) -> Option<(FrameSource, Bytes)> {
+        if self.held {
+            return None;
+        }
+        let (source, bytes) = self.arrivals.pop_front()?;
+        if let Some(gateway) = self.gateways.get_mut(&source.gateway) {
+            gateway.arriving_bytes = gateway.arriving_bytes.saturating_sub(bytes.len());
+        }
+        Some((source, bytes))
+    }
+
+    /// Whether [`FramePort::poll_arrival`] or [`FramePort::poll_event`] would give something.
+    pub fn has_news(&self) -> bool {
+        (!self.held && !self.arrivals.is_empty()) || !self.events.is_empty()
+    }
+
+    /// Holds arrivals back while the machine's queue is full, or lets them go on. What waits here
+    /// is bounded by [`FrameLimits::arrivals`].
+    pub const fn hold_arrivals(&mut self, held: bool) {
+        self.held = held;
+    }
+
+    /// Whether more may be read from a session. When not, it is the machine's turn to take frames.
+    pub fn wants_input(&self, session: SessionId) -> bool {
+        match self.sessions.get(&session).map(|s| &s.standing) {
+            Some(Standing::Welcomed(flow)) => self
+                .gateways
+                .get(&flow.gateway)
+                .is_none_or(|gateway| gateway.arriving_bytes < self.limits.arrivals),
+            _ => true,
+        }
+    }
+
+    /// Appends what is to be written to a session until there are `budget` bytes or nothing is
+    /// left. Says whether the session ends after that.
+    pub fn transmit(&mut self, session: SessionId, out: &mut BytesMut, budget: usize) -> bool {
+        let Some(known) = self.sessions.get_mut(&session) else {
+            return true;
+        };
+        if let Some(first) = known.first.take() {
+            first.encode(out);
+        }
+        let flow = match &mut known.standing {
+            Standing::Welcomed(flow) => flow,
+            Standing::Refused => return true,
+            Standing::Silent | Standing::Waiting(_) => return false,
+        };
+        let Some(gateway) = self.gateways.get_mut(&flow.gateway) else {
+            return true;
+        };
+        if gateway.session != Some(session) {
+            return true;
+        }
+        let skipped = gateway
+            .outputs
+            .partition_point(|(number, _)| *number <= flow.sent);
+        let mut any = false;
+        for (number, bytes) in gateway.outputs.range(skipped..) {
+            if out.len() >= budget {
+                break;
+            }
+            put_frame(out, NetworkPort::default(), *number, bytes);
+            if *number <= flow.resend_through {
+                self.counters.resent += 1;
+            }
+            flow.sent = *number;
+            any = true;
+        }
+        let untold = gateway.committed.0.saturating_sub(flow.told_committed.0);
+        if untold > 0 && (any || flow.tell_now || untold >= COMMITTED_AFTER) {
+            flow.tell_now = false;
+            flow.told_committed = gateway.committed;
+            ToGateway::Committed {
+                through: gateway.committed,
+            }
+            .encode(out);
+        }
+        false
+    }
+}

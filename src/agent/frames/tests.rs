@@ -1,0 +1,280 @@
+//! Tests of the agent's end alone.
+
+use bytes::BytesMut;
+
+use super::*;
+use crate::gateway::frames::{Message, NetworkPort, ToAgent};
+
+const START: Time = Time::from_nanos(0);
+
+fn seconds(seconds: u64) -> Time {
+    START.plus(Span::from_millis(seconds * 1_000))
+}
+
+fn vm(name: &str) -> VmName {
+    VmName::new(name).expect("a name")
+}
+
+const GATEWAY: GatewayIncarnation = GatewayIncarnation(5);
+const OTHER: GatewayIncarnation = GatewayIncarnation(6);
+
+fn port() -> FramePort {
+    let limits = FrameLimits {
+        gateways: 2,
+        outputs: 100,
+        arrivals: 30,
+        absence: Span::from_millis(60_000),
+    };
+    FramePort::new(vm("vm"), Boot([1; 16]), limits)
+}
+
+fn hello(gateway: GatewayIncarnation, term: u64, received: u64) -> ToAgent {
+    ToAgent::Hello(Hello {
+        vm: vm("vm"),
+        gateway,
+        term: Term(term),
+        received: FrameNumber(received),
+    })
+}
+
+/// An output, 15 bytes long.
+fn ethernet(to: GatewayIncarnation) -> Bytes {
+    [&Mac::of(to).0[..], &[2, 0, 0, 0, 0, 99, 8, 0, 42]]
+        .concat()
+        .into()
+}
+
+fn frame(number: u64) -> ToAgent {
+    ToAgent::Frame {
+        port: NetworkPort::default(),
+        number: FrameNumber(number),
+        bytes: Bytes::from_static(&[0; 15]),
+    }
+}
+
+fn written(port: &mut FramePort, session: SessionId) -> (Vec<ToGateway>, bool) {
+    let mut out = BytesMut::new();
+    let ends = port.transmit(session, &mut out, 1 << 16);
+    let mut messages = Vec::new();
+    while let Some(message) = ToGateway::decode(&mut out).expect("well formed") {
+        messages.push(message);
+    }
+    (messages, ends)
+}
+
+fn refusal(port: &mut FramePort, session: SessionId) -> Option<Refusal> {
+    let (messages, ends) = written(port, session);
+    match messages.first() {
+        Some(ToGateway::Refused { why, .. }) if ends => Some(*why),
+        _ => None,
+    }
+}
+
+fn join(port: &mut FramePort, session: u64, gateway: GatewayIncarnation, received: u64) {
+    port.connected(SessionId(session));
+    port.message(SessionId(session), hello(gateway, 1, received))
+        .expect("hello");
+}
+
+/// A leading port whose machine has logged one frame of each of two gateways.
+fn leading() -> FramePort {
+    let mut port = port();
+    let logged = [(GATEWAY, FrameNumber(1)), (OTHER, FrameNumber(1))];
+    port.lead(Term(1), logged, START);
+    port
+}
+
+#[test]
+fn a_frame_that_comes_twice_is_delivered_once_and_a_gap_is_refused() {
+    let mut port = leading();
+    join(&mut port, 1, GATEWAY, 0);
+    for number in [1, 2, 2, 3] {
+        port.message(SessionId(1), frame(number)).expect("a frame");
+    }
+    let numbers: Vec<_> = std::iter::from_fn(|| port.poll_arrival())
+        .map(|(source, _)| source.number.0)
+        .collect();
+    assert_eq!(numbers, [2, 3]);
+    assert_eq!(port.counters().duplicates, 2);
+    assert!(port.message(SessionId(1), frame(5)).is_err());
+}
+
+#[test]
+fn a_hello_waits_for_the_reign_that_it_names() {
+    let mut port = port();
+    join(&mut port, 1, GATEWAY, 0);
+    assert_eq!(written(&mut port, SessionId(1)), (vec![], false));
+    port.lead(Term(1), [], START);
+    let (messages, ends) = written(&mut port, SessionId(1));
+    assert!(matches!(messages[..], [ToGateway::Welcome { .. }]));
+    assert!(!ends);
+    // Deposed: the session is over, and so is one for a term that is past.
+    port.follow(Term(2));
+    assert_eq!(refusal(&mut port, SessionId(1)), Some(Refusal::OtherTerm));
+    join(&mut port, 2, GATEWAY, 0);
+    assert_eq!(refusal(&mut port, SessionId(2)), Some(Refusal::OtherTerm));
+}
+
+#[test]
+fn outputs_go_to_whom_they_are_for() {
+    let mut port = leading();
+    join(&mut port, 1, GATEWAY, 0);
+    join(&mut port, 2, OTHER, 0);
+    port.output(FrameNumber(1), ethernet(GATEWAY));
+    port.output(FrameNumber(4), ethernet(OTHER));
+    let mut broadcast = ethernet(GATEWAY).to_vec();
+    broadcast[..6].fill(0xff);
+    port.output(FrameNumber(5), broadcast.into());
+    let mut numbers = |session| {
+        let (messages, _) = written(&mut port, SessionId(session));
+        messages
+            .iter()
+            .filter_map(|message| match message {
+                ToGateway::Frame { number, .. } => Some(number.0),
+                _ => None,
+            })
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(numbers(1), [1, 5]);
+    assert_eq!(numbers(2), [4, 5]);
+    assert_eq!(port.received_by_all(), FrameNumber(0));
+    let received = |through| ToAgent::Received {
+        through: FrameNumber(through),
+    };
+    port.message(SessionId(1), received(5)).expect("received");
+    assert_eq!(port.received_by_all(), FrameNumber(3));
+    assert!(port.message(SessionId(2), received(6)).is_err());
+}
+
+#[test]
+fn a_gateway_that_stays_away_is_dropped_and_cannot_come_back() {
+    let mut port = leading();
+    join(&mut port, 1, GATEWAY, 0);
+    port.output(FrameNumber(1), ethernet(GATEWAY));
+    port.output(FrameNumber(2), ethernet(OTHER));
+    assert_eq!(port.received_by_all(), FrameNumber(0));
+    port.disconnected(SessionId(1), seconds(10));
+    // The other gateway was known from the log and never came: it goes first.
+    assert_eq!(port.poll_timeout(), Some(seconds(60)));
+    port.handle_timeout(seconds(60));
+    port.handle_timeout(seconds(70));
+    let dropped: Vec<_> = std::iter::from_fn(|| port.poll_event())
+        .filter_map(|event| match event {
+            FrameEvent::Dropped { gateway, why, .. } => Some((gateway, why)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(
+        dropped,
+        [(OTHER, DropReason::Absent), (GATEWAY, DropReason::Absent)]
+    );
+    assert_eq!(port.received_by_all(), FrameNumber(2));
+    join(&mut port, 2, GATEWAY, 0);
+    assert_eq!(refusal(&mut port, SessionId(2)), Some(Refusal::TooLate));
+    join(&mut port, 3, GATEWAY, 1);
+    assert_eq!(refusal(&mut port, SessionId(3)), None);
+}
+
+#[test]
+fn a_gateway_that_takes_nothing_is_dropped_at_the_bound() {
+    let mut port = leading();
+    join(&mut port, 1, GATEWAY, 0);
+    for number in 1..=7 {
+        port.output(FrameNumber(number), ethernet(GATEWAY));
+    }
+    assert_eq!(refusal(&mut port, SessionId(1)), Some(Refusal::TooLate));
+    assert_eq!(port.received_by_all(), FrameNumber(7));
+}
+
+#[test]
+fn a_machine_that_takes_nothing_stops_the_gateway() {
+    let mut port = leading();
+    join(&mut port, 1, GATEWAY, 0);
+    port.message(SessionId(1), frame(2)).expect("a frame");
+    assert!(port.wants_input(SessionId(1)));
+    port.message(SessionId(1), frame(3)).expect("a frame");
+    assert!(!port.wants_input(SessionId(1)), "30 bytes of 30 wait");
+    port.hold_arrivals(true);
+    assert_eq!((port.poll_arrival(), port.has_news()), (None, true));
+    while port.poll_event().is_some() {}
+    assert!(!port.has_news());
+    port.hold_arrivals(false);
+    assert!(port.has_news());
+    port.poll_arrival();
+    assert!(port.wants_input(SessionId(1)));
+}
+
+#[test]
+fn frames_are_committed_to_the_gateway_when_the_log_is() {
+    let mut port = leading();
+    join(&mut port, 1, GATEWAY, 0);
+    written(&mut port, SessionId(1));
+    port.message(SessionId(1), frame(2)).expect("a frame");
+    let (source, _) = port.poll_arrival().expect("it arrives");
+    port.logged(source, LogIndex(7));
+    port.committed(LogIndex(6), START);
+    assert_eq!(port.poll_timeout(), Some(seconds(60)));
+    port.committed(LogIndex(7), START);
+    assert_eq!(written(&mut port, SessionId(1)).0, []);
+    port.handle_timeout(START.plus(COMMITTED_WITHIN));
+    assert_eq!(
+        written(&mut port, SessionId(1)).0,
+        [ToGateway::Committed {
+            through: FrameNumber(2)
+        }]
+    );
+}
+
+#[test]
+fn a_replica_keeps_outputs_until_all_gateways_have_them() {
+    let mut port = leading();
+    port.follow(Term(1));
+    port.output(FrameNumber(1), ethernet(GATEWAY));
+    port.output(FrameNumber(2), ethernet(GATEWAY));
+    port.forget(FrameNumber(3));
+    // Replay comes to it later than the gateway did.
+    port.output(FrameNumber(3), ethernet(GATEWAY));
+    port.output(FrameNumber(4), ethernet(GATEWAY));
+    port.lead(Term(2), [], START);
+    port.connected(SessionId(1));
+    port.message(SessionId(1), hello(GATEWAY, 2, 3))
+        .expect("hello");
+    let (messages, _) = written(&mut port, SessionId(1));
+    let numbers: Vec<_> = messages
+        .iter()
+        .filter_map(|message| match message {
+            ToGateway::Frame { number, .. } => Some(number.0),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(numbers, [4]);
+    // One that lacks what all were thought to have cannot go on.
+    port.connected(SessionId(2));
+    port.message(SessionId(2), hello(GATEWAY, 2, 2))
+        .expect("hello");
+    assert_eq!(refusal(&mut port, SessionId(2)), Some(Refusal::TooLate));
+}
+
+#[test]
+fn strangers_are_turned_away() {
+    let mut port = leading();
+    port.connected(SessionId(1));
+    assert!(port.message(SessionId(1), frame(1)).is_err());
+    let wrong = ToAgent::Hello(Hello {
+        vm: vm("another"),
+        gateway: GATEWAY,
+        term: Term(1),
+        received: FrameNumber(0),
+    });
+    port.connected(SessionId(2));
+    port.message(SessionId(2), wrong).expect("hello");
+    assert_eq!(refusal(&mut port, SessionId(2)), Some(Refusal::UnknownVm));
+    join(&mut port, 3, GATEWAY, 0);
+    join(&mut port, 4, OTHER, 0);
+    join(&mut port, 5, GatewayIncarnation(7), 0);
+    assert_eq!(refusal(&mut port, SessionId(5)), Some(Refusal::TooMany));
+    // The same gateway again takes the place of its older session.
+    join(&mut port, 6, GATEWAY, 0);
+    assert_eq!(refusal(&mut port, SessionId(6)), None);
+    assert!(written(&mut port, SessionId(3)).1, "the older one ends");
+}

@@ -1,0 +1,95 @@
+//! What is said about an agent's end of the frames: its limits, its events, what it counts.
+
+use replay_log::{FrameNumber, GatewayIncarnation};
+use thiserror::Error;
+
+use crate::gateway::frames::Refusal;
+use crate::protocol::Span;
+
+/// What one VM keeps for its gateways.
+#[derive(Clone, Copy, Debug)]
+pub struct FrameLimits {
+    /// How many gateways may be served at the same time.
+    pub gateways: usize,
+    /// Bytes of outputs kept for one gateway; one that lacks more is dropped.
+    pub outputs: usize,
+    /// Bytes of frames that wait for the machine, for each gateway; beyond it nothing is read from
+    /// the gateway.
+    pub arrivals: usize,
+    /// How long a gateway may be away before it is dropped and what was kept for it is forgotten.
+    pub absence: Span,
+}
+
+impl Default for FrameLimits {
+    fn default() -> Self {
+        Self {
+            gateways: 64,
+            outputs: 4 << 20,
+            arrivals: 1 << 20,
+            absence: Span::from_millis(60_000),
+        }
+    }
+}
+
+/// Something the journal should say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FrameEvent {
+    /// A gateway is served.
+    Welcomed {
+        /// Which.
+        gateway: GatewayIncarnation,
+        /// The last of its frames that the machine has or will get.
+        logged: FrameNumber,
+        /// How many outputs are sent to it again.
+        resent: usize,
+    },
+    /// A gateway was turned away.
+    Refused {
+        /// Which.
+        gateway: GatewayIncarnation,
+        /// Why.
+        why: Refusal,
+    },
+    /// A gateway stayed away for too long, or took nothing for too long; what was kept for it is
+    /// forgotten and it cannot go on.
+    Dropped {
+        /// Which.
+        gateway: GatewayIncarnation,
+        /// Why.
+        why: DropReason,
+        /// How many outputs were forgotten.
+        outputs: usize,
+    },
+}
+
+/// Why a gateway was dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DropReason {
+    /// It was away longer than [`FrameLimits::absence`].
+    Absent,
+    /// It lacked more than [`FrameLimits::outputs`].
+    TooFarBehind,
+}
+
+/// A gateway broke the rules: its session is closed, nothing else is disturbed.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("the gateway broke the frame protocol: {what}")]
+pub struct GatewayError {
+    /// How.
+    pub what: &'static str,
+}
+
+/// What has gone through a port, for metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FramePortCounters {
+    /// Frames handed to the machine.
+    pub arrivals: u64,
+    /// Frames that came a second time and were dropped.
+    pub duplicates: u64,
+    /// Outputs queued for gateways, once for each gateway.
+    pub outputs: u64,
+    /// Outputs that were sent again after a welcome.
+    pub resent: u64,
+    /// Outputs that nobody was there for.
+    pub unclaimed: u64,
+}
