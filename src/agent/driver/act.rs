@@ -175,6 +175,7 @@ impl VmDriver {
     // ---- durable state ----
 
     fn persist(&mut self, durable: Durable) {
+        self.log.set_incarnation(durable.incarnation);
         if durable.acks != self.acks {
             self.acks = durable.acks;
             self.log

@@ -118,11 +118,6 @@ impl Guest {
         self.process.recv().await
     }
 
-    /// The next thing it has said already.
-    pub fn take(&mut self) -> Result<Option<FromVm>, IpcError> {
-        self.process.take()
-    }
-
     /// Says something to it.
     pub fn tell(&self, message: &ToVm) -> Result<(), GuestError> {
         Ok(self.process.sender().send(message)?)

@@ -8,6 +8,8 @@ use super::guest::Doing;
 use super::keeper::Returned;
 use super::{Back, ToDriver, VmDriver};
 use crate::agent::clock::now;
+use crate::agent::frames::{DropReason, FrameEvent};
+use crate::agent::journal::Incident;
 use crate::agent::operator::{VmAnswer, VmQuestion};
 use crate::agent::vm_process::{FromVm, IpcError};
 use crate::protocol::{Input, Message};
@@ -44,8 +46,12 @@ impl VmDriver {
     fn answer(&mut self, question: VmQuestion) -> VmAnswer {
         match question {
             VmQuestion::Status => VmAnswer::Status(Box::new(self.status())),
-            VmQuestion::Do(operator) => {
-                self.inputs.push_back(Input::Operator(operator));
+            VmQuestion::Do(order) => {
+                if self.asked_keeper {
+                    self.inputs.push_back(Input::Operator(order));
+                } else {
+                    self.early_orders.push(order);
+                }
                 VmAnswer::Taken
             }
         }
@@ -64,7 +70,13 @@ impl VmDriver {
                     self.persisting = false;
                     self.persist_next();
                 }
+                let answered = matches!(input, Input::RecordRead(_) | Input::ReadFailed { .. });
                 self.inputs.push_back(input);
+                if answered {
+                    self.asked_keeper = true;
+                    let orders = std::mem::take(&mut self.early_orders);
+                    self.inputs.extend(orders.into_iter().map(Input::Operator));
+                }
             }
             Back::Parts(run, boots, parts) => self.start_guest(run, boots, parts),
         }
@@ -96,6 +108,9 @@ impl VmDriver {
         let Some(guest) = &mut self.guest else { return };
         let run = guest.run();
         match said {
+            FromVm::Ready if guest.doing() == Doing::Recording => {
+                self.inputs.push_back(Input::WentLive { run });
+            }
             FromVm::Ready => {}
             FromVm::Shipped { batch, frames } => self.shipped(&batch, &frames),
             FromVm::Output(output) => {
@@ -156,6 +171,9 @@ impl VmDriver {
 
     /// What gateways have sent goes to the guest; what they have received is told the node.
     pub(super) fn hear_gateways(&mut self) {
+        while let Some(event) = self.gateways.port.poll_event() {
+            self.env.journal.write(Some(&self.vm), incident(event));
+        }
         let Some(guest) = &self.guest else { return };
         let run = guest.run();
         let mut failed = None;
@@ -177,6 +195,37 @@ impl VmDriver {
             self.told_received = received;
             self.inputs
                 .push_back(Input::GatewayReceived { through: received });
+        }
+    }
+}
+
+/// What the journal says about a gateway.
+fn incident(event: FrameEvent) -> Incident {
+    match event {
+        FrameEvent::Welcomed {
+            gateway, resent, ..
+        } => Incident::GatewayWelcomed {
+            gateway: gateway.0,
+            resent: resent as u64,
+        },
+        FrameEvent::Refused { gateway, why } => Incident::GatewayRefused {
+            gateway: gateway.0,
+            why: why.as_str().to_owned(),
+        },
+        FrameEvent::Dropped {
+            gateway,
+            why,
+            outputs,
+        } => {
+            let why = match why {
+                DropReason::Absent => "it was away for too long",
+                DropReason::TooFarBehind => "it lacks more than is kept for it",
+            };
+            let why = format!("{why}; {outputs} outputs for it are forgotten");
+            Incident::GatewayRefused {
+                gateway: gateway.0,
+                why,
+            }
         }
     }
 }

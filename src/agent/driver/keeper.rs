@@ -139,6 +139,11 @@ impl LogKeeper {
         self.ask(Work::LookUp(peer, index), news);
     }
 
+    /// What is held is this holding.
+    pub const fn set_incarnation(&mut self, incarnation: Incarnation) {
+        self.incarnation = incarnation;
+    }
+
     /// From the next holding on, or from now on while nothing is held, the log is kept like this.
     pub fn set_options(&mut self, options: FileOptions) {
         self.options = options;

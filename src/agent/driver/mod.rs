@@ -142,6 +142,10 @@ pub struct VmDriver {
     back: UnboundedReceiver<Back>,
     to_back: UnboundedSender<Back>,
     inputs: VecDeque<Input>,
+    /// The keeper of records has been asked and has answered, or could not be reached.
+    asked_keeper: bool,
+    /// Orders that came before that: the protocol could only refuse them.
+    early_orders: Vec<protocol::Operator>,
     persisting: bool,
     to_persist: VecDeque<crate::protocol::Durable>,
     acks: crate::protocol::Acks,
@@ -191,6 +195,8 @@ impl VmDriver {
             back,
             to_back,
             inputs: VecDeque::new(),
+            asked_keeper: false,
+            early_orders: Vec::new(),
             persisting: false,
             to_persist: VecDeque::new(),
             acks: durable.acks,
@@ -231,7 +237,7 @@ impl VmDriver {
             if !open {
                 break;
             }
-            self.take_what_is_ready();
+            self.take_what_is_ready().await;
             let now = now();
             while let Some(input) = self.inputs.pop_front() {
                 self.node.handle(now, input);
@@ -265,7 +271,7 @@ impl VmDriver {
 
     /// Takes what has arrived already, so that a late driver does not believe in a silence that is
     /// only its own.
-    fn take_what_is_ready(&mut self) {
+    async fn take_what_is_ready(&mut self) {
         for _ in 0..INPUTS_AT_ONCE {
             let Ok(heard) = self.inbox.try_recv() else {
                 break;
@@ -273,12 +279,13 @@ impl VmDriver {
             self.hear(heard);
         }
         for _ in 0..INPUTS_AT_ONCE {
-            let said = match &mut self.guest {
-                Some(guest) => guest.take().transpose(),
-                None => None,
+            let said = tokio::select! {
+                biased;
+                said = Self::guest_says(&mut self.guest) => Some(said),
+                () = std::future::ready(()) => None,
             };
             let Some(said) = said else { break };
-            self.hear_guest(said.map(Some));
+            self.hear_guest(said);
         }
         while let Ok(returned) = self.returns.try_recv() {
             self.hear_store(returned);
