@@ -7,6 +7,10 @@
 //! - Hand in whatever has arrived before calling `handle_timeout`: a late driver must not make the
 //!   node believe in a silence that is only its own.
 //! - Actions on the store happen in order. `Append` makes a batch readable for `StreamLog` at once.
+//! - `Stored` and `Synced` name the incarnation of the last `Persist` that was carried out before
+//!   the `Append` or `Sync` they answer.
+//! - The disks of this host's last recording run are kept, as they were last flushed, until
+//!   another run records here: `Boot` with `cold` starts from them.
 //! - What an earlier holding or an earlier run of the VM still reports may be handed in; the
 //!   [`Incarnation`] and [`VmRun`] it carries let the node ignore it.
 

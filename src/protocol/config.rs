@@ -1,6 +1,6 @@
 //! What a node is told when it is made: who it is, its patience, and what survived on its disk.
 
-use replay_log::LogTip;
+use replay_log::{LogTip, Term};
 use serde::{Deserialize, Serialize};
 
 use super::message::Claim;
@@ -125,6 +125,8 @@ pub struct Durable {
     pub acks: Acks,
     /// The promise to hear no older term.
     pub promise: Option<Claim>,
+    /// The last term by which the guest ran live here: whose disks this host has.
+    pub live: Term,
 }
 
 /// What a node is restored from.
@@ -134,7 +136,10 @@ pub struct Restored {
     pub durable: Durable,
     /// The log that was found on disk, whole batches, checked; the default when there is none.
     pub log: LogTip,
-    /// The store had to give up log that it had reported as synced (a replaced disk, a flipped
-    /// bit), so acknowledged log may be missing.
+    /// The store is damaged (a flipped bit, segments gone), so acknowledged log may be missing.
+    /// To be said at every start until [`super::Action::DropLog`] has replaced the store.
     pub damaged: bool,
+    /// Where a host without durable state begins to count its incarnations. Drawn at random, so
+    /// that a host with a replaced disk is never taken for what it was before.
+    pub fresh: Incarnation,
 }

@@ -14,7 +14,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use replay_log::{Batch, LogIndex, LogTip, Term};
+use replay_log::{Batch, LogIndex, LogTip};
 
 use super::api::{Action, Swapped};
 use super::core::Core;
@@ -141,8 +141,12 @@ impl Controller {
     /// Begins, and goes as far as it can at once.
     pub(super) fn begin(&mut self, core: &mut Core) -> Turn {
         if self.kind.boots() {
+            // If this claim wins and the host dies before the guest runs, the disks still count.
+            core.durable.live = self.claim.term;
             if core.log.appended.index > LogIndex::START {
                 core.renew(true, "the machine is to be booted");
+            } else {
+                core.persist();
             }
             self.phase = Phase::Preparing;
         } else {
@@ -351,7 +355,8 @@ impl Controller {
     }
 
     fn prepare(&mut self, core: &mut Core) -> Option<Turn> {
-        if !core.settled() || core.log.appended.index > LogIndex::START {
+        let durable = core.persisted.live == self.claim.term;
+        if !durable || !core.settled() || core.log.appended.index > LogIndex::START {
             return None;
         }
         self.chosen = LogTip::default();
@@ -546,6 +551,16 @@ impl Controller {
             kind: self.kind.clone(),
             base: self.chosen,
         }
+    }
+
+    /// The seals that are missing need not be waited for any more.
+    pub(super) fn operator_accepts_loss(&mut self, core: &mut Core) -> Turn {
+        if !self.kind.boots() && matches!(self.phase, Phase::Sealing) {
+            self.kind = Kind::Forced {
+                silence: core.now.since(self.began),
+            };
+        }
+        self.advance(core)
     }
 
     /// The record is known to be another than the one this claim rests on.

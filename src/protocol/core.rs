@@ -100,6 +100,7 @@ impl Core {
             durable,
             log,
             damaged,
+            fresh,
         } = restored;
         let highest = durable.promise.as_ref().map_or(Term(0), |p| p.term);
         let mut core = Self {
@@ -128,23 +129,25 @@ impl Core {
             highest: highest.max(log.term),
             actions: VecDeque::new(),
         };
-        core.begin(damaged);
+        core.begin(damaged, fresh);
         core
     }
 
     /// Decides whether the holding found on disk is still the one that was acknowledged.
-    fn begin(&mut self, damaged: bool) {
+    fn begin(&mut self, damaged: bool, fresh: Incarnation) {
         let had = self.durable.incarnation != Incarnation(0);
-        let forgetful = self.durable.acks == Acks::Memory && !self.mutated(Mutation::Amnesia);
-        let kept = had && !damaged && !forgetful;
-        if !kept {
-            self.durable.incarnation = self.durable.incarnation.next();
+        if !had {
+            self.durable.incarnation = fresh.max(Incarnation(1));
             self.persist();
+        } else if damaged {
+            self.renew(true, "the log on disk is damaged");
+        } else if self.durable.acks == Acks::Memory && !self.mutated(Mutation::Amnesia) {
+            self.renew(false, "what was acknowledged from memory is gone");
         }
         if had {
             self.journal(Event::Restarted {
                 incarnation: self.durable.incarnation,
-                kept,
+                kept: self.settled(),
                 index: self.log.appended.index,
             });
         }
@@ -228,7 +231,12 @@ impl Core {
                     incarnation: self.durable.incarnation,
                 });
             }
-            Renewal::Keep if named => self.renewal = Renewal::None,
+            Renewal::Keep if named => {
+                // What the store reported under the old name was ignored: it has to say it again.
+                self.renewal = Renewal::None;
+                self.log.syncing = false;
+                self.sync();
+            }
             _ => {}
         }
         !before && self.settled()

@@ -10,13 +10,13 @@
 
 use replay_log::LogTip;
 
-use super::api::{Action, Input, StopReason, Swapped};
+use super::api::{Action, Input, Operator, StopReason, Swapped};
 use super::config::{Config, Restored};
 use super::controller::{Controller, Kind};
 use super::core::{Core, Greeting};
 use super::event::Event;
 use super::message::{Message, PROTOCOL_VERSION};
-use super::name::HostName;
+use super::name::{HostName, Incarnation};
 use super::primary::Primary;
 use super::record::Record;
 use super::replica::Replica;
@@ -146,6 +146,11 @@ impl Node {
         }
     }
 
+    /// The holding this host has, or is about to have.
+    pub fn incarnation(&self) -> Incarnation {
+        self.core.durable.incarnation
+    }
+
     fn replica_role(&self, replica: &Replica) -> RoleName {
         let core = &self.core;
         let concerned = core
@@ -212,6 +217,9 @@ impl Node {
                 return match &mut self.role {
                     Role::Replica(replica) => replica.operator(core, wish),
                     Role::Primary(primary) => primary.operator(core, wish),
+                    Role::Claimant(controller) if wish == Operator::AcceptLoss => {
+                        controller.operator_accepts_loss(core)
+                    }
                     Role::Claimant(_) => {
                         let why = "this host claims the VM at the moment: try again".to_owned();
                         core.journal(Event::OperatorRefused { why });

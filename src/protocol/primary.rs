@@ -168,7 +168,7 @@ impl Primary {
                 promise: Some(promise),
                 ..
             } if term == self.term => self.challenged(core, from, promise),
-            Message::Refused { term, why, .. } => self.refused(core, from, term, why),
+            Message::Refused { term, .. } => self.switchover_refused(core, from, term),
             Message::Fetch { term, after } => {
                 let promised = core.durable.promise.as_ref();
                 if promised.is_some_and(|p| p.term == term && p.claimant == *from) {
@@ -251,6 +251,8 @@ impl Primary {
         if run == core.run && matches!(self.phase, Phase::GoingLive) {
             self.phase = Phase::Live;
             core.journal(Event::WentLive { term: self.term });
+            core.durable.live = self.term;
+            core.persist();
         }
         self.advance(core)
     }
@@ -329,13 +331,6 @@ impl Primary {
             });
             self.challenge = Some(promise);
         }
-    }
-
-    fn refused(&mut self, core: &mut Core, from: &HostName, term: Term, why: Refusal) {
-        if term == self.term && why != Refusal::RecordMovedOn {
-            core.feeds.stop(from, &mut core.actions);
-        }
-        self.switchover_refused(core, from, term);
     }
 
     // --- commit ------------------------------------------------------------------------------

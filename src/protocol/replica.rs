@@ -15,7 +15,7 @@
 
 use std::collections::BTreeSet;
 
-use replay_log::{Batch, FrameNumber, LogIndex, LogTip, Term};
+use replay_log::{Batch, LogIndex, LogTip, Term};
 
 use super::api::{Operator, StopReason};
 use super::controller::Kind;
@@ -54,6 +54,10 @@ pub(super) struct Replica {
     detector: Detector,
     suspected: bool,
     abdicated: bool,
+    /// Whom the journal says that this host follows.
+    followed: Option<(HostName, Term)>,
+    /// Since when the log here has ended at this place, and the primary's not.
+    behind: Option<(Time, LogIndex)>,
     inquiry: Option<Inquiry>,
     /// No claim before this.
     not_before: Time,
@@ -73,6 +77,8 @@ impl Replica {
             detector: Detector::new(core.awake(), &core.config.timing),
             suspected: false,
             abdicated: false,
+            followed: None,
+            behind: None,
             inquiry: None,
             not_before: core.now,
             sealing: None,
@@ -108,10 +114,16 @@ impl Replica {
             Message::Log { term, batch } => self.log(core, from, term, batch),
             Message::Heartbeat {
                 version,
-                tail: _,
+                tail,
                 committed,
                 forget,
-            } => self.heartbeat(core, from, version, committed, forget),
+            } => {
+                if self.heartbeat(core, from, version) {
+                    self.compare_tail(core, from, tail);
+                    core.committed = core.committed.max(committed.min(core.log.appended.index));
+                    core.forget(forget);
+                }
+            }
             Message::Diverged { authority, tip } => self.diverged(core, from, &authority, tip),
             Message::Inquire { base } => self.inquired(core, from, base),
             Message::Heard { base, alive } => return self.heard(core, from, base, alive),
@@ -187,12 +199,16 @@ impl Replica {
         if let Authority::Reign(version) = &authority {
             self.alive(core);
             self.abdicated = false;
-            let event = Event::Following {
-                primary: from.clone(),
-                term: version.term,
-                index: after.index,
-            };
-            core.journal(event);
+            let following = (from.clone(), version.term);
+            if self.followed.as_ref() != Some(&following) {
+                self.followed = Some(following);
+                let event = Event::Following {
+                    primary: from.clone(),
+                    term: version.term,
+                    index: after.index,
+                };
+                core.journal(event);
+            }
         }
         core.ensure_replay();
         self.source = Some(Source {
@@ -219,25 +235,31 @@ impl Replica {
         core.append(batch);
     }
 
-    fn heartbeat(
-        &mut self,
-        core: &mut Core,
-        from: &HostName,
-        version: Version,
-        committed: LogIndex,
-        forget: FrameNumber,
-    ) {
+    /// Says whether it comes from the primary whose log is taken.
+    fn heartbeat(&mut self, core: &mut Core, from: &HostName, version: Version) -> bool {
         if !self.may_reign(core, from, version) {
-            return;
+            return false;
         }
         self.alive(core);
         self.detector.beat(core.awake());
         let ours = self.source.as_ref().is_some_and(|s| s.host == *from);
-        if ours {
-            core.committed = core.committed.max(committed.min(core.log.appended.index));
-            core.forget(forget);
-        } else if core.now >= self.hello_at {
+        if !ours && core.now >= self.hello_at {
             self.hello_at = core.now.plus(core.config.timing.retry);
+            core.hello(from);
+        }
+        ours
+    }
+
+    /// A stream that has stopped although there is more log is asked for again.
+    fn compare_tail(&mut self, core: &mut Core, from: &HostName, tail: LogIndex) {
+        let own = core.log.appended.index;
+        if tail <= own || self.behind.is_none_or(|(_, at)| at != own) {
+            self.behind = (tail > own).then_some((core.now, own));
+        } else if let Some((since, _)) = self.behind
+            && core.now.since(since) >= core.config.timing.claim_patience
+        {
+            self.behind = None;
+            self.source = None;
             core.hello(from);
         }
     }
@@ -462,7 +484,8 @@ impl Replica {
 
     /// Everybody has lost what was only in memory: the host that was the primary has the disks.
     fn cold_boot(&mut self, core: &mut Core, record: &Record) -> Turn {
-        let here = record.primary.host == *core.host();
+        // A primary that never came to run the guest has not got the disks either.
+        let here = record.primary.host == *core.host() && core.durable.live == record.term;
         if !here || record.policy.acks != Acks::Memory || !core.settled() {
             return Turn::Stay;
         }
@@ -508,12 +531,8 @@ impl Replica {
                 self.source = None;
             }
         }
-        let primary = core.record.as_ref().map(|r| r.primary.host.clone());
-        if let Some(primary) = primary
-            && self.source.as_ref().is_none_or(|s| s.host != primary)
-        {
-            core.hello(&primary);
-        }
+        // Its stream is probably under way; if not, its next heartbeats will find none.
+        self.hello_at = core.now.plus(core.config.timing.heartbeat);
     }
 
     pub(super) fn record_read(&mut self, core: &mut Core) -> Turn {
@@ -571,7 +590,13 @@ impl Replica {
                         base: Some(base),
                     };
                 }
-                _ => "this host holds no log of the VM: ask a host that does",
+                Some(base) if core.durable.live > Term(0) => {
+                    return Turn::Claim {
+                        kind: Kind::Cold,
+                        base: Some(base),
+                    };
+                }
+                _ => "this host has neither log nor disks of the VM: ask a host that does",
             },
             Operator::Pair { .. } | Operator::Switchover { .. } => {
                 "this host is not the primary: ask the one that is"

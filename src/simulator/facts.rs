@@ -1,0 +1,173 @@
+//! What is checked: facts that the simulated world states as they happen, with a view of the whole
+//! that no host has.
+
+use std::collections::BTreeSet;
+
+use replay_log::MemoryStore;
+use replay_log::{Chain, FrameNumber, LogIndex, LogTip, Store, Term};
+
+use super::invariants;
+use super::options::Violation;
+use super::queue::Moment;
+use crate::protocol::{Durable, HostName, Incarnation, Record};
+
+/// Something that an invariant may forbid.
+#[derive(Clone, Debug)]
+pub(super) enum Fact {
+    /// A host asks the keeper for this record.
+    Proposed(Record),
+    /// The keeper has committed a record.
+    Recorded(Record),
+    /// The keeper has committed a record under which the machine starts from power-on, because the
+    /// copies of the record before are gone: its log and its outputs begin anew.
+    Lost { before: Record },
+    /// A machine starts from power-on.
+    Booted,
+    /// A host reigns, with this log.
+    Promoted { term: Term, tip: LogTip },
+    /// A primary let out the outputs through here.
+    Released {
+        host: usize,
+        term: Term,
+        through: LogIndex,
+    },
+    /// One of them.
+    LetOut { number: FrameNumber, content: u64 },
+    /// A gateway passed an output.
+    Passed {
+        gateway: u64,
+        term: Term,
+        number: FrameNumber,
+        content: u64,
+    },
+    /// A host's durable state is another.
+    Persisted { host: usize, durable: Durable },
+    /// A host gets an empty disk.
+    Replaced { host: usize },
+    /// A copy's machine did not do what the log says.
+    Diverged { host: usize, what: String },
+    /// A client got the answer to a request that it sent when it had seen `floor`.
+    Answered { key: u32, value: u64, floor: u64 },
+    /// An operator accepted loss: history goes on from this log.
+    LossAccepted { tip: LogTip },
+}
+
+/// A host as the omniscient see it.
+#[derive(Clone, Debug)]
+pub(super) struct HostView {
+    pub(super) name: HostName,
+    /// The holding that a claimant would hear of, once the host is up.
+    pub(super) incarnation: Incarnation,
+    pub(super) store: MemoryStore,
+    /// Up, or its log would survive a restart as the same holding.
+    pub(super) intact: bool,
+}
+
+impl HostView {
+    /// The chain of its log there.
+    pub(super) fn chain_at(&self, index: LogIndex) -> Option<Chain> {
+        if index == LogIndex::START {
+            return Some(Chain::default());
+        }
+        self.store.chain_at(index).ok().flatten()
+    }
+}
+
+/// What invariants may look at.
+#[derive(Debug)]
+pub(super) struct View<'a> {
+    pub(super) hosts: &'a [HostView],
+    pub(super) record: Option<&'a Record>,
+    /// The furthest that output was let out in the present history.
+    pub(super) released: Released,
+}
+
+/// A place in the log, as far as which output was let out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Released {
+    pub(super) index: LogIndex,
+    pub(super) chain: Chain,
+}
+
+impl View<'_> {
+    pub(super) fn host(&self, name: &HostName) -> Option<&HostView> {
+        self.hosts.iter().find(|host| host.name == *name)
+    }
+
+    /// Whether a host's log holds everything that was let out.
+    pub(super) fn holds_released(&self, host: &HostView) -> bool {
+        host.chain_at(self.released.index) == Some(self.released.chain)
+    }
+}
+
+/// One thing that must never happen.
+pub(super) trait Invariant: std::fmt::Debug {
+    /// Its name: that of its file.
+    fn name(&self) -> &'static str;
+
+    /// Whether it still holds after this fact; if not, what was found.
+    fn check(&mut self, fact: &Fact, view: &View<'_>) -> Result<(), String>;
+}
+
+/// Checks every fact against every invariant.
+#[derive(Debug)]
+pub(super) struct Checker {
+    invariants: Vec<Box<dyn Invariant>>,
+    released: Released,
+    seen: BTreeSet<&'static str>,
+}
+
+impl Checker {
+    pub(super) fn new() -> Self {
+        Self {
+            invariants: invariants::all(),
+            released: Released::default(),
+            seen: BTreeSet::new(),
+        }
+    }
+
+    pub(super) fn check(
+        &mut self,
+        at: Moment,
+        fact: &Fact,
+        hosts: &[HostView],
+        record: Option<&Record>,
+    ) -> Result<(), Violation> {
+        self.note(fact, hosts);
+        let view = View {
+            hosts,
+            record,
+            released: self.released,
+        };
+        for invariant in &mut self.invariants {
+            self.seen.insert(invariant.name());
+            invariant.check(fact, &view).map_err(|what| Violation {
+                invariant: invariant.name(),
+                at,
+                what,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, fact: &Fact, hosts: &[HostView]) {
+        match fact {
+            Fact::Lost { .. } | Fact::Booted => self.released = Released::default(),
+            Fact::LossAccepted { tip } if tip.index < self.released.index => {
+                self.released = Released {
+                    index: tip.index,
+                    chain: tip.chain,
+                };
+            }
+            Fact::Released { host, through, .. } if *through > self.released.index => {
+                if let Some(chain) = hosts.get(*host).and_then(|host| host.chain_at(*through)) {
+                    self.released = Released {
+                        index: *through,
+                        chain,
+                    };
+                }
+            }
+            _ => {}
+        }
+    }
+}

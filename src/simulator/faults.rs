@@ -1,0 +1,290 @@
+//! What goes wrong: which faults a seed has, when they come, and how they are repaired.
+
+use replay_log::Store;
+
+use super::facts::Fact;
+use super::queue::{MILLI, Moment, SECOND};
+use super::random::Random;
+use super::world::{Event, World};
+use crate::protocol::{Durable, Input, Operator};
+
+/// Something broken, as what has to be repaired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    Crash(usize),
+    Block(usize, usize),
+    Isolation(usize),
+    WitnessDown,
+    WitnessBlocked(usize),
+    GatewayBlocked(usize),
+    SlowDisk(usize),
+    SlowVm(usize),
+    Loss(u64),
+}
+
+/// The kinds there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Kill,
+    PowerLoss,
+    KillPrimary,
+    Pause,
+    PausePrimary,
+    Partition,
+    OneWay,
+    Isolate,
+    WitnessDown,
+    WitnessBlocked,
+    GatewayBlocked,
+    GatewayRestart,
+    SlowDisk,
+    SlowVm,
+    StoreFails,
+    NewDisk,
+    BadDisk,
+    VmFails,
+    Loss,
+    Switchover,
+}
+
+const KINDS: [Kind; 20] = [
+    Kind::Kill,
+    Kind::PowerLoss,
+    Kind::KillPrimary,
+    Kind::Pause,
+    Kind::PausePrimary,
+    Kind::Partition,
+    Kind::OneWay,
+    Kind::Isolate,
+    Kind::WitnessDown,
+    Kind::WitnessBlocked,
+    Kind::GatewayBlocked,
+    Kind::GatewayRestart,
+    Kind::SlowDisk,
+    Kind::SlowVm,
+    Kind::StoreFails,
+    Kind::NewDisk,
+    Kind::BadDisk,
+    Kind::VmFails,
+    Kind::Loss,
+    Kind::Switchover,
+];
+
+/// The temperament of a seed.
+#[derive(Clone, Debug)]
+pub(super) struct Faults {
+    kinds: Vec<Kind>,
+    /// Mean time between two faults.
+    gap: Moment,
+    /// For how long faults come.
+    pub(super) phase: Moment,
+}
+
+impl Faults {
+    pub(super) fn choose(random: &mut Random) -> Self {
+        let share = random.between(150, 900);
+        let mut kinds: Vec<_> = KINDS.into_iter().filter(|_| random.chance(share)).collect();
+        kinds.push(*random.pick(&[Kind::KillPrimary, Kind::PausePrimary, Kind::Partition]));
+        Self {
+            kinds,
+            gap: *random.pick(&[60, 150, 300, 700]) * MILLI,
+            phase: random.between(2, 5) * SECOND,
+        }
+    }
+}
+
+impl World {
+    fn primary(&self) -> Option<usize> {
+        let record = self.witness.record.as_ref()?;
+        self.number_of(&record.primary.host)
+    }
+
+    fn any_host(&mut self) -> usize {
+        let hosts = self.hosts.len() as u64;
+        self.random.below(hosts) as usize
+    }
+
+    pub(super) fn break_something(&mut self) {
+        if self.is_healed() {
+            return;
+        }
+        let gap = self.faults.gap;
+        let next = self.now + gap / 4 + self.random.below(gap * 3 / 2);
+        self.queue.plan(next, Event::Break);
+        let kind = *self.random.pick(&self.faults.kinds);
+        self.counts.faults += 1;
+        let mut host = self.any_host();
+        if matches!(kind, Kind::KillPrimary | Kind::PausePrimary) {
+            host = self.primary().unwrap_or(host);
+        }
+        if self.options.trace {
+            self.trace
+                .say(self.now, &format!("*** {kind:?} at host{host}"));
+        }
+        self.inflict(kind, host);
+    }
+
+    fn inflict(&mut self, kind: Kind, host: usize) {
+        let short = self.random.between(20, 400) * MILLI;
+        let long = self.random.between(100, 2_000) * MILLI;
+        match kind {
+            Kind::Kill | Kind::KillPrimary => self.crash(host, false, long),
+            Kind::PowerLoss => self.crash(host, true, long),
+            Kind::Pause | Kind::PausePrimary => {
+                let span = if self.random.chance(400) { long } else { short };
+                let until = &mut self.hosts[host].paused_until;
+                *until = (*until).max(self.now + span);
+            }
+            Kind::Partition | Kind::OneWay => {
+                let other = self.any_host();
+                if other != host {
+                    self.block(host, other, long);
+                    if kind == Kind::Partition {
+                        self.block(other, host, long);
+                    }
+                }
+            }
+            Kind::Isolate => {
+                for other in (0..self.hosts.len()).filter(|other| *other != host) {
+                    self.network.block(host, other);
+                    self.network.block(other, host);
+                }
+                self.gateway_blocks[host] += 1;
+                self.witness_blocks[host] += 1;
+                self.repair_after(long, Fault::Isolation(host));
+            }
+            Kind::WitnessDown => {
+                self.witness.down += 1;
+                self.repair_after(long, Fault::WitnessDown);
+            }
+            Kind::WitnessBlocked => {
+                self.witness_blocks[host] += 1;
+                self.repair_after(long, Fault::WitnessBlocked(host));
+            }
+            Kind::GatewayBlocked => {
+                self.gateway_blocks[host] += 1;
+                self.repair_after(short, Fault::GatewayBlocked(host));
+            }
+            Kind::GatewayRestart => self.gateway.restart(),
+            Kind::SlowDisk => {
+                self.hosts[host].slow_disk += 1;
+                self.repair_after(long, Fault::SlowDisk(host));
+            }
+            Kind::SlowVm => {
+                self.hosts[host].slow_vm += 1;
+                self.repair_after(long, Fault::SlowVm(host));
+            }
+            Kind::StoreFails => {
+                if self.can_spare(host) && self.hosts[host].paused_until <= self.now {
+                    let reason = "the simulator broke it".to_owned();
+                    self.plan_input(0, host, Input::StoreFailed { reason });
+                }
+            }
+            Kind::NewDisk => {
+                if self.can_spare(host) && self.hosts[host].is_up() {
+                    self.crash(host, true, long);
+                    let here = &mut self.hosts[host];
+                    here.store = replay_log::MemoryStore::new();
+                    here.durable = Durable::default();
+                    here.damaged = false;
+                    here.last_disk = None;
+                    self.facts.push(Fact::Replaced { host });
+                }
+            }
+            Kind::BadDisk => {
+                if self.can_spare(host) && self.hosts[host].is_up() {
+                    self.crash(host, false, long);
+                    let here = &mut self.hosts[host];
+                    let at = here.random.below(here.store.bytes() + 1);
+                    here.damaged |= here.store.corrupt(at, 0x10);
+                }
+            }
+            Kind::VmFails => {
+                if let Some(run) = self.hosts[host].vm.as_ref().map(|vm| vm.run) {
+                    self.stop_vm(host, run);
+                    let reason = "the simulator killed it".to_owned();
+                    self.plan_input(0, host, Input::VmFailed { run, reason });
+                }
+            }
+            Kind::Loss => {
+                let loss = self.random.between(50, 400);
+                self.network.loss += loss;
+                self.repair_after(short, Fault::Loss(loss));
+            }
+            Kind::Switchover => {
+                let to = Some(self.hosts[host].name.clone()).filter(|_| self.random.chance(500));
+                if let Some(primary) = self.primary() {
+                    let wish = Operator::Switchover { to };
+                    self.plan_input(0, primary, Input::Operator(wish));
+                }
+            }
+        }
+    }
+
+    fn crash(&mut self, host: usize, power: bool, down: Moment) {
+        if self.hosts[host].is_up() {
+            self.hosts[host].stop(power);
+            self.repair_after(down, Fault::Crash(host));
+        }
+    }
+
+    fn block(&mut self, from: usize, to: usize, span: Moment) {
+        self.network.block(from, to);
+        self.repair_after(span, Fault::Block(from, to));
+    }
+
+    fn repair_after(&mut self, span: Moment, fault: Fault) {
+        self.queue.plan(self.now + span, Event::Repair(fault));
+    }
+
+    /// Whether the promise holds without this host's log: what the rule survives may be lost, and
+    /// not more.
+    fn can_spare(&self, host: usize) -> bool {
+        let Some(record) = &self.witness.record else {
+            return false;
+        };
+        let last_live = self.hosts.iter().map(|host| host.durable.live).max();
+        if last_live == Some(self.hosts[host].durable.live) {
+            return false;
+        }
+        let others = record.all_copies().filter(|copy| {
+            self.hosts.iter().enumerate().any(|(number, other)| {
+                let view = other.view();
+                number != host
+                    && view.name == copy.host
+                    && view.incarnation == copy.incarnation
+                    && view.intact
+                    && view.store.tip().index > replay_log::LogIndex::START
+            })
+        });
+        others.count() >= record.seals()
+    }
+
+    pub(super) fn repair(&mut self, fault: Fault) {
+        if self.is_healed() {
+            return;
+        }
+        match fault {
+            Fault::Crash(host) => {
+                if !self.hosts[host].is_up() {
+                    self.start_host(host);
+                }
+            }
+            Fault::Block(from, to) => self.network.unblock(from, to),
+            Fault::Isolation(host) => {
+                for other in (0..self.hosts.len()).filter(|other| *other != host) {
+                    self.network.unblock(host, other);
+                    self.network.unblock(other, host);
+                }
+                self.gateway_blocks[host] -= 1;
+                self.witness_blocks[host] -= 1;
+            }
+            Fault::WitnessDown => self.witness.down -= 1,
+            Fault::WitnessBlocked(host) => self.witness_blocks[host] -= 1,
+            Fault::GatewayBlocked(host) => self.gateway_blocks[host] -= 1,
+            Fault::SlowDisk(host) => self.hosts[host].slow_disk -= 1,
+            Fault::SlowVm(host) => self.hosts[host].slow_vm -= 1,
+            Fault::Loss(loss) => self.network.loss -= loss,
+        }
+    }
+}

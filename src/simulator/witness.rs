@@ -1,0 +1,47 @@
+//! The simulated keeper of records: one record, compare-and-set, sometimes down.
+
+use crate::protocol::{Record, Swapped, Version};
+
+/// What a host asks of it.
+#[derive(Clone, Debug)]
+pub(super) enum Ask {
+    Read,
+    Swap {
+        expect: Option<Version>,
+        new: Box<Record>,
+    },
+}
+
+/// What it says.
+#[derive(Clone, Debug)]
+pub(super) enum Answer {
+    Read(Option<Record>),
+    Swapped(Swapped),
+}
+
+/// The keeper.
+#[derive(Debug, Default)]
+pub(super) struct Witness {
+    /// Survives its crashes.
+    pub(super) record: Option<Record>,
+    pub(super) down: u32,
+}
+
+impl Witness {
+    /// Answers; the record has changed if the second value says so.
+    pub(super) fn ask(&mut self, ask: Ask) -> (Answer, bool) {
+        match ask {
+            Ask::Read => (Answer::Read(self.record.clone()), false),
+            Ask::Swap { expect, new } => {
+                let current = self.record.as_ref().map(Record::version);
+                if current == expect && new.may_follow(self.record.as_ref()).is_ok() {
+                    self.record = Some(new.as_ref().clone());
+                    (Answer::Swapped(Swapped::Done(*new)), true)
+                } else {
+                    let conflict = Swapped::Conflict(self.record.clone());
+                    (Answer::Swapped(conflict), false)
+                }
+            }
+        }
+    }
+}
