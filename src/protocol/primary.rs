@@ -63,6 +63,7 @@ pub(super) struct Primary {
     stalled: bool,
     unprotected_since: Option<Time>,
     wanted: Option<Operator>,
+    held_back: Vec<Batch>,
     beat_at: Time,
     read_at: Time,
 }
@@ -92,6 +93,7 @@ impl Primary {
             stalled: false,
             unprotected_since: None,
             wanted: None,
+            held_back: Vec::new(),
             beat_at: core.now,
             read_at: core.now,
         };
@@ -234,9 +236,22 @@ impl Primary {
     }
 
     pub(super) fn recorded(&mut self, core: &mut Core, run: VmRun, batch: &Batch) -> Turn {
-        let next = core.log.appended.index;
-        if run != core.run || batch.first() != next || batch.term() != self.term {
+        if run != core.run {
             return Turn::Stay;
+        }
+        if self.phase.is_handing() {
+            // The end of the log has been promised to the target. A paused recorder may still
+            // write a mark; it counts only if this reign goes on.
+            self.held_back.push(batch.clone());
+            return Turn::Stay;
+        }
+        self.record(core, batch);
+        self.advance(core)
+    }
+
+    fn record(&mut self, core: &mut Core, batch: &Batch) {
+        if batch.first() != core.log.appended.index || batch.term() != self.term {
+            return;
         }
         let bytes = batch.payload().len() as u64;
         core.append(batch.clone());
@@ -244,7 +259,12 @@ impl Primary {
         core.feeds.grown(ours, &mut core.actions);
         core.executed = ours.index;
         self.pace.recorded(core.now, ours.index, bytes);
-        self.advance(core)
+    }
+
+    pub(super) fn record_held_back(&mut self, core: &mut Core) {
+        for batch in std::mem::take(&mut self.held_back) {
+            self.record(core, &batch);
+        }
     }
 
     pub(super) fn went_live(&mut self, core: &mut Core, run: VmRun) -> Turn {

@@ -484,8 +484,9 @@ impl Replica {
 
     /// Everybody has lost what was only in memory: the host that was the primary has the disks.
     fn cold_boot(&mut self, core: &mut Core, record: &Record) -> Turn {
-        // A primary that never came to run the guest has not got the disks either.
-        let here = record.primary.host == *core.host() && core.durable.live == record.term;
+        // A primary that never came to run the guest has not got the disks either. (A later term
+        // than the record's is that of a cold boot that did not come through.)
+        let here = record.primary.host == *core.host() && core.durable.live >= record.term;
         if !here || record.policy.acks != Acks::Memory || !core.settled() {
             return Turn::Stay;
         }

@@ -220,7 +220,11 @@ impl World {
     }
 
     fn go_live(&mut self, host: usize, run: VmRun, term: Term, at: LogTip) {
-        self.facts.push(Fact::Promoted { term, tip: at });
+        self.facts.push(Fact::Promoted {
+            host,
+            term,
+            tip: at,
+        });
         self.with_vm(host, run, |vm| vm.go_live(term, at));
         self.hosts[host].reign = Some(term);
         self.hosts[host].machine = self.next_machine;

@@ -24,7 +24,11 @@ pub(super) enum Fact {
     /// A machine starts from power-on.
     Booted,
     /// A host reigns, with this log.
-    Promoted { term: Term, tip: LogTip },
+    Promoted {
+        host: usize,
+        term: Term,
+        tip: LogTip,
+    },
     /// A primary let out the outputs through here.
     Released {
         host: usize,
@@ -92,11 +96,6 @@ pub(super) struct Released {
 impl View<'_> {
     pub(super) fn host(&self, name: &HostName) -> Option<&HostView> {
         self.hosts.iter().find(|host| host.name == *name)
-    }
-
-    /// Whether a host's log holds everything that was let out.
-    pub(super) fn holds_released(&self, host: &HostView) -> bool {
-        host.chain_at(self.released.index) == Some(self.released.chain)
     }
 }
 

@@ -32,6 +32,7 @@ enum Kind {
     PausePrimary,
     Partition,
     OneWay,
+    Bridge,
     Isolate,
     WitnessDown,
     WitnessBlocked,
@@ -47,7 +48,7 @@ enum Kind {
     Switchover,
 }
 
-const KINDS: [Kind; 20] = [
+const KINDS: [Kind; 21] = [
     Kind::Kill,
     Kind::PowerLoss,
     Kind::KillPrimary,
@@ -55,6 +56,7 @@ const KINDS: [Kind; 20] = [
     Kind::PausePrimary,
     Kind::Partition,
     Kind::OneWay,
+    Kind::Bridge,
     Kind::Isolate,
     Kind::WitnessDown,
     Kind::WitnessBlocked,
@@ -84,7 +86,12 @@ impl Faults {
     pub(super) fn choose(random: &mut Random) -> Self {
         let share = random.between(150, 900);
         let mut kinds: Vec<_> = KINDS.into_iter().filter(|_| random.chance(share)).collect();
-        kinds.push(*random.pick(&[Kind::KillPrimary, Kind::PausePrimary, Kind::Partition]));
+        kinds.push(*random.pick(&[
+            Kind::KillPrimary,
+            Kind::PausePrimary,
+            Kind::Partition,
+            Kind::Bridge,
+        ]));
         Self {
             kinds,
             gap: *random.pick(&[60, 150, 300, 700]) * MILLI,
@@ -114,7 +121,7 @@ impl World {
         let kind = *self.random.pick(&self.faults.kinds);
         self.counts.faults += 1;
         let mut host = self.any_host();
-        if matches!(kind, Kind::KillPrimary | Kind::PausePrimary) {
+        if matches!(kind, Kind::KillPrimary | Kind::PausePrimary | Kind::Bridge) {
             host = self.primary().unwrap_or(host);
         }
         if self.options.trace {
@@ -144,6 +151,7 @@ impl World {
                     }
                 }
             }
+            Kind::Bridge => self.bridge(host),
             Kind::Isolate => {
                 for other in (0..self.hosts.len()).filter(|other| *other != host) {
                     self.network.block(host, other);
@@ -219,6 +227,20 @@ impl World {
                 }
             }
         }
+    }
+
+    /// A host is cut off; then one other host, and nobody else, hears it again.
+    fn bridge(&mut self, host: usize) {
+        let pier = self.any_host();
+        let short = self.random.between(230, 600) * MILLI;
+        let long = short + self.random.between(200, 1_000) * MILLI;
+        for other in (0..self.hosts.len()).filter(|other| *other != host) {
+            let span = if other == pier { short } else { long };
+            self.block(host, other, span);
+            self.block(other, host, span);
+        }
+        self.witness_blocks[host] += 1;
+        self.repair_after(long, Fault::WitnessBlocked(host));
     }
 
     fn crash(&mut self, host: usize, power: bool, down: Moment) {

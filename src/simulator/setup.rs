@@ -11,6 +11,8 @@ pub(super) struct Setup {
     pub(super) policy: Policy,
     pub(super) delay: Moment,
     pub(super) loss: u64,
+    /// How long the keeper takes to make a change durable.
+    pub(super) keeper: Moment,
 }
 
 impl Setup {
@@ -32,7 +34,9 @@ impl Setup {
         ]);
         let min_copies = *random.pick(&[1, 1, 1, 2]);
         let delay = *random.pick(&[40 * MICRO, 150 * MICRO, 500 * MICRO, 4 * MILLI]);
+        let keeper = *random.pick(&[800 * MICRO, 800 * MICRO, 20 * MILLI, 110 * MILLI]);
         Self {
+            keeper,
             hosts,
             policy: Policy {
                 rule,

@@ -461,7 +461,8 @@ impl World {
         } else {
             0
         };
-        let at = self.now + self.network.flight() + late;
+        let write = if swap { self.setup.keeper } else { 0 };
+        let at = self.now + self.network.flight() + write + late;
         self.queue.plan(
             at,
             Event::Asked {
@@ -488,8 +489,7 @@ impl World {
         if self.network.lost() {
             return;
         }
-        let write = if swap { 800 * MICRO } else { 0 };
-        let at = self.now + write + self.network.flight();
+        let at = self.now + self.network.flight();
         let answer = Some(answer);
         self.queue.plan(
             at,

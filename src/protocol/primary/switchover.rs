@@ -200,6 +200,7 @@ impl Primary {
             });
             core.do_(Action::ResumeVm { run: core.run });
             self.phase = Phase::Live;
+            self.record_held_back(core);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Terms and epochs only rise: those of the record, and those of every host's promises.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use replay_log::Term;
 
@@ -11,7 +11,7 @@ use crate::protocol::{Incarnation, Version};
 #[derive(Debug, Default)]
 pub(in super::super) struct NumbersRise {
     record: Version,
-    reigns: Term,
+    reigns: BTreeSet<Term>,
     promises: BTreeMap<usize, (Incarnation, Term)>,
 }
 
@@ -30,9 +30,9 @@ impl Invariant for NumbersRise {
                 }
             }
             Fact::Promoted { term, .. } => {
-                let before = std::mem::replace(&mut self.reigns, *term);
-                if *term <= before {
-                    return Err(format!("term {term} began after term {before}"));
+                // A host may learn late that it has won, but no term begins twice.
+                if !self.reigns.insert(*term) {
+                    return Err(format!("term {term} began twice"));
                 }
             }
             Fact::Persisted { host, durable } => {

@@ -1,16 +1,18 @@
 //! Each released output is in every later primary's log.
 
-use replay_log::{LogIndex, LogTip, Term};
+use std::collections::BTreeMap;
 
-use super::super::facts::{Fact, Invariant, View};
+use replay_log::{LogTip, Term};
+
+use super::super::facts::{Fact, Invariant, Released, View};
 
 /// See the file.
 #[derive(Debug, Default)]
 pub(in super::super) struct ReleasedIsKept {
-    /// The present and the past reigns, by where they began.
-    reigns: Vec<(Term, LogTip)>,
-    /// Every place up to which output was let out, in order.
-    released: Vec<(LogIndex, Term)>,
+    /// Where reigns began.
+    reigns: BTreeMap<Term, LogTip>,
+    /// How far each of them let output out.
+    released: BTreeMap<Term, Released>,
 }
 
 impl Invariant for ReleasedIsKept {
@@ -20,23 +22,21 @@ impl Invariant for ReleasedIsKept {
 
     fn check(&mut self, fact: &Fact, view: &View<'_>) -> Result<(), String> {
         match fact {
-            Fact::Booted => *self = Self::default(),
-            Fact::LossAccepted { .. } => self.reigns.clear(),
-            Fact::Promoted { term, tip } => {
-                self.reigns.push((*term, *tip));
-                let released = view.released;
-                let holder = view
-                    .hosts
-                    .iter()
-                    .find(|host| host.chain_at(tip.index) == Some(tip.chain));
-                let kept = released.index <= tip.index
-                    && holder.is_some_and(|host| view.holds_released(host));
-                if !kept {
-                    return Err(format!(
-                        "the primary of term {term} begins with a log through {}, and output was \
-                         let out through {}",
-                        tip.index, released.index
-                    ));
+            Fact::Lost { .. } | Fact::Booted | Fact::LossAccepted { .. } => *self = Self::default(),
+            Fact::Promoted { host, term, tip } => {
+                self.reigns.insert(*term, *tip);
+                let host = &view.hosts[*host];
+                // A host may learn late that it has won, when another reigns already.
+                for (earlier, released) in self.released.range(..*term) {
+                    let kept = released.index <= tip.index
+                        && host.chain_at(released.index) == Some(released.chain);
+                    if !kept {
+                        return Err(format!(
+                            "the log through {} with which term {term} begins on {} is without \
+                             output that term {earlier} let out through {}",
+                            tip.index, host.name, released.index
+                        ));
+                    }
                 }
             }
             Fact::Released {
@@ -44,27 +44,26 @@ impl Invariant for ReleasedIsKept {
                 term,
                 through,
             } => {
-                self.released.push((*through, *term));
-                // Only an older primary's release can be one too many; the present one extends.
-                let later = self.reigns.iter().find(|(t, _)| t > term);
-                if let Some((later, tip)) = later
-                    && through > &tip.index
-                {
+                let host = &view.hosts[*host];
+                let Some(chain) = host.chain_at(*through) else {
                     return Err(format!(
-                        "host {host} let out through {through} by term {term}, and term {later} \
-                         begins at {}",
-                        tip.index
-                    ));
-                }
-                let Some(host) = view.hosts.get(*host) else {
-                    return Ok(());
-                };
-                if *through <= view.released.index && !view.holds_released(host) && later.is_none()
-                {
-                    return Err(format!(
-                        "{} let out through {through} and does not hold what was let out before",
+                        "{} let out through {through}, which is not the end of a batch it holds",
                         host.name
                     ));
+                };
+                let released = Released {
+                    index: *through,
+                    chain,
+                };
+                self.released.insert(*term, released);
+                for (later, tip) in self.reigns.range(term.next()..) {
+                    if *through > tip.index {
+                        return Err(format!(
+                            "{} let out through {through} by term {term}, and term {later} begins \
+                             at {}",
+                            host.name, tip.index
+                        ));
+                    }
                 }
             }
             _ => {}
