@@ -227,6 +227,9 @@ impl Core {
                 self.log = OwnLog::default();
                 self.executed = LogIndex::START;
                 self.position = Position::START;
+                // The next log may be another machine's, with outputs counted anew.
+                self.committed = LogIndex::START;
+                self.forgotten = FrameNumber(0);
                 self.do_(Action::DropLog {
                     incarnation: self.durable.incarnation,
                 });

@@ -23,7 +23,7 @@ mod switchover;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use replay_log::{Batch, LogIndex, LogTip, Term};
+use replay_log::{Batch, FrameNumber, LogIndex, LogTip, Term};
 
 use self::change::Change;
 use self::followers::{Follower, Pace};
@@ -109,6 +109,7 @@ impl Primary {
             // An empty log in a record that is not the first was lost with everybody's memory.
             let cold = core.version().epoch.0 > 1;
             core.begin_run(Vm::Recording);
+            core.forgotten = FrameNumber(0);
             let run = core.run;
             core.do_(Action::Boot { run, term, cold });
             core.journal(Event::Booted { term, cold });
@@ -282,7 +283,7 @@ impl Primary {
         self.watch_pace(core);
     }
 
-    pub(super) fn gateway_received(&mut self, core: &mut Core, through: replay_log::FrameNumber) {
+    pub(super) fn gateway_received(&mut self, core: &mut Core, through: FrameNumber) {
         core.forget(through);
     }
 

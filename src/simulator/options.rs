@@ -56,6 +56,22 @@ pub struct Counts {
     pub resynchronisations: u64,
 }
 
+impl Counts {
+    /// Adds up what happened in several simulations.
+    pub fn add(&mut self, other: &Self) {
+        self.steps += other.steps;
+        self.simulated += other.simulated;
+        self.answers += other.answers;
+        self.promotions += other.promotions;
+        self.switchovers += other.switchovers;
+        self.cold_boots += other.cold_boots;
+        self.losses_accepted += other.losses_accepted;
+        self.faults += other.faults;
+        self.records += other.records;
+        self.resynchronisations += other.resynchronisations;
+    }
+}
+
 /// The outcome of one seed.
 #[derive(Clone, Debug)]
 pub struct Report {
