@@ -76,6 +76,8 @@ pub(super) struct Core {
     pub(super) persisted: Durable,
     pub(super) log: OwnLog,
     renewal: Renewal,
+    /// The first incarnation of the log that is being held: later ones go on with the same log.
+    log_since: Incarnation,
     pub(super) run: VmRun,
     pub(super) vm: Vm,
     pub(super) executed: LogIndex,
@@ -115,6 +117,7 @@ impl Core {
                 ..OwnLog::default()
             },
             renewal: Renewal::None,
+            log_since: Incarnation(0),
             run: VmRun::default(),
             vm: Vm::Absent,
             executed: LogIndex::START,
@@ -224,6 +227,7 @@ impl Core {
         match self.renewal {
             Renewal::Drop if named => {
                 self.renewal = Renewal::None;
+                self.log_since = self.durable.incarnation;
                 self.log = OwnLog::default();
                 self.executed = LogIndex::START;
                 self.position = Position::START;
@@ -234,12 +238,7 @@ impl Core {
                     incarnation: self.durable.incarnation,
                 });
             }
-            Renewal::Keep if named => {
-                // What the store reported under the old name was ignored: it has to say it again.
-                self.renewal = Renewal::None;
-                self.log.syncing = false;
-                self.sync();
-            }
+            Renewal::Keep if named => self.renewal = Renewal::None,
             _ => {}
         }
         !before && self.settled()
@@ -328,12 +327,13 @@ impl Core {
     pub(super) fn synced(&mut self, incarnation: Incarnation, tip: LogTip) {
         if self.is_current(incarnation) {
             self.log.syncing = false;
+            // A store that was told never to sync makes no progress: it is not asked in a loop.
             if tip.index > self.log.synced.index {
                 self.log.synced = tip;
                 self.log.stored = self.log.stored.max(tip);
-            }
-            if self.acks() == Acks::Disk {
-                self.sync();
+                if self.acks() == Acks::Disk {
+                    self.sync();
+                }
             }
         }
     }
@@ -345,7 +345,8 @@ impl Core {
     }
 
     fn is_current(&self, incarnation: Incarnation) -> bool {
-        incarnation == self.durable.incarnation && self.renewal != Renewal::Drop
+        (self.log_since..=self.durable.incarnation).contains(&incarnation)
+            && self.renewal != Renewal::Drop
     }
 
     pub(super) fn ack(&self, term: Term) -> Ack {

@@ -390,7 +390,7 @@ impl Primary {
         }
         let mut through = self.committed_by(core, record);
         if let Some(change) = &self.change
-            && !core.mutated(Mutation::ShrinkEarly)
+            && !(core.mutated(Mutation::ShrinkEarly) && change.new.copies() < record.copies())
         {
             through = through.min(self.committed_by(core, &change.new));
         }

@@ -169,6 +169,7 @@ impl VmDriver {
             durable: durable.clone(),
             log: log.tip(),
             damaged: false,
+            fresh: home::fresh_incarnation()?,
         };
         let config = protocol::Config::new(env.host.clone(), vm.clone());
         let node = Node::new(config, restored, now());

@@ -58,13 +58,12 @@ impl Primary {
             self.wanted = None;
             return;
         }
-        let hold = members
-            .iter()
-            .all(|member| self.holds(member, self.committed));
-        if !hold
-            && !core.mutated(Mutation::ShrinkEarly)
-            && !core.mutated(Mutation::MemberWithoutLog)
-        {
+        let grows = members.iter().any(|new| !record.members.contains(new));
+        let mut all = members.iter();
+        let hold = all.all(|member| self.holds(member, self.committed));
+        let careless = core.mutated(Mutation::ShrinkEarly) && !grows
+            || core.mutated(Mutation::MemberWithoutLog) && grows;
+        if !hold && !careless {
             return;
         }
         self.say_why(core, &record, &members);
