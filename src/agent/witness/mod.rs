@@ -72,7 +72,7 @@ pub enum Answer {
 /// Why the witness does not do what it is asked.
 #[derive(Clone, Debug, Error, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Refusal {
-    /// Only copies of a VM may change its record.
+    /// Only hosts that the record names may change it.
     #[error("{asker} is no copy of this VM and may not change its record")]
     NotACopy {
         /// Who asked.
@@ -217,8 +217,10 @@ fn may_change(from: &Identity, current: Option<&Record>, new: &Record) -> Result
         role => return Err(Refusal::OnlyLooks { role }),
     }
     let asker = HostName::from(&from.name);
-    let not_a_copy = current.is_some_and(|record| record.copy_on(&asker).is_none());
-    if not_a_copy {
+    // A host that shall have a copy may claim, too: by an operator's order to accept a loss. That it
+    // claims in no other case is the protocol's business, as is what it holds.
+    let unnamed = current.is_some_and(|record| !record.concerns(&asker));
+    if unnamed {
         return Err(Refusal::NotACopy {
             asker: from.clone(),
         });

@@ -156,6 +156,40 @@ async fn a_record_changes_only_from_what_was_expected_and_by_its_copies() {
 }
 
 #[tokio::test]
+async fn a_host_that_shall_have_a_copy_may_claim_and_nothing_else() {
+    let cluster = Cluster::new();
+    let (endpoint, _task) = cluster.start(any_port());
+    let a = cluster.client(Role::Host, "a", &endpoint);
+    let c = cluster.client(Role::Host, "c", &endpoint);
+    let mut first = record(1, 1, "a", &["b"]);
+    first.hosts = ["a", "b", "c"]
+        .map(|host| HostName::new(host).expect("a name"))
+        .to_vec();
+    assert_eq!(
+        a.swap(&vm(), None, first.clone()).await,
+        Swapped::Done(first.clone())
+    );
+    let joined = Record {
+        epoch: Epoch(2),
+        members: vec![member("b"), member("c")],
+        ..first.clone()
+    };
+    let refused = c.swap(&vm(), version(1, 1), joined).await;
+    assert!(matches!(refused, Swapped::Unknown { .. }));
+    let forced = Record {
+        term: Term(2),
+        epoch: Epoch(2),
+        primary: member("c"),
+        members: vec![],
+        ..first
+    };
+    assert_eq!(
+        c.swap(&vm(), version(1, 1), forced.clone()).await,
+        Swapped::Done(forced)
+    );
+}
+
+#[tokio::test]
 async fn gateways_only_look_and_operators_only_create() {
     let cluster = Cluster::new();
     let (endpoint, _task) = cluster.start(any_port());
