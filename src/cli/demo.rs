@@ -63,7 +63,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         if args.json {
             output::json(&report)?;
         } else {
-            println!("\n{report}\ntook {:.1} s", report.took_ms as f64 / 1000.0);
+            let took = Duration::from_millis(report.took_ms);
+            println!("\n{report}\ntook {:.1} s", took.as_secs_f64());
         }
         if report.holds() {
             Ok(())
@@ -143,8 +144,9 @@ impl Audience for Screen {
         let Some(lines) = &mut self.lines else {
             if !std::mem::replace(&mut self.shown, true) {
                 self.print(&format!("  {clients}"));
-                rows.iter()
-                    .for_each(|(_, row)| self.print(&format!("  {row}")));
+                for (_, row) in &rows {
+                    self.print(&format!("  {row}"));
+                }
             }
             return;
         };

@@ -57,12 +57,7 @@ fn row(image: &Image, runs_here: bool) -> Row {
     Row {
         name: image.name.clone(),
         description: image.description.clone(),
-        digest: image
-            .digest()
-            .0
-            .iter()
-            .map(|b| format!("{b:02x}"))
-            .collect(),
+        digest: output::hex(&image.digest().0),
         memory: image.memory,
         disks: image.disks.iter().map(|disk| disk.size).collect(),
         ports: image

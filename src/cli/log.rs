@@ -169,7 +169,7 @@ impl Summary {
     fn with(mut self, report: &Report) -> Self {
         let LogTip { index, chain, .. } = report.tip;
         self.end = index.0;
-        self.chain = chain.0.iter().map(|byte| format!("{byte:02x}")).collect();
+        self.chain = output::hex(&chain.0);
         self.first = report.segments.first().map_or(0, |s| s.base.index.0);
         self.segments = report.segments.iter().map(Segment::from).collect();
         self.file_bytes = report.segments.iter().map(|s| s.bytes).sum();
@@ -358,7 +358,7 @@ fn describe(entry: &Entry) -> String {
         Entry::Header(header) => format!(
             "machine model {}, image {}, {} disks, term {}",
             header.machine_model,
-            hex(&header.image.0[..8]),
+            output::hex(&header.image.0[..8]),
             header.disks.len(),
             header.term
         ),
@@ -380,7 +380,7 @@ fn describe(entry: &Entry) -> String {
 fn describe_answer(answer: &Answer) -> String {
     match answer {
         Answer::Clock(time) => format!("clock {} ns", time.0),
-        Answer::Entropy(bytes) => format!("entropy {}", hex(bytes)),
+        Answer::Entropy(bytes) => format!("entropy {}", output::hex(bytes)),
     }
 }
 
@@ -402,8 +402,4 @@ fn describe_arrival(arrival: &Arrival) -> String {
         Arrival::TimerDue { timer } => format!("timer {} is due", timer.0),
         Arrival::Console { bytes } => format!("{:?}", String::from_utf8_lossy(bytes)),
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -1,5 +1,6 @@
 //! How results look: tables without frames, and figures that people can read.
 
+use std::fmt::Write as _;
 use std::io::IsTerminal as _;
 use std::time::Duration;
 
@@ -33,17 +34,25 @@ pub fn json_line<T: Serialize>(value: &T) -> Result<(), Failure> {
 
 /// Bytes in the unit that fits: `532 B`, `1.5 kB`, `2.0 MB`.
 pub fn bytes(bytes: u64) -> String {
-    const UNITS: [&str; 4] = ["kB", "MB", "GB", "TB"];
+    const UNITS: [&str; 6] = ["kB", "MB", "GB", "TB", "PB", "EB"];
     if bytes < 1000 {
         return format!("{bytes} B");
     }
-    let mut value = bytes as f64 / 1000.0;
-    let mut unit = 0;
-    while value >= 999.95 && unit + 1 < UNITS.len() {
-        value /= 1000.0;
+    let (mut tenths, mut unit) = (bytes.saturating_add(50) / 100, 0);
+    while tenths >= 10_000 && unit + 1 < UNITS.len() {
+        tenths = (tenths + 500) / 1000;
         unit += 1;
     }
-    format!("{value:.1} {}", UNITS[unit])
+    format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
+}
+
+/// Bytes as hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 /// Sizes that are powers of two: `64 MiB`.
@@ -94,7 +103,11 @@ mod tests {
         assert_eq!(bytes(0), "0 B");
         assert_eq!(bytes(999), "999 B");
         assert_eq!(bytes(1_000), "1.0 kB");
+        assert_eq!(bytes(1_449), "1.4 kB");
+        assert_eq!(bytes(999_949), "999.9 kB");
         assert_eq!(bytes(999_999), "1.0 MB");
+        assert_eq!(bytes(u64::MAX), "18.4 EB");
+        assert_eq!(hex(&[0, 0xa5]), "00a5");
         assert_eq!(bytes(2_500_000_000), "2.5 GB");
         assert_eq!(span(Duration::from_micros(12)), "12 µs");
         assert_eq!(span(Duration::from_micros(1_240)), "1.2 ms");

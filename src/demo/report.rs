@@ -100,13 +100,18 @@ impl fmt::Display for Kill {
         for step in &self.timeline {
             let host = step.host.as_ref().map_or("", HostName::as_str);
             let detail = step.detail.as_deref().unwrap_or_default();
-            let millis = step.after_kill_us as f64 / 1000.0;
-            let line = format!("{millis:>+9.1} ms  {:<12}  {host:<8}  {detail}", step.what);
+            let span = Duration::from_micros(step.after_kill_us.unsigned_abs());
+            let sign = if step.after_kill_us < 0 { '-' } else { '+' };
+            let after = format!("{sign}{:.1}", span.as_secs_f64() * 1000.0);
+            let line = format!("{after:>8} ms  {:<12}  {host:<8}  {detail}", step.what);
             writeln!(f, "  {}", line.trim_end())?;
         }
         write!(f, "  no client got an answer for {}", micros(self.gap_us))?;
         match self.healed_ms {
-            Some(healed) => write!(f, "; whole again {:.1} s later", healed as f64 / 1000.0),
+            Some(healed) => {
+                let healed = Duration::from_millis(healed);
+                write!(f, "; whole again {:.1} s later", healed.as_secs_f64())
+            }
             None => Ok(()),
         }
     }

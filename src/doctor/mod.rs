@@ -201,7 +201,7 @@ fn look_at_masking(report: &mut Report, host: &HostFingerprint) {
 fn look_at_exits(report: &mut Report) {
     match probe::exit_costs() {
         Ok(costs) => {
-            let micros = |nanos: u64| format!("{:.1} µs", nanos as f64 / 1000.0);
+            let micros = |nanos: u64| format!("{}.{} µs", nanos / 1000, nanos % 1000 / 100);
             report.add(
                 "port exit",
                 Verdict::Good,
