@@ -34,6 +34,9 @@ const COMMITTED_WITHIN: Span = Span::from_millis(20);
 /// After how many committed frames the news does not wait.
 const COMMITTED_AFTER: u64 = 64;
 
+/// How many events wait for the journal; beyond it the oldest are forgotten.
+const MOST_EVENTS: usize = 1_024;
+
 /// How many gateways are remembered that are gone: their numbers would be needed if they came back.
 const MOST_REMEMBERED: usize = 4_096;
 
@@ -136,6 +139,7 @@ pub struct FramePort {
     /// Something is committed that a gateway has not been told.
     tell_at: Option<Time>,
     events: VecDeque<FrameEvent>,
+    fresh_event: bool,
     counters: FramePortCounters,
 }
 
@@ -160,6 +164,7 @@ impl FramePort {
             forgotten_for: HashMap::new(),
             tell_at: None,
             events: VecDeque::new(),
+            fresh_event: false,
             counters: FramePortCounters::default(),
         }
     }
@@ -424,7 +429,7 @@ impl FramePort {
                 why: Refusal::TooLate,
             });
         }
-        self.events.push_back(FrameEvent::Dropped {
+        self.tell(FrameEvent::Dropped {
             gateway: incarnation,
             why,
             outputs,
@@ -444,6 +449,15 @@ impl FramePort {
             self.owners.remove(&Mac::of(victim));
             self.forgotten_for.remove(&Mac::of(victim));
         }
+    }
+
+    fn tell(&mut self, event: FrameEvent) {
+        // A driver that takes none costs no memory.
+        if self.events.len() == MOST_EVENTS {
+            self.events.pop_front();
+        }
+        self.events.push_back(event);
+        self.fresh_event = true;
     }
 
     /// The next thing for the journal.

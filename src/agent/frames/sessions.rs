@@ -91,7 +91,7 @@ impl FramePort {
                 session.standing = Standing::Refused;
                 session.first = Some(ToGateway::Refused { term, why });
             }
-            self.events.push_back(FrameEvent::Refused {
+            self.tell(FrameEvent::Refused {
                 gateway: hello.gateway,
                 why,
             });
@@ -117,7 +117,7 @@ impl FramePort {
                 tell_now: true,
             });
         }
-        self.events.push_back(FrameEvent::Welcomed {
+        self.tell(FrameEvent::Welcomed {
             gateway: hello.gateway,
             logged,
             resent,
@@ -184,9 +184,10 @@ impl FramePort {
         Some((source, bytes))
     }
 
-    /// Whether [`FramePort::poll_arrival`] or [`FramePort::poll_event`] would give something.
-    pub fn has_news(&self) -> bool {
-        (!self.held && !self.arrivals.is_empty()) || !self.events.is_empty()
+    /// Whether [`FramePort::poll_arrival`] would give something, or [`FramePort::poll_event`]
+    /// something that this was not asked about before.
+    pub fn has_news(&mut self) -> bool {
+        std::mem::take(&mut self.fresh_event) || (!self.held && !self.arrivals.is_empty())
     }
 
     /// Holds arrivals back while the machine's queue is full, or lets them go on. What waits here

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use replay_log::{FrameNumber, FrameSource};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::guest::{BYE, DEAF, ECHO, Guest, NOBODY, RESET, stack_config};
 use crate::gateway::{Gateway, GatewayConfig, GatewayMetrics, LocalGateway, Publish};
@@ -17,6 +17,7 @@ use crate::protocol::Time;
 async fn run_guest(
     mut frames: mpsc::Receiver<(FrameSource, Bytes)>,
     outputs: mpsc::Sender<(FrameNumber, Bytes)>,
+    mut paused: watch::Receiver<bool>,
 ) {
     let started = Instant::now();
     let now = || Time::from_nanos(started.elapsed().as_nanos() as u64);
@@ -24,17 +25,24 @@ async fn run_guest(
     let mut number = 0;
     let mut arrived = 0;
     loop {
+        if paused.wait_for(|paused| !paused).await.is_err() {
+            return;
+        }
         let wait = guest.wake_at(now()).map_or(Duration::from_mins(1), |at| {
             Duration::from_nanos(at.since(now()).as_nanos())
         });
-        let frame = match tokio::time::timeout(wait, frames.recv()).await {
-            Ok(None) => return,
-            Ok(Some((source, frame))) => {
-                arrived += 1;
-                assert_eq!(source.number.0, arrived, "frames are counted");
-                Some(frame)
-            }
-            Err(_) => None,
+        let frame = tokio::select! {
+            biased;
+            _ = paused.wait_for(|paused| *paused) => continue,
+            frame = frames.recv() => match frame {
+                None => return,
+                Some((source, frame)) => {
+                    arrived += 1;
+                    assert_eq!(source.number.0, arrived, "frames are counted");
+                    Some(frame)
+                }
+            },
+            () = tokio::time::sleep(wait) => None,
         };
         for frame in guest.step(frame, now()) {
             number += 1;
@@ -48,6 +56,8 @@ async fn run_guest(
 struct Setup {
     addresses: Vec<SocketAddr>,
     metrics: std::sync::Arc<GatewayMetrics>,
+    /// While true the guest stands still.
+    paused: watch::Sender<bool>,
 }
 
 async fn start(ports: &[u16], most_clients: usize) -> Setup {
@@ -64,11 +74,13 @@ async fn start(ports: &[u16], most_clients: usize) -> Setup {
     let (to_vmm, frames) = mpsc::channel(16);
     let (outputs, from_vmm) = mpsc::channel(16);
     let local = LocalGateway::new(gateway, to_vmm, from_vmm);
+    let (paused, is_paused) = watch::channel(false);
     let setup = Setup {
         addresses: local.addresses(),
         metrics: local.metrics(),
+        paused,
     };
-    tokio::spawn(run_guest(frames, outputs));
+    tokio::spawn(run_guest(frames, outputs, is_paused));
     tokio::spawn(async move { local.run().await.expect("it ends with the guest") });
     setup
 }
@@ -176,4 +188,40 @@ async fn clients_beyond_the_bound_wait_for_others_to_leave() {
     drop(first);
     assert_eq!(within(second.read_u8()).await.expect("echo"), b'2');
     assert_eq!(setup.metrics.read().clients_accepted, 2);
+}
+
+#[tokio::test]
+async fn a_guest_that_stands_still_stops_reading_from_clients_and_loses_nothing() {
+    const CLIENTS: usize = 40;
+    const BYTES: usize = 10_000;
+    let setup = start(&[ECHO], 100).await;
+    let mut clients = Vec::new();
+    for _ in 0..CLIENTS {
+        let mut client = TcpStream::connect(setup.addresses[0])
+            .await
+            .expect("a connection");
+        client.write_all(b"x").await.expect("written");
+        within(client.read_u8()).await.expect("echo");
+        clients.push(client);
+    }
+    setup.paused.send(true).expect("a guest");
+    let mut written = 0;
+    let stopped = async {
+        // What is read in one turn is bounded by the buffers; what comes after it waits outside.
+        while setup.metrics.read().stops_reading == 0 {
+            for client in &mut clients {
+                client.write_all(&[1; BYTES]).await.expect("written");
+            }
+            written += BYTES;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    within(stopped).await;
+    setup.paused.send(false).expect("a guest");
+    for client in &mut clients {
+        let mut back = vec![0; written];
+        within(client.read_exact(&mut back)).await.expect("echo");
+        assert!(back.iter().all(|byte| *byte == 1));
+    }
+    assert_eq!(setup.metrics.read().clients_reset, 0);
 }
