@@ -1,0 +1,545 @@
+//! Failover with real processes on loopback: a witness, agents with their VMM processes and a
+//! gateway, a checked load and real Redis clients; and one process after the other dies.
+//!
+//! Each test has the machine to itself: patience is measured in real time here.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::runtime::Runtime;
+use tokio::time::sleep;
+use understudy::agent::certs::{Identity, Name};
+use understudy::agent::operator::{Client, HostStatus, Request};
+use understudy::cli::operator::start_vm;
+use understudy::config::Config;
+use understudy::demo::cluster::Cluster;
+use understudy::demo::load::{Load, LoadConfig};
+use understudy::protocol::{Acks, HostName, OnLoss, Policy, Record, RoleName, Rule, VmName};
+
+const PATIENCE: Duration = Duration::from_secs(40);
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// A cluster with the ledger on it.
+struct Theatre {
+    cluster: Cluster,
+    client: Client,
+    vm: VmName,
+    address: std::net::SocketAddr,
+    _alone: MutexGuard<'static, ()>,
+}
+
+/// Runs a test where there is a KVM, on this thread.
+fn on_kvm(test: impl AsyncFnOnce()) {
+    if !Path::new("/dev/kvm").exists() {
+        println!("SKIPPED: this machine has no /dev/kvm");
+        return;
+    }
+    Runtime::new().expect("a runtime").block_on(test());
+}
+
+fn host_name(text: &str) -> HostName {
+    HostName::new(text).expect("a name")
+}
+
+fn identity(host: &HostName) -> Identity {
+    Identity::host(&host.as_str().parse::<Name>().expect("a name"))
+}
+
+fn policy(rule: Rule) -> Policy {
+    Policy {
+        rule,
+        ..Policy::default()
+    }
+}
+
+impl Theatre {
+    /// A cluster of these hosts, all of which hold a copy; the first is the primary.
+    async fn open(hosts: &[&str], policy: Policy) -> Self {
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let names: Vec<Name> = hosts
+            .iter()
+            .map(|host| host.parse().expect("a name"))
+            .collect();
+        let program = Path::new(env!("CARGO_BIN_EXE_understudy"));
+        let cluster = Cluster::start(program, &names).expect("a cluster");
+        let config = Config::load(&cluster.folder().join("operator")).expect("a configuration");
+        let mut theatre = Self {
+            client: Client::new(&config).expect("a client"),
+            cluster,
+            vm: VmName::new("shop").expect("a name"),
+            address: "127.0.0.1:0".parse().expect("an address"),
+            _alone: alone,
+        };
+        theatre.all_meet().await;
+        let copies: Vec<HostName> = hosts.iter().map(|host| host_name(host)).collect();
+        let order = Request::Run {
+            vm: theatre.vm.clone(),
+            image: "ledger".to_owned(),
+            hosts: copies.clone(),
+            policy,
+        };
+        start_vm(&theatre.client, &copies[0], &theatre.vm, &order)
+            .await
+            .expect("starts");
+        theatre.copies(hosts.len()).await;
+        let vm = theatre.vm.clone();
+        theatre.address = theatre.cluster.publish(&vm, 6379).expect("a gateway");
+        theatre.gateway_opens().await;
+        theatre
+    }
+
+    /// Looks until something is there.
+    async fn until<T>(
+        &mut self,
+        what: &str,
+        mut look: impl AsyncFnMut(&mut Self) -> Option<T>,
+    ) -> T {
+        let began = Instant::now();
+        loop {
+            if let Some(seen) = look(self).await {
+                return seen;
+            }
+            if began.elapsed() > PATIENCE {
+                let statuses = self.client.status_of_all().await;
+                panic!("{what} has not happened; {statuses:#?}");
+            }
+            sleep(LOOK_EVERY).await;
+        }
+    }
+
+    async fn all_meet(&mut self) {
+        self.until("the hosts' meeting", async |theatre| {
+            let all = theatre.client.status_of_all().await;
+            let met = |status: &HostStatus| status.peers.values().all(|up| *up);
+            all.values()
+                .all(|host| host.as_ref().is_ok_and(met))
+                .then_some(())
+        })
+        .await;
+    }
+
+    async fn gateway_opens(&mut self) {
+        self.until("the gateway's opening", async |theatre| {
+            TcpStream::connect(theatre.address).await.ok().map(drop)
+        })
+        .await;
+    }
+
+    async fn record(&self) -> Option<Record> {
+        self.client.record(&self.vm).await.ok()
+    }
+
+    /// Waits for a record with so many copies.
+    async fn copies(&mut self, copies: usize) -> Record {
+        self.until("the record of all copies", async |theatre| {
+            theatre
+                .record()
+                .await
+                .filter(|record| record.copies() == copies)
+        })
+        .await
+    }
+
+    async fn primary(&self) -> HostName {
+        self.record().await.expect("a record").primary.host
+    }
+
+    async fn role(&self, host: &HostName) -> Option<RoleName> {
+        let status = self.client.status(host).await.ok()?;
+        status
+            .vms
+            .iter()
+            .find(|vm| vm.vm == self.vm)
+            .map(|vm| vm.node.role)
+    }
+
+    /// Waits until another than `old` runs the guest.
+    async fn successor(&mut self, old: &HostName) -> HostName {
+        let old = old.clone();
+        self.until("a promotion", async |theatre| {
+            let record = theatre.record().await?;
+            let new = record.primary.host;
+            let live = new != old && theatre.role(&new).await == Some(RoleName::Primary);
+            live.then_some(new)
+        })
+        .await
+    }
+
+    async fn load(&self) -> Load {
+        let mut config = LoadConfig::new(self.address);
+        config.connections = 5;
+        Load::start(config).await.expect("a load")
+    }
+
+    /// Waits until clients have got so many more answers.
+    async fn answers(&mut self, load: &Load, more: u64) {
+        let goal = load.acknowledged() + more;
+        self.until("more answers", async |_| {
+            (load.acknowledged() >= goal).then_some(())
+        })
+        .await;
+    }
+
+    /// The sum of the counters of [`Theatre::load`].
+    async fn sum(&self) -> u64 {
+        let mut stream = TcpStream::connect(self.address).await.expect("connects");
+        let (mut sum, mut reply) = (0, BytesMut::new());
+        for key in (0..5).flat_map(|client| (0..10).map(move |key| format!("load:{client}:{key}")))
+        {
+            stream
+                .write_all(format!("INCRBY {key} 0\r\n").as_bytes())
+                .await
+                .expect("writes");
+            while !reply.ends_with(b"\r\n") {
+                assert!(
+                    stream.read_buf(&mut reply).await.expect("reads") > 0,
+                    "closed"
+                );
+            }
+            let text = String::from_utf8_lossy(&reply.split()).into_owned();
+            sum += text
+                .trim()
+                .trim_start_matches(':')
+                .parse::<u64>()
+                .expect("a number");
+        }
+        sum
+    }
+
+    fn kill(&mut self, host: &HostName) {
+        self.cluster.kill(&identity(host)).expect("a kill");
+    }
+
+    fn start(&mut self, host: &HostName) {
+        self.cluster
+            .start_process(&identity(host))
+            .expect("a start");
+    }
+
+    /// Whether a host's journal has a line with this reason code about the VM.
+    async fn journal_has(&self, host: &HostName, code: &str) -> bool {
+        let lines = self.client.events(host, 0).await.expect("a journal");
+        let marked = format!("\"code\":\"{code}\"");
+        lines.iter().any(|line| {
+            serde_json::to_string(line)
+                .expect("a line is JSON")
+                .contains(&marked)
+        })
+    }
+}
+
+async fn flawless(load: Load) {
+    let report = load.finish().await;
+    assert!(report.acknowledged > 0, "the load did something");
+    assert!(report.is_flawless(), "{report:?}");
+}
+
+fn soak(few: u32, many: u32) -> u32 {
+    if std::env::var_os("UNDERSTUDY_SOAK").is_some() {
+        many
+    } else {
+        few
+    }
+}
+
+/// The primary's agent is killed again and again; each time a fresh replica joins. Nobody loses
+/// anything.
+#[test]
+fn primaries_die_in_a_row() {
+    on_kvm(async || {
+        let mut theatre = Theatre::open(&["a", "b", "c"], policy(Rule::All)).await;
+        let load = theatre.load().await;
+        for kill in 0..soak(3, 20) {
+            theatre.answers(&load, 200).await;
+            let old = theatre.primary().await;
+            theatre.kill(&old);
+            theatre.successor(&old).await;
+            theatre.answers(&load, 100).await;
+            if kill % 2 == 0 {
+                theatre.cluster.forget(&identity(&old)).expect("forgets");
+            }
+            theatre.start(&old);
+            theatre.copies(3).await;
+        }
+        flawless(load).await;
+    });
+}
+
+/// Real Redis clients see a pause and nothing else.
+#[test]
+fn redis_clients_live_through_a_kill() {
+    let there = |tool: &str| {
+        Command::new(tool)
+            .arg("--version")
+            .stdout(Stdio::null())
+            .status()
+            .is_ok()
+    };
+    if !there("redis-cli") || !there("redis-benchmark") {
+        println!("SKIPPED: redis-cli and redis-benchmark are not installed (package redis-tools)");
+        return;
+    }
+    on_kvm(async || {
+        let mut theatre = Theatre::open(&["a", "b", "c"], policy(Rule::All)).await;
+        let port = theatre.address.port().to_string();
+        let cli = Command::new("redis-cli")
+            .args(["-p", &port, "-r", "300", "-i", "0.01", "incr", "tickets"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("redis-cli");
+        let benchmark = Command::new("redis-benchmark")
+            .args([
+                "-p", &port, "-t", "set,incr", "-c", "10", "-n", "6000", "--csv",
+            ])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("redis-benchmark");
+        theatre
+            .until("the clients' first answers", async |theatre| {
+                let out = redis(theatre, &["get", "tickets"]);
+                (out.trim().parse::<u32>().ok()? > 20).then_some(())
+            })
+            .await;
+        let old = theatre.primary().await;
+        theatre.kill(&old);
+        theatre.successor(&old).await;
+        let said = tokio::task::spawn_blocking(move || benchmark.wait_with_output());
+        let said = said.await.expect("no panic").expect("an end");
+        assert!(said.status.success(), "{said:?}");
+        assert!(
+            said.stderr.is_empty() || !contains(&said.stderr, "Error"),
+            "{said:?}"
+        );
+        let status = tokio::task::spawn_blocking(move || cli.wait_with_output());
+        let said = status.await.expect("no panic").expect("an end");
+        let values: Vec<u64> = String::from_utf8_lossy(&said.stdout)
+            .lines()
+            .map(|line| {
+                line.parse()
+                    .unwrap_or_else(|_| panic!("not a number: {line}"))
+            })
+            .collect();
+        let expected: Vec<u64> = (1..=300).collect();
+        assert_eq!(values, expected, "each INCR counts once");
+        assert_eq!(redis(&theatre, &["get", "tickets"]).trim(), "300");
+    });
+}
+
+fn contains(text: &[u8], part: &str) -> bool {
+    String::from_utf8_lossy(text).contains(part)
+}
+
+fn redis(theatre: &Theatre, words: &[&str]) -> String {
+    let port = theatre.address.port().to_string();
+    let said = Command::new("redis-cli")
+        .args(["-p", &port])
+        .args(words)
+        .output();
+    String::from_utf8_lossy(&said.expect("redis-cli").stdout).into_owned()
+}
+
+/// The VMM process alone dies: its agent sees that at once, abdicates, and a replica goes on.
+#[test]
+fn the_vmm_dies_and_its_agent_abdicates() {
+    on_kvm(async || {
+        let mut theatre = Theatre::open(&["a", "b", "c"], policy(Rule::All)).await;
+        let load = theatre.load().await;
+        theatre.answers(&load, 100).await;
+        let old = theatre.primary().await;
+        let host: Name = old.as_str().parse().expect("a name");
+        assert_eq!(theatre.cluster.kill_vmms(&host).expect("a kill"), 1);
+        theatre.successor(&old).await;
+        theatre.answers(&load, 100).await;
+        assert!(theatre.journal_has(&old, "abdicated").await);
+        theatre.copies(3).await;
+        flawless(load).await;
+    });
+}
+
+/// Without its witness a cluster serves; it only cannot change its record. A replica that dies
+/// meanwhile makes output wait until the witness is back.
+#[test]
+fn a_cluster_serves_without_its_witness() {
+    on_kvm(async || {
+        let mut theatre = Theatre::open(&["a", "b"], policy(Rule::All)).await;
+        let load = theatre.load().await;
+        let witness = theatre.cluster.witness();
+        theatre.cluster.kill(&witness).expect("a kill");
+        theatre.answers(&load, 300).await;
+        let replica = host_name("b");
+        theatre.kill(&replica);
+        let primary = host_name("a");
+        theatre
+            .until("the stall's line in the journal", async |theatre| {
+                theatre
+                    .journal_has(&primary, "output_stalled")
+                    .await
+                    .then_some(())
+            })
+            .await;
+        theatre.cluster.start_process(&witness).expect("a start");
+        theatre.copies(1).await;
+        theatre.answers(&load, 100).await;
+        assert!(theatre.journal_has(&primary, "unprotected").await);
+        theatre.start(&replica);
+        theatre.copies(2).await;
+        theatre.answers(&load, 100).await;
+        flawless(load).await;
+    });
+}
+
+/// The gateway's death breaks its clients' connections; another gateway finds everything.
+#[test]
+fn another_gateway_finds_everything() {
+    on_kvm(async || {
+        let mut theatre = Theatre::open(&["a", "b"], policy(Rule::All)).await;
+        let load = theatre.load().await;
+        theatre.answers(&load, 100).await;
+        flawless(load).await;
+        let gateway = theatre.cluster.gateway();
+        theatre.cluster.kill(&gateway).expect("a kill");
+        theatre.cluster.start_process(&gateway).expect("a start");
+        theatre.gateway_opens().await;
+        // The load reads what its counters hold before it goes on with them.
+        let load = theatre.load().await;
+        theatre.answers(&load, 100).await;
+        flawless(load).await;
+    });
+}
+
+/// Frozen until after the promotion, then thawed: the old primary is refused everywhere, says so,
+/// and comes back as a replica.
+#[test]
+fn a_frozen_primary_comes_back_as_a_replica() {
+    on_kvm(async || {
+        let mut theatre = Theatre::open(&["a", "b", "c"], policy(Rule::All)).await;
+        let load = theatre.load().await;
+        theatre.answers(&load, 100).await;
+        let old = theatre.primary().await;
+        theatre.cluster.freeze(&identity(&old)).expect("freezes");
+        theatre.successor(&old).await;
+        theatre.answers(&load, 200).await;
+        theatre.cluster.thaw(&identity(&old)).expect("thaws");
+        theatre
+            .until("the return of the old primary", async |theatre| {
+                (theatre.role(&old).await? == RoleName::Member).then_some(())
+            })
+            .await;
+        assert!(theatre.journal_has(&old, "deposed").await);
+        theatre.answers(&load, 100).await;
+        flawless(load).await;
+    });
+}
+
+/// The rules that need fewer than all copies go on without a replica, and promote safely.
+#[test]
+fn rules_that_need_fewer_copies() {
+    on_kvm(async || {
+        for rule in [Rule::Quorum, Rule::Any(1)] {
+            let stall = Policy {
+                on_loss: OnLoss::Stall,
+                ..policy(rule)
+            };
+            let mut theatre = Theatre::open(&["a", "b", "c"], stall).await;
+            let load = theatre.load().await;
+            // One replica is gone: nothing waits for it.
+            let replica = host_name("c");
+            theatre.kill(&replica);
+            theatre.answers(&load, 200).await;
+            theatre.start(&replica);
+            theatre
+                .until("the replica's return", async |theatre| {
+                    (theatre.role(&replica).await? == RoleName::Member).then_some(())
+                })
+                .await;
+            let old = theatre.primary().await;
+            theatre.kill(&old);
+            theatre.successor(&old).await;
+            theatre.answers(&load, 100).await;
+            flawless(load).await;
+        }
+    });
+}
+
+/// A planned switchover loses nothing and breaks nothing.
+#[test]
+fn a_planned_switchover() {
+    on_kvm(async || {
+        let mut theatre = Theatre::open(&["a", "b"], policy(Rule::All)).await;
+        let load = theatre.load().await;
+        for (from, to) in [("a", "b"), ("b", "a")] {
+            theatre.answers(&load, 100).await;
+            let order = Request::Switchover {
+                vm: theatre.vm.clone(),
+                to: Some(host_name(to)),
+            };
+            theatre
+                .client
+                .order(&host_name(from), &order)
+                .await
+                .expect("is taken");
+            assert_eq!(theatre.successor(&host_name(from)).await, host_name(to));
+            theatre.copies(2).await;
+        }
+        theatre.answers(&load, 100).await;
+        flawless(load).await;
+    });
+}
+
+/// Everything is killed at once. What was acknowledged is there again afterwards: by the synced
+/// log, or by the synced disk of the last primary.
+#[test]
+fn a_cold_start_keeps_what_was_acknowledged() {
+    on_kvm(async || {
+        for acks in [Acks::Disk, Acks::Memory] {
+            let mut theatre = Theatre::open(
+                &["a", "b"],
+                Policy {
+                    acks,
+                    ..policy(Rule::All)
+                },
+            )
+            .await;
+            let load = theatre.load().await;
+            theatre.answers(&load, 100).await;
+            flawless(load).await;
+            let counted = theatre.sum().await;
+            let gateway = theatre.cluster.gateway();
+            let witness = theatre.cluster.witness();
+            for who in [
+                gateway.clone(),
+                identity(&host_name("a")),
+                identity(&host_name("b")),
+            ] {
+                theatre.cluster.kill(&who).expect("a kill");
+            }
+            theatre.cluster.kill(&witness).expect("a kill");
+            theatre.cluster.start_process(&witness).expect("a start");
+            for host in ["a", "b"] {
+                theatre.start(&host_name(host));
+            }
+            theatre
+                .until("a primary", async |theatre| {
+                    let primary = theatre.record().await?.primary.host;
+                    (theatre.role(&primary).await? == RoleName::Primary).then_some(())
+                })
+                .await;
+            theatre.copies(2).await;
+            theatre.cluster.start_process(&gateway).expect("a start");
+            theatre.gateway_opens().await;
+            assert_eq!(theatre.sum().await, counted, "{acks:?}");
+            let load = theatre.load().await;
+            theatre.answers(&load, 50).await;
+            flawless(load).await;
+        }
+    });
+}
