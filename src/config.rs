@@ -108,8 +108,6 @@ pub struct Limits {
     pub vms: u32,
     /// How much memory all their guests may have together.
     pub guest_memory: ByteSize,
-    /// How much log may wait in memory for one VM before it is executed.
-    pub log_memory: ByteSize,
 }
 
 impl Default for Limits {
@@ -117,7 +115,6 @@ impl Default for Limits {
         Self {
             vms: 16,
             guest_memory: ByteSize(4 << 30),
-            log_memory: ByteSize(256 << 20),
         }
     }
 }

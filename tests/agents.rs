@@ -246,8 +246,7 @@ async fn life() {
     client.order(&host_name("a"), &run).await.expect("taken");
     until(&client, "a", primary_with(2)).await;
     let address = cluster.publish().await;
-    let mut stream = TcpStream::connect(address).await.expect("connected");
-    stream.set_nodelay(true).expect("set");
+    let mut stream = connect(address).await;
     let mut times = Vec::new();
     for expected in 1..=200 {
         let began = std::time::Instant::now();
@@ -308,4 +307,19 @@ async fn life() {
     for host in ["a", "b", "c"] {
         cluster.stop_host(host).await;
     }
+
+    // All of them were lost; whoever holds a disk boots from it, and what the guest flushed is kept.
+    for host in ["a", "b", "c"] {
+        cluster.start_host(host);
+    }
+    until(&client, reigns, primary_with(2)).await;
+    let mut stream = connect(address).await;
+    assert_eq!(incr(&mut stream).await, 204);
+}
+
+/// Connects a client.
+async fn connect(address: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(address).await.expect("connected");
+    stream.set_nodelay(true).expect("set");
+    stream
 }

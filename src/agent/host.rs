@@ -12,6 +12,7 @@ use tokio::io::AsyncReadExt;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+use super::budget::Budget;
 use super::bulk;
 use super::certs::Identity;
 use super::clock;
@@ -159,6 +160,7 @@ async fn run_here(
     let metrics_at = config.metrics;
     let env = Arc::new(Surroundings {
         vmm_binary: vmm_binary.or_else(|| config.vmm_binary.clone()),
+        memory: Budget::new(config.limits.guest_memory),
         config,
         host,
         link,

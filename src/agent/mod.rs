@@ -1,5 +1,6 @@
 //! The agent of a host: everything that touches sockets, files and processes around the protocol.
 
+pub mod budget;
 pub mod bulk;
 pub mod certs;
 pub mod clock;

@@ -13,6 +13,7 @@ use super::{Back, HostMessage, VmDriver};
 use crate::agent::clock::now;
 use crate::agent::frame_streams::FrameStreams;
 use crate::agent::frames::{FrameLimits, FramePort};
+use crate::agent::journal::Incident;
 use crate::agent::library::Library;
 use crate::agent::vm_process::{DiskSetup, ToVm};
 use crate::gateway::frames::Boot;
@@ -80,18 +81,20 @@ impl VmDriver {
                 self.boot(run, term, cold);
             }
             Action::GoLive { run, term, at } => {
+                self.known_term = self.known_term.max(term);
                 if let Some(guest) = self.guest.as_mut().filter(|guest| guest.run() == run) {
-                    self.known_term = self.known_term.max(term);
                     guest.go_live(term, at);
+                } else if self.awaiting(run) {
+                    self.live_when_started = Some((term, at));
                 }
             }
             Action::PauseVm { run } => self.tell_guest(run, &ToVm::Pause(true)),
             Action::ResumeVm { run } => self.tell_guest(run, &ToVm::Pause(false)),
             Action::StopVm { run, .. } => {
-                if self.guest.as_ref().is_some_and(|guest| guest.run() == run) {
+                if self.awaiting(run) || self.guest.as_ref().is_some_and(|guest| guest.run() == run)
+                {
                     self.end_guest().await;
                 }
-                self.awaiting_header = None;
             }
             Action::Release { term, through } => self.release(term, through),
             Action::ForgetOutputs { through } => self.gateways.port.forget(through),
@@ -162,8 +165,15 @@ impl VmDriver {
         }
     }
 
+    /// Whether this run has been asked for and has not started yet.
+    fn awaiting(&self, run: VmRun) -> bool {
+        self.awaiting_header == Some(run) || self.awaiting_parts == Some(run)
+    }
+
     async fn end_guest(&mut self) {
         self.awaiting_header = None;
+        self.awaiting_parts = None;
+        self.live_when_started = None;
         let Some(guest) = self.guest.take() else {
             return;
         };
@@ -287,7 +297,8 @@ impl VmDriver {
     }
 
     /// Gets the image and the disk bases that a log names, from this host or another.
-    fn fetch_parts(&self, run: VmRun, header: Header) {
+    fn fetch_parts(&mut self, run: VmRun, header: Header) {
+        self.awaiting_parts = Some(run);
         let (home, back, env) = (self.home.clone(), self.to_back.clone(), self.env.clone());
         let binary = env.vmm_binary.clone();
         tokio::spawn(async move {
@@ -313,6 +324,7 @@ impl VmDriver {
 
     fn boot(&mut self, run: VmRun, term: Term, cold: bool) {
         self.known_term = self.known_term.max(term);
+        self.awaiting_parts = Some(run);
         let (home, back, env) = (self.home.clone(), self.to_back.clone(), self.env.clone());
         let binary = env.vmm_binary.clone();
         tokio::task::spawn_blocking(move || {
@@ -330,19 +342,30 @@ impl VmDriver {
 
     /// Everything a guest starts from is there.
     pub(super) fn start_guest(&mut self, run: VmRun, boots: bool, parts: Result<Parts, String>) {
-        if self.guest.is_some() {
+        if self.awaiting_parts != Some(run) {
+            // The node wants another run by now, or none.
             return;
         }
+        self.awaiting_parts = None;
+        let memory = &self.env.memory;
         let started = parts.and_then(|parts| {
             let header = parts.header.clone();
-            let guest = Guest::start(run, parts, boots).map_err(|error| error.to_string())?;
-            Ok((header, guest))
+            let guest = Guest::start(run, parts, boots, memory);
+            Ok((header, guest.map_err(|error| error.to_string())?))
         });
         match started {
             Ok((header, guest)) => {
                 let boot = Boot(header.boot);
                 self.header = Some(header);
-                self.guest = Some(guest);
+                if let Some(pid) = guest.pid() {
+                    let doing = if boots { "boot" } else { "replay" }.to_owned();
+                    let started = Incident::VmmStarted { pid, doing };
+                    self.env.journal.write(Some(&self.vm), started);
+                }
+                let guest = self.guest.insert(guest);
+                if let Some((term, at)) = self.live_when_started.take() {
+                    guest.go_live(term, at);
+                }
                 self.outbox = Outbox::new();
                 self.told_received = FrameNumber(0);
                 // A machine at power-on has made no output and taken no frame yet.

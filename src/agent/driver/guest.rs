@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use replay_log::{Header, LogIndex, LogTip, Term};
 use thiserror::Error;
+use vmm::config::MachineConfig;
 
 use super::keeper::{Cursor, LogKeeper};
+use crate::agent::budget::{Budget, OverBudget, Taken};
 use crate::agent::vm_process::{
     DiskSetup, FromVm, IpcError, SpawnError, Start, StartAs, ToVm, VmProcess,
 };
@@ -31,6 +33,12 @@ pub enum Doing {
 /// Why a guest cannot go on.
 #[derive(Debug, Error)]
 pub enum GuestError {
+    /// No machine is like that.
+    #[error(transparent)]
+    Machine(#[from] vmm::config::ConfigError),
+    /// It does not fit.
+    #[error(transparent)]
+    Memory(#[from] OverBudget),
     /// No process.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
@@ -52,6 +60,8 @@ pub struct Guest {
     under_way: std::collections::VecDeque<(LogIndex, usize)>,
     bytes: usize,
     go_live: Option<(Term, LogTip)>,
+    /// Given back when the guest is gone.
+    _memory: Taken,
 }
 
 /// What a guest is started from.
@@ -68,7 +78,14 @@ pub struct Parts {
 
 impl Guest {
     /// Starts a process that records from power-on (`boots`), or replays from the log's beginning.
-    pub fn start(run: VmRun, parts: Parts, boots: bool) -> Result<Self, GuestError> {
+    pub fn start(
+        run: VmRun,
+        parts: Parts,
+        boots: bool,
+        budget: &Budget,
+    ) -> Result<Self, GuestError> {
+        let machine = MachineConfig::from_bytes(&parts.header.config)?;
+        let memory = budget.take(machine.memory)?;
         let start = Start {
             header: parts.header,
             kernel: parts.kernel,
@@ -95,6 +112,7 @@ impl Guest {
             under_way: std::collections::VecDeque::new(),
             bytes: 0,
             go_live: None,
+            _memory: memory,
         })
     }
 

@@ -22,11 +22,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use replay_log::{FrameNumber, Header, Term};
+use replay_log::{FrameNumber, Header, LogTip, Term};
 use thiserror::Error;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender, unbounded_channel};
 use vmm::outbox::Outbox;
 
+use crate::agent::budget::Budget;
 use crate::agent::clock::now;
 use crate::agent::frame_streams::FrameStreams;
 use crate::agent::frames::{FrameLimits, FramePort};
@@ -85,6 +86,8 @@ pub struct Surroundings {
     pub witness: Option<WitnessClient>,
     /// Where decisions are written down.
     pub journal: Arc<Journal>,
+    /// The memory that all guests may have together.
+    pub memory: Budget,
     /// The images and disk bases this host has, and how it gets those it lacks.
     pub library: crate::agent::library::Library,
     /// The program that is a VMM process; `None`: this program itself.
@@ -136,6 +139,10 @@ pub struct VmDriver {
     header: Option<Header>,
     /// A run that waits for its header: the log is empty as yet.
     awaiting_header: Option<crate::protocol::VmRun>,
+    /// The run whose parts are being put together.
+    awaiting_parts: Option<crate::protocol::VmRun>,
+    /// What that run is to do as soon as it has started.
+    live_when_started: Option<(Term, LogTip)>,
     told_received: FrameNumber,
     told_waiting: u64,
     inbox: Receiver<ToDriver>,
@@ -190,6 +197,8 @@ impl VmDriver {
             known_term: Term(0),
             header,
             awaiting_header: None,
+            awaiting_parts: None,
+            live_when_started: None,
             told_received: FrameNumber(0),
             told_waiting: 0,
             inbox,
