@@ -175,21 +175,18 @@ async fn until(client: &Client, host: &str, wanted: impl Fn(&HostStatus) -> bool
             sleep(Duration::from_millis(10)).await;
         }
     };
-    let done = timeout(PATIENCE, waiting).await;
-    match done {
-        Ok(status) => status,
-        Err(_) => {
-            for host in client.hosts() {
-                match client.events(host, 0).await {
-                    Ok(lines) => lines.iter().for_each(|line| {
-                        eprintln!("{} {:>10} {}", line.host, line.clock / 1_000, line.text);
-                    }),
-                    Err(error) => eprintln!("{host}: {error}"),
-                }
-            }
-            panic!("{host} does not become as wanted; it is {last:?}");
+    if let Ok(status) = timeout(PATIENCE, waiting).await {
+        return status;
+    }
+    for host in client.hosts() {
+        match client.events(host, 0).await {
+            Ok(lines) => lines.iter().for_each(|line| {
+                eprintln!("{} {:>10} {}", line.host, line.clock / 1_000, line.text);
+            }),
+            Err(error) => eprintln!("{host}: {error}"),
         }
     }
+    panic!("{host} does not become as wanted; it is {last:?}");
 }
 
 fn primary_with(members: usize) -> impl Fn(&HostStatus) -> bool {

@@ -440,13 +440,11 @@ impl Agent {
         let host = self.env.host.clone();
         Box::new(move |reply: oneshot::Sender<Answer>| {
             Box::pin(async move {
-                let record = match asked.await {
-                    Some(VmAnswer::Status(status)) => status.node.record,
-                    _ => {
-                        let why = not_here(&vm);
-                        return drop(reply.send(Answer::Refused { why }));
-                    }
+                let Some(VmAnswer::Status(status)) = asked.await else {
+                    let why = not_here(&vm);
+                    return drop(reply.send(Answer::Refused { why }));
                 };
+                let record = status.node.record;
                 if record.is_some_and(|record| record.copy_on(&host).is_some()) {
                     let why =
                         format!("the record of {vm} names {host}: pair it without {host} first");

@@ -20,7 +20,7 @@ use crate::gateway::frames::Boot;
 use crate::protocol::{Action, Durable, Event, HostName, Input, Message, VmRun};
 
 /// How long the keeper of records is waited for when it could not be asked at once.
-const PARTS_PATIENCE: Duration = Duration::from_secs(120);
+const PARTS_PATIENCE: Duration = Duration::from_mins(2);
 
 impl VmDriver {
     /// Carries out everything the node wants, then lets everything flow that may.

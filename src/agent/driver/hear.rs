@@ -21,13 +21,12 @@ impl VmDriver {
     pub(super) fn hear(&mut self, heard: ToDriver) {
         match heard {
             ToDriver::Heard(input) => {
-                if let Input::Message { from, message } = &input {
-                    match message {
-                        Message::Ack(ack) | Message::Report(ack) => {
-                            self.streams.acknowledged(from, ack.held);
-                        }
-                        _ => {}
-                    }
+                if let Input::Message {
+                    from,
+                    message: Message::Ack(ack) | Message::Report(ack),
+                } = &input
+                {
+                    self.streams.acknowledged(from, ack.held);
                 }
                 if let Input::PeerDown(peer) = &input {
                     self.streams.stop(peer);
@@ -172,7 +171,7 @@ impl VmDriver {
     /// What gateways have sent goes to the guest; what they have received is told the node.
     pub(super) fn hear_gateways(&mut self) {
         while let Some(event) = self.gateways.port.poll_event() {
-            self.env.journal.write(Some(&self.vm), incident(event));
+            self.env.journal.write(Some(&self.vm), incident(&event));
         }
         let Some(guest) = &self.guest else { return };
         let run = guest.run();
@@ -200,8 +199,8 @@ impl VmDriver {
 }
 
 /// What the journal says about a gateway.
-fn incident(event: FrameEvent) -> Incident {
-    match event {
+fn incident(event: &FrameEvent) -> Incident {
+    match *event {
         FrameEvent::Welcomed {
             gateway, resent, ..
         } => Incident::GatewayWelcomed {
