@@ -27,6 +27,9 @@ pub struct Args {
     /// How many counters each client has
     #[arg(long, value_name = "N", default_value_t = 16)]
     keys: usize,
+    /// How many milliseconds each client rests after an answer
+    #[arg(long, value_name = "MS", default_value_t = 5)]
+    rest: u64,
     /// How many seconds the load runs before each kill
     #[arg(long, value_name = "SECONDS", default_value_t = 3)]
     lead: u64,
@@ -51,6 +54,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         kills: args.kills,
         connections: args.connections.max(1),
         keys: args.keys.max(1),
+        rest: Duration::from_millis(args.rest),
         rule: args.rule,
         lead: Duration::from_secs(args.lead),
         keep_data: args.keep_data,

@@ -20,7 +20,7 @@ mod pair;
 mod process;
 mod replay;
 mod run;
-mod status;
+pub mod status;
 mod switchover;
 mod witness;
 

@@ -18,6 +18,7 @@ use crate::agent::clock;
 use crate::agent::journal::Line;
 use crate::agent::operator::{Client, HostStatus, OperatorError, Request};
 use crate::cli::operator::start_vm;
+use crate::cli::status::lag_of;
 use crate::config::{Config, ConfigError};
 use crate::protocol::{HostName, Policy, Record, RoleName, Rule, Time, VmName};
 
@@ -29,8 +30,10 @@ const PORT: u16 = 6379;
 const HOSTS: [&str; 3] = ["host-a", "host-b", "host-c"];
 /// Between two looks at whether something has happened.
 const LOOK_EVERY: Duration = Duration::from_millis(25);
+/// A replica whose execution is no further behind keeps up.
+const KEEPS_UP: Duration = Duration::from_millis(100);
 /// How long each step may take before the demo gives up.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the demo is told.
 #[derive(Clone, Debug)]
@@ -43,6 +46,9 @@ pub struct Options {
     pub connections: usize,
     /// How many counters each of them has.
     pub keys: usize,
+    /// How long each client rests after each answer: the hosts share one machine, and a replica
+    /// that is new has to execute the log faster than it grows.
+    pub rest: Duration,
     /// How many copies must hold the log before an answer leaves.
     pub rule: Rule,
     /// How long the load runs before each kill and after the last.
@@ -201,6 +207,7 @@ impl Stage {
         let mut config = LoadConfig::new(address);
         config.connections = options.connections;
         config.keys = options.keys;
+        config.pause = Some(options.rest).filter(|rest| !rest.is_zero());
         Ok(Load::start(config).await?)
     }
 
@@ -277,8 +284,8 @@ impl Stage {
         .await
     }
 
-    /// Starts a killed host again and waits until it is a replica; how long that took, in
-    /// milliseconds.
+    /// Starts a killed host again and waits until it is a replica that keeps up; how long that
+    /// took, in milliseconds.
     async fn heal(&mut self, host: &HostName, keep_data: bool) -> Result<u64, PlayError> {
         let began = Instant::now();
         let who = identity(host);
@@ -287,6 +294,16 @@ impl Stage {
         }
         self.cluster.start_process(&who)?;
         self.all_copies().await?;
+        self.until("the new replica's keeping up", async |stage| {
+            let hosts = stage.client.status_of_all().await;
+            let lag = lag_of(&hosts, &stage.vm, host);
+            Ok(match lag {
+                Some(lag) if lag <= KEEPS_UP => Ok(()),
+                Some(lag) => Err(format!("{host} is {} ms behind", lag.as_millis())),
+                None => Err(tell(&hosts)),
+            })
+        })
+        .await?;
         Ok(millis(began.elapsed()))
     }
 
