@@ -48,6 +48,12 @@ impl Failure {
         }
     }
 
+    /// The same, as another kind.
+    #[must_use]
+    pub fn with_exit(self, exit: Exit) -> Self {
+        Self { exit, ..self }
+    }
+
     /// Which kind it is.
     pub const fn exit(&self) -> Exit {
         self.exit

@@ -110,13 +110,23 @@ fn dispatch(command: Command) -> Result<(), Failure> {
         Command::Status(args) => status::run(&args),
         Command::Switchover(args) => switchover::run(&args),
         Command::Events(args) => events::run(&args),
-        Command::Run(args) => run::run(&args),
-        Command::Replay(args) => replay::run(&args),
+        Command::Run(args) => run::run(&args).map_err(blame_host),
+        Command::Replay(args) => replay::run(&args).map_err(blame_host),
         Command::Log(args) => log::run(&args),
         Command::Images(args) => images::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::VmmProcess { .. } => Ok(()),
+    }
+}
+
+/// A guest that does not start because there is no KVM: no failure of the command but of the host.
+fn blame_host(failure: Failure) -> Failure {
+    match crate::doctor::missing_kvm() {
+        Some(missing) if failure.to_string().contains(&missing.to_string()) => {
+            failure.with_exit(Exit::Unavailable)
+        }
+        _ => failure,
     }
 }
 
