@@ -14,6 +14,7 @@ pub mod kvm;
 pub mod machine;
 pub mod model;
 pub mod outbox;
+mod overheard;
 pub mod recorder;
 pub mod replayer;
 pub mod runner;

@@ -14,6 +14,7 @@
 use replay_log::Position;
 
 use crate::machine::{DigestScope, Enter, Entered, Machine, MachineError};
+use crate::overheard::{Ear, Overheard};
 use crate::tape::{CpuState, GuestEnd, Next, Pending, Tape};
 
 /// Every so many marks the digest is deep: FPU and MSRs too.
@@ -48,6 +49,7 @@ pub struct Runner<M> {
     in_slice: bool,
     marks: u64,
     scrub_page: u64,
+    ear: Ear,
 }
 
 impl<M: Machine> Runner<M> {
@@ -61,6 +63,7 @@ impl<M: Machine> Runner<M> {
             in_slice: false,
             marks: 0,
             scrub_page: 0,
+            ear: Ear::default(),
         }
     }
 
@@ -128,7 +131,10 @@ impl<M: Machine> Runner<M> {
                 self.inject()?;
             }
             match tape.next(self.at, self.cpu(), self.machine.can_take())? {
-                Next::Deliver(delivery) => self.machine.deliver(delivery)?,
+                Next::Deliver(delivery) => {
+                    self.ear.arrival(&delivery.arrival);
+                    self.machine.deliver(delivery)?;
+                }
                 Next::Mark => self.mark(tape)?,
                 Next::Wait => return Ok(Some(self.rest(Turn::Waiting))),
                 Next::Pause => return Ok(Some(self.rest(Turn::Paused))),
@@ -150,7 +156,14 @@ impl<M: Machine> Runner<M> {
 
     /// Enters the guest once; numbers the exit and closes its group.
     fn enter(&mut self, how: Enter, tape: &mut dyn Tape) -> Result<Entered, MachineError> {
-        let entered = self.machine.enter(how, tape)?;
+        let ear = &mut self.ear;
+        let entered = self.machine.enter(
+            how,
+            &mut Overheard {
+                tape: &mut *tape,
+                ear,
+            },
+        )?;
         match entered {
             Entered::Exit => {
                 self.at = self.at.next();
@@ -177,7 +190,7 @@ impl<M: Machine> Runner<M> {
             deep: self.marks.is_multiple_of(DEEP_EVERY),
             scrub: (self.scrub_page, pages),
         };
-        let digest = self.machine.digest(scope)?;
+        let digest = self.ear.digest(self.machine.digest(scope)?);
         self.marks += 1;
         self.scrub_page = self.scrub_page.wrapping_add(u64::from(pages));
         tape.mark(self.at, digest)?;

@@ -7,9 +7,7 @@ mod common;
 use common::guest::Ring;
 use common::run::{Recorded, Scenario, record, replay};
 use common::{guests, kvm_is_here};
-use replay_log::{
-    Answer, Arrival, Batch, BatchBuilder, Chain, Entry, GroupBody, LogIndex, Term,
-};
+use replay_log::{Answer, Arrival, Batch, BatchBuilder, Chain, Entry, GroupBody, LogIndex, Term};
 use vmm::replayer::Replayer;
 use vmm::runner::{Runner, Turn};
 use vmm::tape::GuestEnd;
@@ -18,14 +16,19 @@ use vmm::tape::GuestEnd;
 const FRAMES: u32 = 12;
 
 fn echo() -> Scenario {
-    let mut scenario =
-        Scenario::new(guests::echo(Ring::Three, FRAMES)).with_network().with_frames(FRAMES);
+    let mut scenario = Scenario::new(guests::echo(Ring::Three, FRAMES))
+        .with_network()
+        .with_frames(FRAMES);
     scenario.storm = false;
     scenario
 }
 
 fn entries(recorded: &Recorded) -> Vec<Entry> {
-    recorded.batches.iter().flat_map(|batch| batch.decode().expect("decodes")).collect()
+    recorded
+        .batches
+        .iter()
+        .flat_map(|batch| batch.decode().expect("decodes"))
+        .collect()
 }
 
 /// Writes entries into a valid log, one entry a batch: every entry is a group boundary here.
@@ -45,14 +48,22 @@ fn sealed(entries: &[Entry]) -> Vec<Batch> {
 fn resume(scenario: &Scenario, batches: &[Batch]) -> (Vec<Batch>, usize) {
     let mut tape = Replayer::new(scenario.host(41), scenario.header());
     let mut runner = Runner::new(scenario.machine());
-    batches.iter().for_each(|batch| tape.feed(batch).expect("feeds"));
+    batches
+        .iter()
+        .for_each(|batch| tape.feed(batch).expect("feeds"));
     let turn = loop {
         let turn = runner.turn(&mut tape, 64).expect("replays");
         if turn != Turn::Ran && tape.drained() {
             break turn;
         }
     };
-    let delivered = tape.ongoing().frames.values().map(|number| number.0).max().unwrap_or(0);
+    let delivered = tape
+        .ongoing()
+        .frames
+        .values()
+        .map(|number| number.0)
+        .max()
+        .unwrap_or(0);
     let mut live = tape.go_live(scenario.policy(), Term(2)).expect("goes live");
     // The gateway sends again what the log does not show.
     live.host().skip_frames(delivered);
@@ -88,7 +99,11 @@ fn a_replica_goes_live_at_every_group_boundary() {
     let batches = sealed(&entries(&recorded));
     for cut in 1..=batches.len() {
         let (whole, outputs) = resume(&scenario, &batches[..cut]);
-        assert_eq!(outputs, recorded.outputs.len(), "cut {cut}: each answer is made once");
+        assert_eq!(
+            outputs,
+            recorded.outputs.len(),
+            "cut {cut}: each answer is made once"
+        );
         let replayed = replay(&scenario, &whole).unwrap_or_else(|e| panic!("cut {cut}: {e}"));
         assert_eq!(replayed.outputs.len(), outputs, "cut {cut}");
     }

@@ -33,7 +33,7 @@ fn main() {
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo says where we are"));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo says where to build"));
     let ledger = root.join("images/ledger");
-    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=images/build.rs");
     for part in ["Cargo.toml", "Cargo.lock", "ledger.ld", "src"] {
         println!("cargo::rerun-if-changed={}", ledger.join(part).display());
     }
