@@ -44,7 +44,8 @@ struct Shared<M> {
 /// The connections to all peers. Dropping it closes them.
 pub struct Link<M> {
     shared: Arc<Shared<M>>,
-    tasks: JoinSet<()>,
+    /// Ends with the link.
+    _tasks: JoinSet<()>,
 }
 
 impl<M: LinkMessage> Link<M> {
@@ -67,7 +68,13 @@ impl<M: LinkMessage> Link<M> {
         }
         let incoming = endpoint.serve_lanes();
         tasks.spawn(distribute(Arc::clone(&shared), incoming, doors));
-        (Self { shared, tasks }, received)
+        (
+            Self {
+                shared,
+                _tasks: tasks,
+            },
+            received,
+        )
     }
 
     /// Queues a message for a peer; never waits. A message is lost when the connection ends before
@@ -86,11 +93,6 @@ impl<M: LinkMessage> Link<M> {
         lock(&self.shared.sessions)
             .get(peer)
             .map(|session| session.id)
-    }
-
-    /// How many tasks keep the link (for the curious).
-    pub fn peers(&self) -> usize {
-        self.tasks.len().saturating_sub(1)
     }
 }
 
