@@ -12,18 +12,19 @@
 //!   first boot, cold boot:  (drop the old log) ──► Committing ──► Won
 //! ```
 
+mod progress;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use replay_log::{Batch, LogIndex, LogTip};
 
-use super::api::{Action, Swapped};
+use super::api::Swapped;
 use super::core::Core;
 use super::event::Event;
 use super::message::{Authority, Claim, Message, Refusal};
-use super::mutation::Mutation;
 use super::name::{HostName, Incarnation};
 use super::node::Turn;
-use super::record::{MAX_COPIES, Member, Policy, Record, Version};
+use super::record::{Policy, Record, Version};
 use super::time::{Span, Time};
 
 /// Why a host claims.
@@ -210,10 +211,6 @@ impl Controller {
             } if term == self.claim.term => {
                 return self.give_up(core, "the log here is not the beginning of the longest");
             }
-            Message::Diverged {
-                authority: Authority::Claim(_),
-                ..
-            } => {}
             Message::Ack(ack) | Message::Report(ack) if ack.term == self.claim.term => {
                 if let Some(sealed) = self.sealed.get_mut(from)
                     && sealed.incarnation == ack.incarnation
@@ -226,12 +223,10 @@ impl Controller {
                 core.send(from, Message::Heard { base, alive });
             }
             Message::Seal { claim, consent } => return self.rival(core, from, claim, consent),
-            Message::Heartbeat { version, .. } => {
-                // The primary lives after all. The promise stands: it has to be confirmed by the
-                // keeper, or this claim comes through.
-                if core.sealed_against(version) {
-                    core.refuse(from, version.term, Refusal::Sealed, version);
-                }
+            // The primary lives after all. The promise stands: it has to be confirmed by the
+            // keeper, or this claim comes through.
+            Message::Heartbeat { version, .. } if core.sealed_against(version) => {
+                core.refuse(from, version.term, Refusal::Sealed, version);
             }
             _ => {}
         }
@@ -338,174 +333,6 @@ impl Controller {
                 Some(Turn::Stay) => {}
                 Some(turn) => return turn,
             }
-        }
-    }
-
-    /// The suspected primary is a copy too, but nobody waits for its seal unless it has answered
-    /// the inquiry: its connection says nothing.
-    fn is_dead(&self, host: &HostName) -> bool {
-        let primary = self
-            .base
-            .as_ref()
-            .is_some_and(|base| base.primary.host == *host);
-        match &self.kind {
-            Kind::Succession { awake } => primary && !awake.contains(host),
-            _ => false,
-        }
-    }
-
-    fn prepare(&mut self, core: &mut Core) -> Option<Turn> {
-        let durable = core.persisted.live == self.claim.term;
-        if !durable || !core.settled() || core.log.appended.index > LogIndex::START {
-            return None;
-        }
-        self.chosen = LogTip::default();
-        self.propose(core, vec![]);
-        Some(Turn::Stay)
-    }
-
-    /// Sealing is over when enough copies are sealed and every other reachable one has had its
-    /// chance: one that is left out and has taken more log must start from the beginning.
-    fn choose(&mut self, core: &mut Core) -> Option<Turn> {
-        let forced = matches!(self.kind, Kind::Forced { .. });
-        let own = core.persisted.promise.as_ref() == Some(&self.claim)
-            && core.log.stored.index >= core.log.appended.index;
-        let needed = self.base.as_ref().map_or(1, Record::seals);
-        let enough = forced || self.sealed.len() + 1 >= needed;
-        let answered = self.others(core).iter().all(|host| {
-            self.sealed.contains_key(host) || self.refused.contains(host) || self.is_dead(host)
-        });
-        let waited = core.now.since(self.began) >= core.config.timing.seal_grace;
-        if !(own && enough && (answered || waited)) {
-            return None;
-        }
-        let here = (core.log.appended, core.host().clone());
-        let (longest, holder) = self
-            .sealed
-            .iter()
-            .map(|(host, sealed)| (sealed.tip, host.clone()))
-            .chain([here])
-            .max_by(|(a, at_a), (b, at_b)| {
-                // Of equal logs the own is taken.
-                let key = |tip: &LogTip, at: &HostName| (tip.term, tip.index, at == core.host());
-                key(a, at_a).cmp(&key(b, at_b))
-            })?;
-        self.chosen = longest;
-        let by = self.sealed.keys().chain([core.host()]).cloned().collect();
-        core.journal(Event::SealsWon {
-            term: self.claim.term,
-            by,
-            index: longest.index,
-            holder: holder.clone(),
-        });
-        if longest != core.log.appended {
-            let message = Message::Fetch {
-                term: self.claim.term,
-                after: core.log.appended,
-            };
-            core.send(&holder, message);
-        }
-        self.phase = Phase::Fetching {
-            from: holder,
-            accepted: false,
-        };
-        Some(Turn::Stay)
-    }
-
-    fn fetch(&mut self, core: &mut Core) -> Option<Turn> {
-        let tip = core.log.appended;
-        if tip.index < self.chosen.index {
-            return None;
-        }
-        if tip != self.chosen {
-            return Some(self.give_up(core, "what was fetched is not the longest log"));
-        }
-        core.ensure_replay();
-        let ours = self.chosen;
-        for (host, sealed) in &mut self.sealed {
-            if sealed.left_out || sealed.tip == ours {
-                continue;
-            }
-            let authority = Authority::Claim(self.claim.clone());
-            core.feed(host, authority, sealed.tip);
-            // What it held before counts only once it is known to be the beginning of this log.
-            sealed.held = LogIndex::START;
-            sealed.left_out = !core.feeds.serves(host);
-        }
-        self.phase = Phase::Bringing { since: core.now };
-        Some(Turn::Stay)
-    }
-
-    fn bring(&mut self, core: &mut Core, since: Time) -> Option<Turn> {
-        if core.held() < self.chosen.index {
-            return None;
-        }
-        let everything = core.mutated(Mutation::MemberWithoutLog);
-        let holds =
-            |sealed: &Sealed| everything || (!sealed.left_out && sealed.held >= self.chosen.index);
-        let complete = self.sealed.values().all(|s| s.left_out || holds(s));
-        let waited = core.now.since(since) >= core.config.timing.bring_along;
-        if !complete && !waited {
-            return None;
-        }
-        let holders = self.sealed.iter().filter(|(_, sealed)| holds(sealed));
-        let members = holders
-            .map(|(host, sealed)| Member {
-                host: host.clone(),
-                incarnation: sealed.incarnation,
-            })
-            .collect();
-        self.propose(core, members);
-        Some(Turn::Stay)
-    }
-
-    fn propose(&mut self, core: &mut Core, members: Vec<Member>) {
-        let (mut hosts, policy) = match (&self.kind, &self.base) {
-            (Kind::First { hosts, policy }, _) => (hosts.clone(), *policy),
-            (_, Some(base)) => (base.hosts.clone(), base.policy),
-            (_, None) => (vec![], Policy::default()),
-        };
-        hosts.push(core.host().clone());
-        hosts.sort();
-        hosts.dedup();
-        hosts.truncate(MAX_COPIES);
-        let new = Record {
-            term: self.claim.term,
-            epoch: self.claim.base.epoch.next(),
-            primary: core.me(),
-            members,
-            hosts,
-            policy,
-        };
-        core.journal(Event::RecordProposed {
-            version: new.version(),
-            copies: new.all_copies().cloned().collect(),
-            why: "to reign".to_owned(),
-        });
-        self.phase = Phase::Committing {
-            new: Box::new(new),
-            asking: false,
-            again_at: core.now,
-        };
-        self.swap(core);
-    }
-
-    fn swap(&mut self, core: &mut Core) {
-        let expect = self.base.as_ref().map(Record::version);
-        if let Phase::Committing {
-            new,
-            asking,
-            again_at,
-        } = &mut self.phase
-            && !*asking
-            && core.now >= *again_at
-        {
-            *asking = true;
-            *again_at = core.now.plus(core.config.timing.claim_patience);
-            core.do_(Action::SwapRecord {
-                expect,
-                new: new.as_ref().clone(),
-            });
         }
     }
 

@@ -31,3 +31,7 @@ pub use record::{Acks, Member, OnLoss, Policy, Record, RecordError, Rule, RuleEr
 pub use status::{FollowerStatus, RoleName, Status};
 pub use time::{Span, Time};
 pub use wire::WireError;
+
+#[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "the tests read the sources")]
+mod tests;

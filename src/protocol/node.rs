@@ -235,9 +235,7 @@ impl Node {
                         }
                         Input::WentLive { run } => return primary.went_live(core, run),
                         Input::Paused { run } => return primary.paused(core, run),
-                        Input::GatewayReceived { through } => {
-                            primary.gateway_received(core, through);
-                        }
+                        Input::GatewayReceived { through } => core.forget(through),
                         Input::OutputWaits { bytes } => primary.output_waits(core, bytes),
                         _ => {}
                     }
@@ -255,8 +253,8 @@ impl Node {
         let core = &mut self.core;
         core.peers.entry(host.clone()).or_default().up = true;
         core.hello(host);
-        if let Role::Primary(primary) = &mut self.role {
-            primary.peer_up(core, host);
+        if let Role::Primary(_) = &self.role {
+            core.send_record(host);
         }
         Turn::Stay
     }

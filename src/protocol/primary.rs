@@ -15,9 +15,11 @@
 //!                ── VMM or store failed ───► abdicated (Replica)
 //! ```
 //!
-//! [`change`] proposes new records, [`switchover`] hands over, [`followers`] counts.
+//! [`change`] proposes new records, [`switchover`] hands over, [`followers`] counts,
+//! [`flow`] slows down.
 
 mod change;
+mod flow;
 mod followers;
 mod switchover;
 
@@ -38,10 +40,7 @@ use super::name::{HostName, VmRun};
 use super::node::Turn;
 use super::record::{OnLoss, Record, Version};
 use super::status::{FollowerStatus, RoleName};
-use super::time::{Span, Time};
-
-/// Output that waits this many heartbeats is worth a line in the journal.
-const STALL_HEARTBEATS: u64 = 10;
+use super::time::Time;
 
 /// The state of a host that reigns.
 #[derive(Debug)]
@@ -283,10 +282,6 @@ impl Primary {
         self.watch_pace(core);
     }
 
-    pub(super) fn gateway_received(&mut self, core: &mut Core, through: FrameNumber) {
-        core.forget(through);
-    }
-
     pub(super) fn operator(&mut self, core: &mut Core, wish: Operator) -> Turn {
         let refused = match wish {
             Operator::Pair { policy, .. } => {
@@ -297,7 +292,7 @@ impl Primary {
                 }
                 "what acknowledging means is fixed for the life of a VM: pair with the same acks"
             }
-            Operator::Switchover { to } => match self.begin_switchover(core, to) {
+            Operator::Switchover { to } => match self.begin_switchover(core, to.as_ref()) {
                 Ok(()) => return self.advance(core),
                 Err(why) => why,
             },
@@ -308,10 +303,6 @@ impl Primary {
             why: refused.to_owned(),
         });
         Turn::Stay
-    }
-
-    pub(super) fn peer_up(&mut self, core: &mut Core, host: &HostName) {
-        core.send_record(host);
     }
 
     // --- another claims ----------------------------------------------------------------------
@@ -405,78 +396,6 @@ impl Primary {
                 term: self.term,
                 through,
             });
-        }
-    }
-
-    fn watch_stall(&mut self, core: &mut Core) {
-        if self.committed >= core.log.appended.index {
-            if let Some(since) = self.waiting_since.take()
-                && std::mem::take(&mut self.stalled)
-            {
-                core.journal(Event::OutputResumed {
-                    after_ms: core.now.since(since).as_millis(),
-                });
-            }
-            return;
-        }
-        let committed = core.committed;
-        let since = match self.waiting_since {
-            Some(since) if self.pace.stuck_at(committed) => since,
-            _ => {
-                self.pace.note(committed);
-                *self.waiting_since.insert(core.now)
-            }
-        };
-        let limit = core.config.timing.heartbeat.times(STALL_HEARTBEATS);
-        if core.now.since(since) < limit {
-            return;
-        }
-        if !self.stalled
-            && let Some(record) = core.record.clone()
-        {
-            self.stalled = true;
-            let tail = core.log.appended.index;
-            let members = record.members.iter();
-            let held_by = members.filter(|m| self.holds(m, tail)).count();
-            core.journal(Event::OutputStalled {
-                held_by: held_by + usize::from(core.held() >= tail),
-                needed: record.needed(),
-            });
-        }
-        // Whoever cannot be heard may be following another primary by now.
-        if core.now >= self.read_at {
-            self.read_at = core.now.plus(core.config.timing.retry);
-            core.read_record();
-        }
-    }
-
-    // --- slowing down ------------------------------------------------------------------------
-
-    fn watch_pace(&mut self, core: &mut Core) {
-        let bounds = core.config.bounds;
-        let limit = core.config.timing.lag_limit;
-        let lag = self.worst_lag(core);
-        let half = self.throttled;
-        let over = |value: u64, bound: u64| value > if half { bound / 2 } else { bound };
-        let why = if over(lag.as_nanos(), limit.as_nanos()) {
-            format!("a replica executes {lag} behind")
-        } else if over(self.pace.uncommitted_bytes(), bounds.uncommitted_log) {
-            "too much log is not committed".to_owned()
-        } else if over(self.output_waits, bounds.waiting_output) {
-            "too much output waits for its commit".to_owned()
-        } else {
-            String::new()
-        };
-        let on = !why.is_empty();
-        if on != self.throttled {
-            self.throttled = on;
-            core.do_(Action::Throttle { on });
-            let why = if on {
-                why
-            } else {
-                "everybody keeps up".to_owned()
-            };
-            core.journal(Event::Throttled { on, why });
         }
     }
 
@@ -610,19 +529,5 @@ impl Primary {
     fn on_loss(core: &Core) -> OnLoss {
         let record = core.record.as_ref();
         record.map_or(OnLoss::Stall, |record| record.policy.on_loss)
-    }
-
-    fn worst_lag(&self, core: &Core) -> Span {
-        let Some(record) = &core.record else {
-            return Span::ZERO;
-        };
-        // A replica that replays from the beginning is not lagging yet: it has to be let.
-        let members = record.members.iter();
-        members
-            .filter_map(|member| self.followers.get(&member.host))
-            .filter(|follower| follower.has_kept_up)
-            .map(|follower| self.pace.lag(core.now, follower.executed))
-            .max()
-            .unwrap_or_default()
     }
 }

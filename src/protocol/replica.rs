@@ -13,6 +13,8 @@
 //!                                                                            Controller
 //! ```
 
+mod suspicion;
+
 use std::collections::BTreeSet;
 
 use replay_log::{Batch, LogIndex, LogTip, Term};
@@ -26,7 +28,7 @@ use super::message::{Authority, Claim, Message, Refusal};
 use super::mutation::Mutation;
 use super::name::HostName;
 use super::node::Turn;
-use super::record::{Acks, Record, Version};
+use super::record::Version;
 use super::time::{Span, Time};
 
 /// Whose log is being taken.
@@ -67,6 +69,9 @@ pub(super) struct Replica {
     hello_at: Time,
     read_at: Time,
     replay_at: Option<Time>,
+    /// The VMM failed here with the log through this place: until it has executed that, this host
+    /// is not fit to reign.
+    unfit_before: LogIndex,
     waiting_said: bool,
 }
 
@@ -86,6 +91,7 @@ impl Replica {
             hello_at: core.now,
             read_at: core.now.plus(core.config.timing.retry),
             replay_at: None,
+            unfit_before: LogIndex::START,
             waiting_said: false,
         }
     }
@@ -117,12 +123,10 @@ impl Replica {
                 tail,
                 committed,
                 forget,
-            } => {
-                if self.heartbeat(core, from, version) {
-                    self.compare_tail(core, from, tail);
-                    core.committed = core.committed.max(committed.min(core.log.appended.index));
-                    core.forget(forget);
-                }
+            } if self.heartbeat(core, from, version) => {
+                self.compare_tail(core, from, tail);
+                core.committed = core.committed.max(committed.min(core.log.appended.index));
+                core.forget(forget);
             }
             Message::Diverged { authority, tip } => self.diverged(core, from, &authority, tip),
             Message::Inquire { base } => self.inquired(core, from, base),
@@ -134,7 +138,7 @@ impl Replica {
                     core.feed(from, Authority::Loan(term), after);
                 }
             }
-            Message::Handover { claim, tip } => return self.handover(core, from, claim, tip),
+            Message::Handover { claim, tip } => return Self::handover(core, from, claim, tip),
             Message::Abdicated { version } => {
                 let record = core.record.as_ref();
                 if record.is_some_and(|r| r.term == version.term && r.primary.host == *from) {
@@ -148,7 +152,7 @@ impl Replica {
     }
 
     /// Whether `from` may be heard as the primary of this state of the record. Refuses if not.
-    fn may_reign(&mut self, core: &mut Core, from: &HostName, version: Version) -> bool {
+    fn may_reign(core: &mut Core, from: &HostName, version: Version) -> bool {
         if core.mutated(Mutation::AcceptLowerTerm) {
             return true;
         }
@@ -180,7 +184,7 @@ impl Replica {
             return;
         }
         let allowed = match &authority {
-            Authority::Reign(version) => self.may_reign(core, from, *version),
+            Authority::Reign(version) => Self::may_reign(core, from, *version),
             Authority::Claim(claim) => {
                 claim.claimant == *from && core.durable.promise.as_ref() == Some(claim)
             }
@@ -237,7 +241,7 @@ impl Replica {
 
     /// Says whether it comes from the primary whose log is taken.
     fn heartbeat(&mut self, core: &mut Core, from: &HostName, version: Version) -> bool {
-        if !self.may_reign(core, from, version) {
+        if !Self::may_reign(core, from, version) {
             return false;
         }
         self.alive(core);
@@ -270,7 +274,7 @@ impl Replica {
         let Authority::Reign(version) = authority else {
             return;
         };
-        if core.settled() && self.may_reign(core, from, *version) && tip == core.log.appended {
+        if core.settled() && Self::may_reign(core, from, *version) && tip == core.log.appended {
             self.source = None;
             core.renew(true, "the log here is not the beginning of the primary's");
         }
@@ -292,7 +296,7 @@ impl Replica {
         let patience = core.config.timing.claim_patience;
         self.not_before = self.not_before.max(core.now.plus(patience));
         if core.mutated(Mutation::NoSeal) {
-            self.tell_sealed(core, &claim);
+            Self::tell_sealed(core, &claim);
             return;
         }
         self.source = None;
@@ -335,7 +339,7 @@ impl Replica {
             && core.log.stored.index >= core.log.appended.index
             && let Some(claim) = self.sealing.take()
         {
-            self.tell_sealed(core, &claim);
+            Self::tell_sealed(core, &claim);
             core.journal(Event::Sealed {
                 term: claim.term,
                 claimant: claim.claimant,
@@ -344,8 +348,7 @@ impl Replica {
         }
     }
 
-    #[allow(clippy::unused_self, reason = "a method beside the one that calls it")]
-    fn tell_sealed(&self, core: &mut Core, claim: &Claim) {
+    fn tell_sealed(core: &mut Core, claim: &Claim) {
         let message = Message::Sealed {
             term: claim.term,
             incarnation: core.durable.incarnation,
@@ -355,7 +358,7 @@ impl Replica {
         core.send(&claim.claimant, message);
     }
 
-    fn handover(&mut self, core: &mut Core, from: &HostName, claim: Claim, tip: LogTip) -> Turn {
+    fn handover(core: &mut Core, from: &HostName, claim: Claim, tip: LogTip) -> Turn {
         let record = core.record.as_ref();
         let fits = record.is_some_and(|r| r.version() == claim.base && r.primary.host == *from)
             && claim.claimant == *core.host()
@@ -363,156 +366,14 @@ impl Replica {
             && core.is_copy()
             && tip == core.log.appended
             && !core.promised_otherwise(&claim);
-        match core.record.clone().filter(|_| fits) {
-            Some(base) => Turn::Claim {
-                kind: Kind::Handover(claim),
-                base: Some(base),
-            },
-            None => {
-                core.refuse(from, claim.term, Refusal::NotACopy, claim.base);
-                Turn::Stay
-            }
-        }
-    }
-
-    // --- suspicion ---------------------------------------------------------------------------
-
-    fn inquired(&mut self, core: &mut Core, from: &HostName, base: Version) {
-        let alive = core.version() > base || self.vouches(core);
-        core.send(from, Message::Heard { base, alive });
-        core.inform(from, base);
-    }
-
-    fn heard(&mut self, core: &mut Core, from: &HostName, base: Version, alive: bool) -> Turn {
-        let Some(inquiry) = self.inquiry.as_mut().filter(|i| i.base == base) else {
+        let Some(base) = core.record.clone().filter(|_| fits) else {
+            core.refuse(from, claim.term, Refusal::NotACopy, claim.base);
             return Turn::Stay;
         };
-        if !alive {
-            inquiry.silent.insert(from.clone());
-            return self.consider_claim(core);
+        Turn::Claim {
+            kind: Kind::Handover(claim),
+            base: Some(base),
         }
-        self.inquiry = None;
-        self.not_before = core.now.plus(core.config.timing.suspicion_floor);
-        if let Some(record) = &core.record {
-            let primary = record.primary.host.clone();
-            let by = from.clone();
-            core.journal(Event::SuspicionLifted { primary, by });
-        }
-        Turn::Stay
-    }
-
-    /// How long this host waits for the primary before it inquires.
-    fn patience(&self, core: &Core, record: &Record) -> Span {
-        let timing = &core.config.timing;
-        let rank = record.rank(core.host()).unwrap_or(0) as u64;
-        let base = if self.abdicated {
-            Span::ZERO
-        } else {
-            self.detector.patience(timing)
-        };
-        base.plus(timing.stagger.times(rank))
-    }
-
-    fn watch(&mut self, core: &mut Core) -> Turn {
-        let Some(record) = core.record.clone() else {
-            return Turn::Stay;
-        };
-        let silence = self.silence(core);
-        let suspicious = self.abdicated || silence >= self.detector.patience(&core.config.timing);
-        if !suspicious {
-            return Turn::Stay;
-        }
-        if !core.is_copy() {
-            return self.cold_boot(core, &record);
-        }
-        if !self.suspected && record.primary.host != *core.host() {
-            self.suspected = true;
-            core.journal(Event::Suspected {
-                primary: record.primary.host.clone(),
-                silence_ms: silence.as_millis(),
-            });
-        }
-        let due = silence >= self.patience(core, &record) && core.now >= self.not_before;
-        if due && self.inquiry.is_none() && self.sealing.is_none() {
-            self.inquire(core, &record);
-        }
-        self.consider_claim(core)
-    }
-
-    fn inquire(&mut self, core: &mut Core, record: &Record) {
-        let base = record.version();
-        let mut asked = BTreeSet::new();
-        for host in core.up_peers() {
-            if record.copy_on(&host).is_some() {
-                core.send(&host, Message::Inquire { base });
-                asked.insert(host);
-            }
-        }
-        self.inquiry = Some(Inquiry {
-            base,
-            since: core.now,
-            confirmed: false,
-            silent: BTreeSet::new(),
-            asked,
-        });
-        self.read_at = core.now.plus(core.config.timing.retry);
-        core.read_record();
-    }
-
-    fn consider_claim(&mut self, core: &mut Core) -> Turn {
-        let Some(inquiry) = &self.inquiry else {
-            return Turn::Stay;
-        };
-        let waited = core.now.since(inquiry.since) >= core.config.timing.inquiry;
-        let everybody = inquiry.asked.iter().all(|h| inquiry.silent.contains(h));
-        if !(inquiry.confirmed && (waited || everybody)) {
-            return Turn::Stay;
-        }
-        match core.record.clone() {
-            Some(base) if base.version() == inquiry.base && core.is_copy() => Turn::Claim {
-                kind: Kind::Succession {
-                    awake: inquiry.silent.clone(),
-                },
-                base: Some(base),
-            },
-            _ => {
-                self.inquiry = None;
-                Turn::Stay
-            }
-        }
-    }
-
-    /// Everybody has lost what was only in memory: the host that was the primary has the disks.
-    fn cold_boot(&mut self, core: &mut Core, record: &Record) -> Turn {
-        // A primary that never came to run the guest has not got the disks either. (A later term
-        // than the record's is that of a cold boot that did not come through.)
-        let here = record.primary.host == *core.host() && core.durable.live >= record.term;
-        if !here || record.policy.acks != Acks::Memory || !core.settled() {
-            return Turn::Stay;
-        }
-        let gone = |member: &super::record::Member| {
-            let greeting = core.peers.get(&member.host).and_then(|peer| peer.greeting);
-            greeting.is_some_and(|greeting| greeting.incarnation > member.incarnation)
-        };
-        let missing: Vec<_> = record.members.iter().filter(|m| !gone(m)).collect();
-        if missing.is_empty() {
-            return Turn::Claim {
-                kind: Kind::Cold,
-                base: Some(record.clone()),
-            };
-        }
-        if !self.waiting_said {
-            self.waiting_said = true;
-            let names: Vec<_> = missing.iter().map(ToString::to_string).collect();
-            core.journal(Event::Waiting {
-                why: format!(
-                    "lost its memory and boots from its disks only when {} cannot have the log \
-                     any more",
-                    names.join(", ")
-                ),
-            });
-        }
-        Turn::Stay
     }
 
     // --- everything else ---------------------------------------------------------------------
@@ -558,6 +419,7 @@ impl Replica {
     /// The log here is another one now.
     pub(super) fn renewed(&mut self, core: &mut Core) {
         self.source = None;
+        self.unfit_before = self.unfit_before.min(core.log.appended.index);
         core.hello_all();
     }
 
@@ -565,7 +427,7 @@ impl Replica {
         core.stop_vm(StopReason::Failed);
         let wait = core.config.timing.claim_patience;
         self.replay_at = Some(core.now.plus(wait));
-        self.not_before = self.not_before.max(core.now.plus(wait.times(2)));
+        self.unfit_before = core.log.appended.index;
     }
 
     pub(super) fn operator(&mut self, core: &mut Core, wish: Operator) -> Turn {

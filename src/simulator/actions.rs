@@ -362,7 +362,7 @@ impl World {
         }
         if let Some(session) = session {
             for message in messages {
-                self.to_gateway(host, session, message);
+                self.tell_gateway(host, session, message);
             }
         }
     }

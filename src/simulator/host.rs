@@ -28,20 +28,21 @@ impl Clock {
     pub(super) fn new(random: &mut Random) -> Self {
         Self {
             offset: random.below(1_000_000_000_000),
-            drift: random.below(401) as i64 - 200,
+            drift: i64::from(random.below(401) as u16) - 200,
         }
     }
 
     pub(super) fn shows(self, at: Moment) -> u64 {
         let skew = i128::from(at) * i128::from(self.drift) / 1_000_000;
-        (i128::from(self.offset) + i128::from(at) + skew) as u64
+        let shown = i128::from(self.offset) + i128::from(at) + skew;
+        u64::try_from(shown).unwrap_or(0)
     }
 
     /// The first moment at which it shows at least `shown`.
     pub(super) fn moment(self, shown: u64) -> Moment {
         let since = i128::from(shown) - i128::from(self.offset);
         let at = since * 1_000_000 / (1_000_000 + i128::from(self.drift));
-        (at.max(0) as u64) + 1
+        u64::try_from(at).unwrap_or(0) + 1
     }
 }
 

@@ -3,11 +3,13 @@
 //! clients; everything fails. See README.md.
 
 mod actions;
+mod edges;
 mod facts;
 mod faults;
 mod gateway;
 mod host;
 mod invariants;
+mod judge;
 mod network;
 mod options;
 mod queue;

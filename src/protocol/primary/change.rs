@@ -102,7 +102,7 @@ impl Primary {
         let mut members: Vec<_> = record.members.iter().filter(stays).cloned().collect();
         if members.len() + 1 < record.policy.min_copies as usize {
             // Removing them would only stall output for another reason.
-            members = record.members.clone();
+            members.clone_from(&record.members);
             members.retain(|member| hosts.contains(&member.host));
         }
         for host in hosts.iter().filter(|host| *host != core.host()) {

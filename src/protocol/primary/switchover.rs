@@ -49,7 +49,7 @@ impl Primary {
     pub(super) fn begin_switchover(
         &mut self,
         core: &mut Core,
-        to: Option<HostName>,
+        to: Option<&HostName>,
     ) -> Result<(), &'static str> {
         if !matches!(self.phase, Phase::Live) {
             return Err("the guest does not run here yet, or a switchover is under way: try later");
@@ -59,7 +59,7 @@ impl Primary {
         };
         let mut members = record.members.iter();
         let fits = |m: &&Member| core.is_up(&m.host) && self.lost(core, m).is_none();
-        let member = match &to {
+        let member = match to {
             Some(to) => members.find(|m| m.host == *to && fits(m)),
             None => members.find(fits),
         };
@@ -115,6 +115,7 @@ impl Primary {
         let member = core.record.as_ref().and_then(|record| record.member_on(to));
         let done = self.followers.get(to).is_some_and(|f| f.executed >= tail);
         done && tail > LogIndex::START
+            && core.held() >= tail
             && self.committed >= tail
             && member.is_some_and(|member| self.holds(member, tail))
     }

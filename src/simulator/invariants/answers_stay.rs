@@ -1,14 +1,14 @@
 //! No answer that a client has seen is ever taken back: a counter never repeats a value, and is
 //! above whatever its clients had seen when they asked.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use super::super::facts::{Fact, Invariant, View};
 
 /// See the file.
 #[derive(Debug, Default)]
 pub(in super::super) struct AnswersStay {
-    seen: BTreeMap<(u32, u64), ()>,
+    seen: BTreeSet<(u32, u64)>,
 }
 
 impl Invariant for AnswersStay {
@@ -25,7 +25,7 @@ impl Invariant for AnswersStay {
                         "counter {key} answered {value} to a client that asked after {floor}"
                     ));
                 }
-                if self.seen.insert((*key, *value), ()).is_some() {
+                if !self.seen.insert((*key, *value)) {
                     return Err(format!("counter {key} answered {value} twice"));
                 }
             }

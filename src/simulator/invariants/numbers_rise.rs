@@ -29,11 +29,9 @@ impl Invariant for NumbersRise {
                     return Err(format!("{version} was committed after {before}"));
                 }
             }
-            Fact::Promoted { term, .. } => {
-                // A host may learn late that it has won, but no term begins twice.
-                if !self.reigns.insert(*term) {
-                    return Err(format!("term {term} began twice"));
-                }
+            // A host may learn late that it has won, but no term begins twice.
+            Fact::Promoted { term, .. } if !self.reigns.insert(*term) => {
+                return Err(format!("term {term} began twice"));
             }
             Fact::Persisted { host, durable } => {
                 let promised = durable.promise.as_ref().map(|claim| claim.term);

@@ -1,0 +1,161 @@
+//! Is the primary dead? Silence, the order of claiming, and asking others before anything durable
+//! is done; and what to do when nobody is left who could be promoted.
+
+use std::collections::BTreeSet;
+
+use super::super::controller::Kind;
+use super::super::core::Core;
+use super::super::event::Event;
+use super::super::message::Message;
+use super::super::name::HostName;
+use super::super::node::Turn;
+use super::super::record::{Acks, Member, Record, Version};
+use super::super::time::Span;
+use super::{Inquiry, Replica};
+
+impl Replica {
+    pub(super) fn inquired(&mut self, core: &mut Core, from: &HostName, base: Version) {
+        let alive = core.version() > base || self.vouches(core);
+        core.send(from, Message::Heard { base, alive });
+        core.inform(from, base);
+    }
+
+    pub(super) fn heard(
+        &mut self,
+        core: &mut Core,
+        from: &HostName,
+        base: Version,
+        alive: bool,
+    ) -> Turn {
+        let Some(inquiry) = self.inquiry.as_mut().filter(|i| i.base == base) else {
+            return Turn::Stay;
+        };
+        if !alive {
+            inquiry.silent.insert(from.clone());
+            return self.consider_claim(core);
+        }
+        self.inquiry = None;
+        self.not_before = core.now.plus(core.config.timing.suspicion_floor);
+        if let Some(record) = &core.record {
+            let primary = record.primary.host.clone();
+            let by = from.clone();
+            core.journal(Event::SuspicionLifted { primary, by });
+        }
+        Turn::Stay
+    }
+
+    /// How long this host waits for the primary before it inquires.
+    pub(super) fn patience(&self, core: &Core, record: &Record) -> Span {
+        let timing = &core.config.timing;
+        let rank = record.rank(core.host()).unwrap_or(0) as u64;
+        let base = if self.abdicated {
+            Span::ZERO
+        } else {
+            self.detector.patience(timing)
+        };
+        base.plus(timing.stagger.times(rank))
+    }
+
+    pub(super) fn watch(&mut self, core: &mut Core) -> Turn {
+        let Some(record) = core.record.clone() else {
+            return Turn::Stay;
+        };
+        let silence = self.silence(core);
+        let suspicious = self.abdicated || silence >= self.detector.patience(&core.config.timing);
+        if !suspicious {
+            return Turn::Stay;
+        }
+        if !core.is_copy() {
+            return self.cold_boot(core, &record);
+        }
+        if !self.suspected && record.primary.host != *core.host() {
+            self.suspected = true;
+            core.journal(Event::Suspected {
+                primary: record.primary.host.clone(),
+                silence_ms: silence.as_millis(),
+            });
+        }
+        let fit = core.executed >= self.unfit_before;
+        let due = fit && silence >= self.patience(core, &record) && core.now >= self.not_before;
+        if due && self.inquiry.is_none() && self.sealing.is_none() {
+            self.inquire(core, &record);
+        }
+        self.consider_claim(core)
+    }
+
+    fn inquire(&mut self, core: &mut Core, record: &Record) {
+        let base = record.version();
+        let mut asked = BTreeSet::new();
+        for host in core.up_peers() {
+            if record.copy_on(&host).is_some() {
+                core.send(&host, Message::Inquire { base });
+                asked.insert(host);
+            }
+        }
+        self.inquiry = Some(Inquiry {
+            base,
+            since: core.now,
+            confirmed: false,
+            silent: BTreeSet::new(),
+            asked,
+        });
+        self.read_at = core.now.plus(core.config.timing.retry);
+        core.read_record();
+    }
+
+    pub(super) fn consider_claim(&mut self, core: &mut Core) -> Turn {
+        let Some(inquiry) = &self.inquiry else {
+            return Turn::Stay;
+        };
+        let waited = core.now.since(inquiry.since) >= core.config.timing.inquiry;
+        let everybody = inquiry.asked.iter().all(|h| inquiry.silent.contains(h));
+        if !(inquiry.confirmed && (waited || everybody)) {
+            return Turn::Stay;
+        }
+        match core.record.clone() {
+            Some(base) if base.version() == inquiry.base && core.is_copy() => Turn::Claim {
+                kind: Kind::Succession {
+                    awake: inquiry.silent.clone(),
+                },
+                base: Some(base),
+            },
+            _ => {
+                self.inquiry = None;
+                Turn::Stay
+            }
+        }
+    }
+
+    /// Everybody has lost what was only in memory: the host that was the primary has the disks.
+    fn cold_boot(&mut self, core: &mut Core, record: &Record) -> Turn {
+        // A primary that never came to run the guest has not got the disks either. (A later term
+        // than the record's is that of a cold boot that did not come through.)
+        let here = record.primary.host == *core.host() && core.durable.live >= record.term;
+        if !here || record.policy.acks != Acks::Memory || !core.settled() {
+            return Turn::Stay;
+        }
+        let gone = |member: &Member| {
+            let greeting = core.peers.get(&member.host).and_then(|peer| peer.greeting);
+            greeting.is_some_and(|greeting| greeting.incarnation > member.incarnation)
+        };
+        let missing: Vec<_> = record.members.iter().filter(|m| !gone(m)).collect();
+        if missing.is_empty() {
+            return Turn::Claim {
+                kind: Kind::Cold,
+                base: Some(record.clone()),
+            };
+        }
+        if !self.waiting_said {
+            self.waiting_said = true;
+            let names: Vec<_> = missing.iter().map(ToString::to_string).collect();
+            core.journal(Event::Waiting {
+                why: format!(
+                    "lost its memory and boots from its disks only when {} cannot have the log \
+                     any more",
+                    names.join(", ")
+                ),
+            });
+        }
+        Turn::Stay
+    }
+}

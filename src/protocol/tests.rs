@@ -1,0 +1,550 @@
+//! Tests of nodes that talk to one another directly, in a world without delay or loss, and of the
+//! rule that nothing here touches the outside. What happens when things fail is simulated
+//! (`tests/simulation.rs`).
+
+use std::collections::BTreeMap;
+
+use replay_log::{Batch, BatchBuilder, Entry, LogIndex, LogTip, Mark, MarkDigest, Position, Term};
+
+use super::*;
+
+const START: Policy = Policy {
+    rule: Rule::All,
+    acks: Acks::Memory,
+    on_loss: OnLoss::Shrink,
+    min_copies: 1,
+};
+
+fn name(host: &str) -> HostName {
+    HostName::new(host).expect("a name")
+}
+
+/// A host without faults: whatever is to be stored is stored at once.
+struct Host {
+    node: Node,
+    batches: Vec<Batch>,
+    tip: LogTip,
+    incarnation: Incarnation,
+    builder: Option<BatchBuilder>,
+    run: VmRun,
+    released: LogIndex,
+    events: Vec<Event>,
+    stopped: Option<StopReason>,
+    live_at: Option<Time>,
+    cut_off: bool,
+}
+
+/// Three hosts and a keeper.
+struct Trio {
+    now: Time,
+    hosts: BTreeMap<HostName, Host>,
+    record: Option<Record>,
+    keeper_down: bool,
+}
+
+impl Trio {
+    fn new() -> Self {
+        let now = Time::from_nanos(1_000_000_000);
+        let hosts = ["a", "b", "c"].map(|host| {
+            let vm = VmName::new("vm").expect("a name");
+            let fresh = Incarnation(7);
+            let restored = Restored {
+                fresh,
+                ..Restored::default()
+            };
+            let node = Node::new(Config::new(name(host), vm), restored, now);
+            (name(host), Host::new(node))
+        });
+        let mut trio = Self {
+            now,
+            hosts: BTreeMap::from(hosts),
+            record: None,
+            keeper_down: false,
+        };
+        for host in trio.names() {
+            trio.carry_out(&host);
+            for peer in trio.names() {
+                if peer != host {
+                    trio.input(&host, Input::PeerUp(peer));
+                }
+            }
+        }
+        trio
+    }
+
+    /// The three paired, `a` the primary.
+    fn paired(policy: Policy) -> Self {
+        let mut trio = Self::new();
+        let hosts = trio.names();
+        let create = Operator::Create { hosts, policy };
+        trio.input(&name("a"), Input::Operator(create));
+        trio.record_entries(1);
+        trio.pass(200);
+        assert_eq!(trio.record().members.len(), 2, "{:?}", trio.record);
+        trio
+    }
+
+    fn names(&self) -> Vec<HostName> {
+        self.hosts.keys().cloned().collect()
+    }
+
+    fn record(&self) -> &Record {
+        self.record.as_ref().expect("a record")
+    }
+
+    fn host(&mut self, host: &str) -> &mut Host {
+        self.hosts.get_mut(&name(host)).expect("one of the three")
+    }
+
+    fn input(&mut self, host: &HostName, input: Input) {
+        let now = self.now;
+        if let Some(here) = self.hosts.get_mut(host).filter(|here| !here.cut_off) {
+            here.node.handle(now, input);
+        }
+        self.carry_out(host);
+    }
+
+    /// Lets milliseconds pass.
+    fn pass(&mut self, millis: u64) {
+        for _ in 0..millis {
+            self.now = self.now.plus(Span::from_millis(1));
+            for host in self.names() {
+                let now = self.now;
+                let here = self.hosts.get_mut(&host).expect("one of the three");
+                if !here.cut_off && here.node.poll_timeout().is_some_and(|at| at <= now) {
+                    here.node.handle_timeout(now);
+                    self.carry_out(&host);
+                }
+            }
+        }
+    }
+
+    /// The guest of `a` makes so many batches.
+    fn record_entries(&mut self, batches: u64) {
+        for _ in 0..batches {
+            let here = self.host("a");
+            let builder = here.builder.as_mut().expect("a records");
+            let digest = MarkDigest(builder.end().0);
+            let at = Position(builder.end().0);
+            builder
+                .push(&Entry::Mark(Mark { at, digest }))
+                .expect("a mark");
+            let batch = builder.finish().expect("an entry");
+            let run = here.run;
+            self.input(&name("a"), Input::Recorded { run, batch });
+        }
+    }
+
+    fn carry_out(&mut self, host: &HostName) {
+        while let Some(action) = self.hosts.get_mut(host).and_then(|h| h.node.poll_action()) {
+            let reply = self.perform(host, action);
+            for input in reply {
+                self.input(host, input);
+            }
+        }
+    }
+
+    fn perform(&mut self, host: &HostName, action: Action) -> Vec<Input> {
+        let now = self.now;
+        let here = self.hosts.get_mut(host).expect("one of the three");
+        if here.cut_off {
+            return vec![];
+        }
+        match action {
+            Action::Send { to, message } => {
+                // Through bytes, as in production.
+                let message = Message::decode(&message.encode()).expect("the message again");
+                let from = host.clone();
+                self.input(&to, Input::Message { from, message });
+                vec![]
+            }
+            Action::StreamLog {
+                to,
+                term,
+                from,
+                through,
+            } => {
+                let wanted = |b: &&Batch| b.first() >= from && b.end() <= through;
+                let batches: Vec<_> = here.batches.iter().filter(wanted).cloned().collect();
+                for batch in batches {
+                    let from = host.clone();
+                    let message = Message::Log { term, batch };
+                    self.input(&to, Input::Message { from, message });
+                }
+                vec![]
+            }
+            Action::ReadRecord if self.keeper_down => vec![Input::ReadFailed {
+                reason: "down".to_owned(),
+            }],
+            Action::ReadRecord => vec![Input::RecordRead(self.record.clone())],
+            Action::SwapRecord { .. } if self.keeper_down => {
+                vec![Input::RecordSwapped(Swapped::Unknown {
+                    reason: "down".to_owned(),
+                })]
+            }
+            Action::SwapRecord { expect, new } => {
+                let swapped = if self.record.as_ref().map(Record::version) == expect {
+                    new.may_follow(self.record.as_ref()).expect("a good record");
+                    self.record = Some(new.clone());
+                    Swapped::Done(new)
+                } else {
+                    Swapped::Conflict(self.record.clone())
+                };
+                vec![Input::RecordSwapped(swapped)]
+            }
+            action => here.perform(now, action),
+        }
+    }
+}
+
+impl Host {
+    fn new(node: Node) -> Self {
+        Self {
+            node,
+            batches: vec![],
+            tip: LogTip::default(),
+            incarnation: Incarnation(0),
+            builder: None,
+            run: VmRun(0),
+            released: LogIndex::START,
+            events: vec![],
+            stopped: None,
+            live_at: None,
+            cut_off: false,
+        }
+    }
+
+    fn perform(&mut self, now: Time, action: Action) -> Vec<Input> {
+        match action {
+            Action::Persist(durable) => {
+                self.incarnation = durable.incarnation;
+                return vec![Input::Persisted(durable)];
+            }
+            Action::Append { batch } => {
+                self.tip = batch.tip(self.tip.chain);
+                self.batches.push(batch);
+                let (incarnation, tip) = (self.incarnation, self.tip);
+                return vec![Input::Stored { incarnation, tip }];
+            }
+            Action::Sync => {
+                let (incarnation, tip) = (self.incarnation, self.tip);
+                return vec![Input::Synced { incarnation, tip }];
+            }
+            Action::LookUp { peer, index } => {
+                let mut tip = LogTip::default();
+                let mut batches = self.batches.iter();
+                while tip.index < index
+                    && let Some(batch) = batches.next()
+                {
+                    tip = batch.tip(tip.chain);
+                }
+                let tip = Some(tip).filter(|tip| tip.index == index);
+                return vec![Input::TipAt { peer, index, tip }];
+            }
+            Action::DropLog { incarnation } => {
+                self.incarnation = incarnation;
+                self.batches.clear();
+                self.tip = LogTip::default();
+            }
+            Action::Boot { run, term, .. } | Action::GoLive { run, term, .. } => {
+                self.run = run;
+                self.builder = Some(BatchBuilder::new(term, self.tip.index));
+                self.live_at = Some(now);
+                return vec![Input::WentLive { run }];
+            }
+            Action::PauseVm { run } => return vec![Input::Paused { run }],
+            Action::StopVm { why, .. } => self.stopped = Some(why),
+            Action::Release { through, .. } => self.released = self.released.max(through),
+            Action::Journal(event) => self.events.push(event),
+            _ => {}
+        }
+        vec![]
+    }
+
+    fn executed_all(&self, run: VmRun) -> Input {
+        Input::Executed {
+            run,
+            through: self.tip.index,
+            position: Position(self.tip.index.0),
+        }
+    }
+
+    fn journal(&self) -> Vec<&'static str> {
+        self.events.iter().map(Event::code).collect()
+    }
+}
+
+#[test]
+fn output_waits_for_every_replica_that_the_rule_names() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(3);
+    assert_eq!(trio.host("a").released, LogIndex(4), "both hold it");
+    trio.host("c").cut_off = true;
+    trio.record_entries(1);
+    assert_eq!(trio.host("a").released, LogIndex(4), "c does not");
+    // Until the record is without it.
+    trio.pass(1_100);
+    assert_eq!(trio.record().members.len(), 1);
+    assert_eq!(trio.host("a").released, LogIndex(5));
+}
+
+#[test]
+fn a_witness_that_is_down_stops_nothing_but_changes() {
+    let mut trio = Trio::paired(START);
+    trio.keeper_down = true;
+    trio.record_entries(2);
+    assert_eq!(trio.host("a").released, LogIndex(3));
+    trio.host("b").cut_off = true;
+    trio.record_entries(1);
+    trio.pass(5_000);
+    assert_eq!(trio.host("a").released, LogIndex(3), "b cannot be removed");
+    trio.keeper_down = false;
+    trio.pass(500);
+    assert_eq!(trio.host("a").released, LogIndex(4));
+}
+
+#[test]
+fn a_dead_primary_is_replaced_within_a_quarter_of_a_second() {
+    for rule in [Rule::All, Rule::Quorum, Rule::Any(1)] {
+        let mut trio = Trio::paired(Policy { rule, ..START });
+        trio.record_entries(5);
+        trio.pass(60);
+        trio.host("a").cut_off = true;
+        let dead = trio.now;
+        trio.pass(1_000);
+        let live = trio.host("b").live_at.expect("b goes live");
+        assert!(
+            live.since(dead) <= Span::from_millis(250),
+            "{}",
+            live.since(dead)
+        );
+        assert_eq!(trio.record().term, Term(2));
+        assert_eq!(
+            trio.host("b").released,
+            LogIndex(6),
+            "what is committed may leave"
+        );
+        assert!(trio.host("c").live_at.is_none());
+        let codes = trio.host("b").journal();
+        for code in ["suspected", "claimed", "seals_won", "promoted", "went_live"] {
+            assert!(codes.contains(&code), "{code} is missing in {codes:?}");
+        }
+    }
+}
+
+#[test]
+fn a_primary_that_comes_back_is_deposed_and_follows() {
+    let mut trio = Trio::paired(START);
+    trio.host("a").cut_off = true;
+    trio.pass(500);
+    trio.host("a").cut_off = false;
+    let before = trio.host("a").incarnation;
+    trio.record_entries(3);
+    assert_eq!(trio.host("a").released, LogIndex(1), "nobody hears it");
+    trio.pass(500);
+    assert_eq!(trio.host("a").stopped, Some(StopReason::Deposed));
+    assert!(trio.host("a").journal().contains(&"deposed"));
+    assert!(trio.host("a").incarnation > before);
+    let new = Member {
+        host: name("a"),
+        incarnation: trio.host("a").incarnation,
+    };
+    // `b` has not recorded since, so there is nothing to catch up with but its log.
+    let tip = trio.host("b").tip;
+    assert_eq!(trio.host("a").tip, tip);
+    assert!(trio.record().members.contains(&new), "{:?}", trio.record);
+}
+
+#[test]
+fn nobody_claims_while_somebody_hears_the_primary() {
+    let mut trio = Trio::paired(START);
+    let (a, b) = (name("a"), name("b"));
+    // The connection between a and b is gone; c hears both.
+    trio.input(&a, Input::PeerDown(b.clone()));
+    trio.input(&b, Input::PeerDown(a));
+    trio.pass(900);
+    assert_eq!(trio.record().term, Term(1));
+    assert!(trio.host("b").journal().contains(&"suspicion_lifted"));
+    assert!(!trio.host("b").journal().contains(&"claimed"));
+}
+
+#[test]
+fn two_hosts_without_a_third_party_promote_nobody() {
+    let mut trio = Trio::paired(START);
+    trio.keeper_down = true;
+    trio.host("a").cut_off = true;
+    trio.pass(3_000);
+    assert!(trio.host("b").live_at.is_none() && trio.host("c").live_at.is_none());
+    trio.keeper_down = false;
+    trio.pass(500);
+    let live = ["b", "c"].map(|host| trio.host(host).live_at.is_some());
+    assert!(live[0] != live[1], "one of them, and not both: {live:?}");
+}
+
+#[test]
+fn a_planned_switchover_needs_no_suspicion_and_loses_nothing() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(5);
+    let to = Some(name("c"));
+    let run = trio.host("c").node.status().run;
+    let executed = trio.host("c").executed_all(run);
+    trio.input(&name("c"), executed);
+    trio.input(&name("a"), Input::Operator(Operator::Switchover { to }));
+    trio.pass(100);
+    assert_eq!(trio.record().primary.host, name("c"));
+    assert_eq!(trio.host("a").stopped, Some(StopReason::HandedOver));
+    assert_eq!(
+        trio.record().members.len(),
+        2,
+        "the old primary holds it all"
+    );
+    assert_eq!(trio.host("c").released, LogIndex(6));
+    assert!(!trio.host("c").journal().contains(&"suspected"));
+}
+
+#[test]
+fn a_restart_with_memory_acknowledgements_costs_membership() {
+    for (acks, kept) in [(Acks::Memory, false), (Acks::Disk, true)] {
+        let durable = Durable {
+            incarnation: Incarnation(3),
+            acks,
+            ..Durable::default()
+        };
+        let restored = Restored {
+            durable,
+            ..Restored::default()
+        };
+        let vm = VmName::new("vm").expect("a name");
+        let node = Node::new(Config::new(name("a"), vm), restored, Time::default());
+        assert_eq!(node.incarnation() == Incarnation(3), kept, "{acks:?}");
+    }
+}
+
+#[test]
+fn every_message_survives_the_wire() {
+    let claim = Claim {
+        term: Term(4),
+        claimant: name("b"),
+        base: Version {
+            term: Term(3),
+            epoch: Epoch(9),
+        },
+    };
+    let ack = Ack {
+        term: Term(3),
+        incarnation: Incarnation(1),
+        held: LogIndex(77),
+        executed: LogIndex(70),
+        position: Position(5_000),
+        known: claim.base,
+    };
+    let tip = LogTip {
+        term: Term(3),
+        index: LogIndex(77),
+        ..LogTip::default()
+    };
+    let mut trio = Trio::paired(START);
+    let record = trio.record().clone();
+    let batch = trio.host("a").batches[0].clone();
+    let authority = Authority::Claim(claim.clone());
+    let messages = [
+        Message::Record(record.clone()),
+        Message::Inquire { base: claim.base },
+        Message::Seal {
+            claim: claim.clone(),
+            consent: true,
+        },
+        Message::Refused {
+            term: Term(4),
+            why: Refusal::Sealed,
+            promise: Some(claim),
+            record: Some(record),
+        },
+        Message::Stream {
+            authority,
+            after: tip,
+        },
+        Message::Log {
+            term: Term(3),
+            batch,
+        },
+        Message::Ack(ack),
+        Message::Report(ack),
+    ];
+    for message in messages {
+        let bytes = message.encode();
+        assert!(bytes.len() <= wire::MAX_MESSAGE);
+        assert_eq!(Message::decode(&bytes).expect("the message"), message);
+        if message.lane() == Lane::Datagram {
+            assert!(bytes.len() <= wire::MAX_DATAGRAM);
+        }
+        for cut in 0..bytes.len() {
+            assert!(
+                Message::decode(&bytes[..cut]).is_err(),
+                "cut at {cut}: {message:?}"
+            );
+        }
+        let longer = [bytes.as_slice(), &[0]].concat();
+        assert!(matches!(
+            Message::decode(&longer),
+            Err(WireError::Trailing { extra: 1 })
+        ));
+    }
+}
+
+#[test]
+fn flipped_bits_in_a_batch_are_refused() {
+    let mut trio = Trio::paired(START);
+    let batch = trio.host("a").batches[0].clone();
+    let term = Term(1);
+    let bytes = Message::Log { term, batch }.encode();
+    // The first bytes are the message's own; the batch has a checksum over the rest.
+    for at in 4..bytes.len() {
+        let mut flipped = bytes.clone();
+        flipped[at] ^= 0x40;
+        assert!(Message::decode(&flipped).is_err(), "byte {at}");
+    }
+}
+
+/// What the protocol may not name. Clippy finds what is called; this also finds what is imported.
+const FORBIDDEN: [&str; 13] = [
+    "std::time",
+    "std::net",
+    "std::fs",
+    "std::io",
+    "std::thread",
+    "std::env",
+    "std::process",
+    "std::sync::Mutex",
+    "tokio",
+    "quinn",
+    "HashMap",
+    "HashSet",
+    "SystemRandom",
+];
+
+#[test]
+fn the_sources_name_nothing_outside() {
+    let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/protocol");
+    let mut folders = vec![here];
+    let mut seen = 0;
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).expect("the sources are there") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") && !path.ends_with("tests.rs") {
+                seen += 1;
+                let source = std::fs::read_to_string(&path).expect("a source");
+                for forbidden in FORBIDDEN {
+                    assert!(
+                        !source.contains(forbidden),
+                        "{} names {forbidden}",
+                        path.display()
+                    );
+                }
+            }
+        }
+    }
+    assert!(seen > 15, "only {seen} sources were found");
+}

@@ -1,0 +1,257 @@
+//! Traffic with the keeper of records and with the gateway.
+
+use replay_log::{FrameNumber, Store};
+
+use super::facts::Fact;
+use super::gateway::{Heard, Session, ToGateway, ToHost};
+use super::queue::{MICRO, MILLI, Moment};
+use super::witness::{Answer, Ask};
+use super::world::{Event, World, content};
+use crate::protocol::{HostName, Input, Record, Swapped};
+
+/// How long a host's question to the keeper waits for its answer.
+const ASK_TIMEOUT: Moment = 150 * MILLI;
+
+impl World {
+    pub(super) fn ask(&mut self, host: usize, ask: Ask) {
+        self.next_ask += 1;
+        let (id, life) = (self.next_ask, self.hosts[host].life);
+        let swap = matches!(ask, Ask::Swap { .. });
+        self.hosts[host].asked.insert(id);
+        let timeout = Event::Answered {
+            host,
+            life,
+            id,
+            answer: None,
+            swap,
+        };
+        self.queue.plan(self.now + ASK_TIMEOUT, timeout);
+        if self.witness_blocks[host] > 0 || self.network.lost() {
+            return;
+        }
+        // Now and then a question is carried out long after its asker has given it up.
+        let late = if self.random.chance(20) {
+            self.random.below(600 * MILLI)
+        } else {
+            0
+        };
+        let write = if swap { self.setup.keeper } else { 0 };
+        let at = self.now + self.network.flight() + write + late;
+        self.queue.plan(
+            at,
+            Event::Asked {
+                host,
+                life,
+                id,
+                ask,
+            },
+        );
+    }
+
+    pub(super) fn asked(&mut self, host: usize, life: u32, id: u64, ask: Ask) {
+        if self.witness.down > 0 || self.witness_blocks[host] > 0 {
+            return;
+        }
+        let swap = matches!(ask, Ask::Swap { .. });
+        let before = self.witness.record.clone();
+        let (answer, changed) = self.witness.ask(ask);
+        if changed && let Some(record) = self.witness.record.clone() {
+            self.counts.records += 1;
+            self.history_ends(host, before, &record);
+            self.facts.push(Fact::Recorded(record));
+        }
+        if self.network.lost() {
+            return;
+        }
+        let at = self.now + self.network.flight();
+        let answer = Some(answer);
+        self.queue.plan(
+            at,
+            Event::Answered {
+                host,
+                life,
+                id,
+                answer,
+                swap,
+            },
+        );
+    }
+
+    /// A new reign does not always go on with the history of the last one.
+    pub(super) fn history_ends(&mut self, host: usize, before: Option<Record>, record: &Record) {
+        let Some(before) = before.filter(|before| before.term < record.term) else {
+            return;
+        };
+        if std::mem::take(&mut self.hosts[host].accepts_loss) {
+            self.counts.losses_accepted += 1;
+            let tip = self.hosts[host].store.tip();
+            self.facts.push(Fact::LossAccepted { tip });
+            // Gateways may be ahead of the guest: they begin anew.
+            self.gateway.forget_answers();
+            self.gateway.restart();
+        } else if !before.all_copies().any(|copy| *copy == record.primary) {
+            self.facts.push(Fact::Lost { before });
+        }
+    }
+
+    pub(super) fn answered(
+        &mut self,
+        host: usize,
+        life: u32,
+        id: u64,
+        answer: Option<Answer>,
+        swap: bool,
+    ) {
+        if !self.lives(host, life) || !self.hosts[host].asked.remove(&id) {
+            return;
+        }
+        let reason = || "no answer in time".to_owned();
+        let input = match answer {
+            Some(Answer::Read(record)) => Input::RecordRead(record),
+            Some(Answer::Swapped(swapped)) => Input::RecordSwapped(swapped),
+            None if swap => Input::RecordSwapped(Swapped::Unknown { reason: reason() }),
+            None => Input::ReadFailed { reason: reason() },
+        };
+        self.input(host, input);
+    }
+
+    pub(super) fn gateway_tick(&mut self) {
+        self.queue.plan(self.now + 20 * MILLI, Event::GatewayTick);
+        if self.witness.down == 0 {
+            let record = self.witness.record.clone();
+            let at = self.now + self.network.flight();
+            self.queue.plan(at, Event::GatewayRead(record));
+        }
+        let say = self.gateway.tick(self.now);
+        self.say_all(say);
+    }
+
+    pub(super) fn gateway_read(&mut self, record: Option<&Record>) {
+        if let Some(record) = record
+            && let Some(primary) = self.number_of(&record.primary.host)
+        {
+            self.gateway.learn(record.term, primary);
+        }
+    }
+
+    pub(super) fn number_of(&self, name: &HostName) -> Option<usize> {
+        self.hosts.iter().position(|host| host.name == *name)
+    }
+
+    pub(super) fn say_all(&mut self, say: Vec<ToHost>) {
+        let (Some(session), Some(host)) = (self.gateway.session(), self.gateway.primary) else {
+            return;
+        };
+        for message in say {
+            self.to_host_at = self.to_host_at.max(self.now + self.network.flight());
+            if self.gateway_blocks[host] == 0 {
+                let event = Event::ToHost {
+                    host,
+                    session,
+                    message,
+                };
+                self.queue.plan(self.to_host_at, event);
+            }
+        }
+    }
+
+    pub(super) fn gateway_says(&mut self, host: usize, session: Session, message: ToHost) {
+        if self.gateway_blocks[host] > 0 || !self.hosts[host].is_up() {
+            return;
+        }
+        let here = &mut self.hosts[host];
+        let Some(vm) = here.vm.as_mut().filter(|vm| vm.records()) else {
+            return;
+        };
+        if here.reign != Some(session.term) {
+            return;
+        }
+        let mut answers = Vec::new();
+        match message {
+            ToHost::Attach { last } => {
+                here.session = Some(session);
+                let released = vm.outbox.released();
+                let last = last.unwrap_or(released);
+                answers.push(ToGateway::Welcome {
+                    machine: here.machine,
+                    accepted: vm.accepted(session.gateway),
+                    next: FrameNumber(last.0 + 1),
+                });
+                for output in vm.outbox.released_after(last) {
+                    answers.push(ToGateway::Output {
+                        number: output.number,
+                        content: content(&output.bytes),
+                        bytes: output.bytes.clone(),
+                    });
+                }
+            }
+            _ if here.session != Some(session) => {}
+            ToHost::Frame { source, bytes } => {
+                vm.frame(source, bytes);
+                self.plan_turn(host, 5 * MICRO);
+            }
+            ToHost::Received { through } => self.input(host, Input::GatewayReceived { through }),
+            ToHost::Ping => answers.push(ToGateway::Pong {
+                accepted: vm.accepted(session.gateway),
+                released: vm.outbox.released(),
+            }),
+        }
+        for answer in answers {
+            self.tell_gateway(host, session, answer);
+        }
+    }
+
+    pub(super) fn tell_gateway(&mut self, from: usize, session: Session, message: ToGateway) {
+        self.to_gateway_at = self.to_gateway_at.max(self.now + self.network.flight());
+        if self.gateway_blocks[from] == 0 {
+            let event = Event::ToGateway {
+                from,
+                session,
+                message,
+            };
+            self.queue.plan(self.to_gateway_at, event);
+        }
+    }
+
+    pub(super) fn gateway_hears(&mut self, from: usize, session: Session, message: ToGateway) {
+        if self.gateway_blocks[from] > 0 || self.gateway.primary != Some(from) {
+            return;
+        }
+        let mut say = Vec::new();
+        let heard = self.gateway.hear(self.now, session, message, &mut say);
+        self.say_all(say);
+        if let Heard::Passed {
+            gateway,
+            term,
+            number,
+            content,
+            answered,
+        } = heard
+        {
+            self.facts.push(Fact::Passed {
+                gateway,
+                term,
+                number,
+                content,
+            });
+            if let Some(answered) = answered {
+                self.counts.answers += 1;
+                if self.healed.is_some_and(|healed| answered.sent >= healed) {
+                    self.fresh_answers[answered.client] += 1;
+                }
+                self.facts.push(Fact::Answered {
+                    key: answered.key,
+                    value: answered.value,
+                    floor: answered.floor,
+                });
+            }
+        }
+    }
+
+    pub(super) fn client(&mut self, client: usize) {
+        let say = self.gateway.client(self.now, client, &mut self.random);
+        self.say_all(say.into_iter().collect());
+        let pause = self.random.between(5, 40) * MILLI;
+        self.queue.plan(self.now + pause, Event::Client(client));
+    }
+}
