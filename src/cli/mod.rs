@@ -20,6 +20,7 @@ mod pair;
 mod process;
 mod replay;
 mod run;
+mod simulate;
 pub mod status;
 mod switchover;
 mod witness;
@@ -77,6 +78,8 @@ enum Command {
     Images(images::Args),
     /// Kill a primary under load on this machine, and tell what its clients saw
     Demo(demo::Args),
+    /// Check every promise in simulated clusters in which everything fails
+    Simulate(simulate::Args),
     /// Say what this host can do, and what it lacks
     Doctor(doctor::Args),
     /// Be the process that runs one guest; started by agents
@@ -115,6 +118,7 @@ fn dispatch(command: Command) -> Result<(), Failure> {
         Command::Log(args) => log::run(&args),
         Command::Images(args) => images::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Simulate(args) => simulate::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::VmmProcess { .. } => Ok(()),
     }

@@ -1,0 +1,89 @@
+//! `simulate`: whole clusters from one seed, in which everything fails, and every promise checked.
+
+use std::time::Instant;
+
+use super::failure::{Exit, Failure};
+use super::output;
+use crate::protocol::Mutation;
+use crate::simulator::{self, Counts, Options, Report};
+
+/// So many failing seeds are printed before it ends.
+const FAILURES_MAX: usize = 10;
+
+/// What `simulate` is told.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// How many seeds, from --first on
+    #[arg(long, value_name = "N", default_value_t = 1_000)]
+    seeds: u64,
+    /// The first seed
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    first: u64,
+    /// Only this seed, in detail
+    #[arg(long, value_name = "SEED", conflicts_with_all = ["seeds", "first"])]
+    seed: Option<u64>,
+    /// Break one rule of the protocol on purpose; the simulation must notice
+    #[arg(long, value_name = "NAME")]
+    mutation: Option<Mutation>,
+    /// With --seed: print every step
+    #[arg(long, requires = "seed")]
+    trace: bool,
+}
+
+/// Does it.
+pub fn run(args: &Args) -> Result<(), Failure> {
+    let options = Options {
+        mutation: args.mutation,
+        trace: args.trace,
+    };
+    if let Some(seed) = args.seed {
+        let report = simulator::run(seed, options);
+        report.trace.iter().for_each(|line| println!("{line}"));
+        println!("seed {seed}: {:?}", report.counts);
+        println!("trace {:016x}", report.trace_hash);
+        return verdict(&[report]);
+    }
+    let began = Instant::now();
+    let last = args.first.saturating_add(args.seeds);
+    let bar = output::bar(args.seeds);
+    let mut total = Counts::default();
+    let mut failed = Vec::new();
+    simulator::run_many(args.first..last, options, |report| {
+        bar.inc(1);
+        total.add(&report.counts);
+        if report.violation.is_some() {
+            failed.push(report);
+        }
+        failed.len() < FAILURES_MAX
+    });
+    bar.finish_and_clear();
+    println!(
+        "{} seeds in {}: {total:?}",
+        args.seeds,
+        output::span(began.elapsed())
+    );
+    verdict(&failed)
+}
+
+/// Prints every violation, with the command that replays it.
+fn verdict(reports: &[Report]) -> Result<(), Failure> {
+    let mut failed = 0;
+    for report in reports {
+        if let Some(violation) = &report.violation {
+            failed += 1;
+            println!("seed {}: {violation}", report.seed);
+            println!("  replay with: {}", report.replay_command());
+        }
+    }
+    match failed {
+        0 => Ok(()),
+        1 => Err(Failure::new(
+            Exit::Broken,
+            "a promise was broken in a simulated cluster",
+        )),
+        _ => Err(Failure::new(
+            Exit::Broken,
+            format!("promises were broken in {failed} simulated clusters"),
+        )),
+    }
+}
