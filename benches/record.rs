@@ -7,6 +7,7 @@
 
 #![allow(
     clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
     reason = "figures for people; none comes near 2^52"
 )]
 
@@ -304,7 +305,7 @@ fn log_sizes() {
     let log = folder.path().join("idle");
     let alone = Alone::start(&["--record", &log.display().to_string()]);
     let began = Instant::now();
-    std::thread::sleep(Duration::from_secs(60));
+    std::thread::sleep(Duration::from_mins(1));
     let seconds = began.elapsed().as_secs_f64();
     alone.stop();
     let (stream, ..) = weigh(&log);

@@ -150,7 +150,9 @@ pub fn replay(
                 source,
             })?;
         let said = std::mem::take(&mut tape.host().console);
-        said.iter().for_each(|bytes| watch.console(bytes));
+        for bytes in &said {
+            watch.console(bytes);
+        }
         watch.progress(tape.executed(), runner.at());
         if turn == Turn::Ran || !tape.drained() {
             continue;

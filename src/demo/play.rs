@@ -33,7 +33,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(25);
 /// A replica whose execution is no further behind keeps up.
 const KEEPS_UP: Duration = Duration::from_millis(100);
 /// How long each step may take before the demo gives up.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// What the demo is told.
 #[derive(Clone, Debug)]

@@ -48,9 +48,9 @@ fn sealed(entries: &[Entry]) -> Vec<Batch> {
 fn resume(scenario: &Scenario, batches: &[Batch]) -> (Vec<Batch>, usize) {
     let mut tape = Replayer::new(scenario.host(41), scenario.header());
     let mut runner = Runner::new(scenario.machine());
-    batches
-        .iter()
-        .for_each(|batch| tape.feed(batch).expect("feeds"));
+    for batch in batches {
+        tape.feed(batch).expect("feeds");
+    }
     let turn = loop {
         let turn = runner.turn(&mut tape, 64).expect("replays");
         if turn != Turn::Ran && tape.drained() {
@@ -176,9 +176,8 @@ fn a_resealed_change_is_reported_with_its_position() {
         }
         let batches = sealed(&changed);
         assert_ne!(chain(&batches), first, "entry {which}: the chain is blind");
-        let error = match replay(&scenario, &batches) {
-            Err(error) => error,
-            Ok(_) => panic!("{:?} instead of {:?}", changed[which], original[which]),
+        let Err(error) = replay(&scenario, &batches) else {
+            panic!("{:?} instead of {:?}", changed[which], original[which]);
         };
         assert!(error.contains("position"), "entry {which}: {error}");
         reported += 1;

@@ -8,7 +8,6 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use nix::time::{ClockId, clock_gettime};
 use replay_log::RequestNumber;
 use vmm::disk::{DiskCompletion, DiskWorker};
 use vmm::host::{DiskData, DiskReply, FromOutside, Host, HostTime, Output, Shipment};
@@ -16,6 +15,7 @@ use vmm::replayer::Requeue;
 use vmm::tape::{DiskRequest, Sources, TapeError};
 
 use super::ipc::{self, FromVm, IpcError, ToVm};
+use crate::agent::clock;
 
 /// What reaches the vCPU thread.
 pub enum Inbox {
@@ -145,8 +145,7 @@ fn lost(error: &IpcError) -> TapeError {
 
 impl Host for ProcessHost {
     fn now(&mut self) -> HostTime {
-        let now = clock_gettime(ClockId::CLOCK_BOOTTIME).expect("CLOCK_BOOTTIME is always there");
-        HostTime(now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
+        HostTime(clock::now().as_nanos())
     }
 
     fn entropy(&mut self, out: &mut [u8]) -> Result<(), TapeError> {
