@@ -513,3 +513,53 @@ fn without_kvm_what_needs_it_says_so_in_one_sentence() {
     let images = hidden(&[env!("CARGO_BIN_EXE_understudy"), "images"]).expect("it starts");
     assert_eq!(images.status.code(), Some(0));
 }
+
+#[test]
+fn a_seed_is_simulated_and_the_same_seed_is_the_same_simulation() {
+    let (code, out, err) = run(&["simulate", "--seeds", "20"]);
+    assert_eq!(code, 0, "{err}");
+    assert!(out.starts_with("20 seeds in "), "{out}");
+    let (_, first, _) = run(&["simulate", "--seed", "3"]);
+    let (_, second, _) = run(&["simulate", "--seed", "3"]);
+    assert_eq!(first, second);
+    assert!(first.contains("seed 3: "), "{first}");
+}
+
+#[test]
+fn a_broken_rule_is_noticed_and_the_seed_is_told() {
+    let (code, out, err) = run(&[
+        "simulate",
+        "--seeds",
+        "500",
+        "--mutation",
+        "release-before-commit",
+    ]);
+    assert_eq!(code, 5, "{err}");
+    assert!(err.contains("broken in"), "{err}");
+    let again = out.lines().find_map(|line| line.split_once("replay with: "));
+    let (_, again) = again.expect("the command that does it again");
+    let again: Vec<_> = again.split_whitespace().skip(1).collect();
+    let (code, _, err) = run(&again);
+    assert_eq!(code, 5, "{again:?}: {err}");
+    let (code, _, err) = run(&["simulate", "--mutation", "no-seel"]);
+    assert_eq!(code, 2);
+    assert!(err.contains("'no-seal'"), "{err}");
+}
+
+#[test]
+fn a_reader_who_has_seen_enough_is_no_reason_to_complain() {
+    let dir = tempfile::tempdir().expect("a folder");
+    write_log(dir.path(), 3000);
+    let output = std::process::Command::new("sh")
+        .args([
+            "-c",
+            "\"$0\" log inspect \"$1\" --json | head -n 1",
+            env!("CARGO_BIN_EXE_understudy"),
+        ])
+        .arg(dir.path())
+        .output()
+        .expect("sh is there");
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert!(err.is_empty(), "{err}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), 1);
+}

@@ -68,7 +68,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             output::json(&report)?;
         } else {
             let took = Duration::from_millis(report.took_ms);
-            println!("\n{report}\ntook {:.1} s", took.as_secs_f64());
+            output::line(format_args!("\n{report}\ntook {:.1} s", took.as_secs_f64()))?;
         }
         if report.holds() {
             Ok(())
@@ -123,10 +123,11 @@ impl Screen {
             eprintln!("{text}");
             return;
         }
-        match &self.lines {
-            Some(lines) => lines.all.suspend(|| println!("{text}")),
-            None => println!("{text}"),
-        }
+        // Whoever does not read any more may want the exit code still.
+        let _ = match &self.lines {
+            Some(lines) => lines.all.suspend(|| output::line(text)),
+            None => output::line(text),
+        };
     }
 }
 

@@ -25,7 +25,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     if args.json {
         output::json(&report)?;
     } else {
-        println!("{}", table(&report));
+        output::line(format_args!("{}", table(&report)))?;
     }
     match report
         .findings

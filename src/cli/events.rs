@@ -138,6 +138,10 @@ fn print(args: &Args, line: &Line) -> Result<(), Failure> {
         .vm
         .as_ref()
         .map_or(String::new(), |vm| format!("{vm}: "));
-    println!("{at}  {:<10} {vm}{}", line.host.as_str(), line.text);
+    output::line(format_args!(
+        "{at}  {:<10} {vm}{}",
+        line.host.as_str(),
+        line.text
+    ))?;
     Ok(())
 }

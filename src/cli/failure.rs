@@ -61,7 +61,9 @@ impl Failure {
 
     /// Tells the user, and gives the process's exit code.
     pub fn report(&self) -> ExitCode {
-        eprintln!("understudy: {self}");
+        if !self.error.is::<super::output::Unread>() {
+            eprintln!("understudy: {self}");
+        }
         ExitCode::from(self.exit as u8)
     }
 }

@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::str::FromStr;
 
 use super::failure::{Exit, Failure, OrExit as _};
+use super::output;
 use super::process::{ConfigArgs, block_on_until_stopped};
 use super::run::publish;
 use crate::agent::certs::Role;
@@ -78,7 +79,10 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             .await
             .or_fail()?;
         for (address, publish) in gateway.addresses().iter().zip(&publish) {
-            println!("port {} of {} is {address}", publish.guest_port, args.vm);
+            output::line(format_args!(
+                "port {} of {} is {address}",
+                publish.guest_port, args.vm
+            ))?;
         }
         tokio::select! {
             error = gateway.run_in_cluster(&config, args.vm.clone()) => Err(error).or_fail(),

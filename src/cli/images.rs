@@ -46,9 +46,11 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             row.description,
         ]);
     }
-    println!("{table}");
+    output::line(format_args!("{table}"))?;
     if !runs_here {
-        println!("\nNone of them runs on this host: see 'understudy doctor'.");
+        output::line(format_args!(
+            "\nNone of them runs on this host: see 'understudy doctor'."
+        ))?;
     }
     Ok(())
 }

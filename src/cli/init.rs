@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::failure::{Failure, OrExit as _};
+use super::output;
 use crate::agent::certs::{Identity, Name, Role};
 use crate::agent::init::{Plan, init};
 
@@ -75,20 +76,32 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         .or_fail();
     }
     let folders = init(&args.dir, &plan).or_fail()?;
-    println!("The cluster's folders are in {}.", args.dir.display());
-    println!("Keep ca/ where it is and let nobody read it. Copy every other folder to its machine");
-    println!("and start there:\n");
+    output::line(format_args!(
+        "The cluster's folders are in {}.",
+        args.dir.display()
+    ))?;
+    output::line(format_args!(
+        "Keep ca/ where it is and let nobody read it. Copy every other folder to its machine"
+    ))?;
+    output::line(format_args!("and start there:\n"))?;
     for (Identity { role, name }, folder) in &folders {
         let folder = folder.display();
         match role {
-            Role::Host => println!("  host {name}:     understudy agent --config {folder}"),
-            Role::Witness => println!("  witness {name}:  understudy witness --config {folder}"),
-            Role::Gateway => println!(
+            Role::Host => output::line(format_args!(
+                "  host {name}:     understudy agent --config {folder}"
+            ))?,
+            Role::Witness => output::line(format_args!(
+                "  witness {name}:  understudy witness --config {folder}"
+            ))?,
+            Role::Gateway => output::line(format_args!(
                 "  gateway {name}:  understudy gateway --config {folder} --vm VM --publish [ADDRESS:]HOST:GUEST"
-            ),
+            ))?,
             Role::Operator => {}
         }
     }
-    println!("\nThen: export UNDERSTUDY_CLUSTER={}", args.dir.display());
+    output::line(format_args!(
+        "\nThen: export UNDERSTUDY_CLUSTER={}",
+        args.dir.display()
+    ))?;
     Ok(())
 }

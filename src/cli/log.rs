@@ -238,21 +238,21 @@ fn stat(place: &Where) -> Result<(), Failure> {
             output::bytes(segment.payload_bytes),
         ]);
     }
-    println!("{table}\n");
-    println!(
+    output::line(format_args!("{table}\n"))?;
+    output::line(format_args!(
         "entries {}..{} over {} landmarks, terms {:?}",
         summary.first, summary.end, summary.landmarks, summary.terms
-    );
+    ))?;
     for (kind, count) in &summary.entries {
-        println!("  {kind:<8} {count}");
+        output::line(format_args!("  {kind:<8} {count}"))?;
     }
-    println!(
+    output::line(format_args!(
         "frames in: {}; payload {}; on disk {}",
         output::bytes(summary.frame_bytes),
         output::bytes(summary.payload_bytes),
         output::bytes(summary.file_bytes)
-    );
-    println!("chain: {}", summary.chain);
+    ))?;
+    output::line(format_args!("chain: {}", summary.chain))?;
     finish(damage, summary.end)
 }
 
@@ -261,15 +261,15 @@ fn check(place: &Where) -> Result<(), Failure> {
     if place.json {
         output::json(&summary)?;
     } else {
-        println!(
+        output::line(format_args!(
             "{} batches with entries {}..{} are whole; chain {}",
             summary.batches, summary.first, summary.end, summary.chain
-        );
+        ))?;
         if summary.torn_bytes > 0 {
-            println!(
+            output::line(format_args!(
                 "the last write was cut off: its {} are left out, which is no damage",
                 output::bytes(summary.torn_bytes)
-            );
+            ))?;
         }
     }
     finish(damage, summary.end)

@@ -1,12 +1,13 @@
 //! How results look: tables without frames, and figures that people can read.
 
-use std::fmt::Write as _;
-use std::io::IsTerminal as _;
+use std::fmt::{self, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
 use std::time::Duration;
 
 use comfy_table::{ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use thiserror::Error;
 
 use super::failure::{Failure, OrExit as _};
 
@@ -20,16 +21,28 @@ pub fn table<const N: usize>(heads: [&str; N]) -> Table {
     table
 }
 
+/// Nobody reads what is said, as in `understudy events | head`: no reason to complain.
+#[derive(Debug, Error)]
+#[error("nobody reads the output")]
+pub struct Unread;
+
+/// Says a line on stdout.
+pub fn line(text: impl fmt::Display) -> Result<(), Failure> {
+    match writeln!(io::stdout().lock(), "{text}") {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Unread).or_fail(),
+        Err(error) => Err(error).or_fail(),
+    }
+}
+
 /// Prints a value as JSON, over several lines.
 pub fn json<T: Serialize>(value: &T) -> Result<(), Failure> {
-    println!("{}", serde_json::to_string_pretty(value).or_fail()?);
-    Ok(())
+    line(serde_json::to_string_pretty(value).or_fail()?)
 }
 
 /// Prints a value as one line of JSON.
 pub fn json_line<T: Serialize>(value: &T) -> Result<(), Failure> {
-    println!("{}", serde_json::to_string(value).or_fail()?);
-    Ok(())
+    line(serde_json::to_string(value).or_fail()?)
 }
 
 /// Bytes in the unit that fits: `532 B`, `1.5 kB`, `2.0 MB`.

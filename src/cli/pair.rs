@@ -84,7 +84,10 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             start_vm(&client, &primary, &args.vm, &order).await
         };
         let journal = journal.or_fail()?;
-        println!("{}", capital(&policy.rule.survives(hosts.len())));
+        output::line(format_args!(
+            "{}",
+            capital(&policy.rule.survives(hosts.len()))
+        ))?;
         if args.wait > 0 {
             wait(&client, args, &hosts, journal).await?;
         }
@@ -159,13 +162,13 @@ async fn wait(
             let wanted_only = record.all_copies().all(|copy| hosts.contains(&copy.host));
             if missing.is_empty() && wanted_only {
                 bar.finish_and_clear();
-                println!(
+                output::line(format_args!(
                     "{} holds: {} reigns in term {}, {} copies.",
                     args.vm,
                     record.primary.host,
                     record.term,
                     record.copies()
-                );
+                ))?;
                 return Ok(());
             }
             bar.set_message(format!("waiting for {}", missing.join(", ")));

@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+
 use super::failure::{Exit, Failure};
 use super::output;
 use crate::protocol::Mutation;
@@ -23,11 +25,17 @@ pub struct Args {
     #[arg(long, value_name = "SEED", conflicts_with_all = ["seeds", "first"])]
     seed: Option<u64>,
     /// Break one rule of the protocol on purpose; the simulation must notice
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = mutation())]
     mutation: Option<Mutation>,
     /// With --seed: print every step
     #[arg(long, requires = "seed")]
     trace: bool,
+}
+
+/// Misspelt mutations are answered with the closest.
+fn mutation() -> impl TypedValueParser<Value = Mutation> {
+    let names = Mutation::ALL.map(Mutation::name);
+    PossibleValuesParser::new(names).try_map(|name| name.parse::<Mutation>())
 }
 
 /// Does it.
@@ -38,9 +46,11 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     };
     if let Some(seed) = args.seed {
         let report = simulator::run(seed, options);
-        report.trace.iter().for_each(|line| println!("{line}"));
-        println!("seed {seed}: {:?}", report.counts);
-        println!("trace {:016x}", report.trace_hash);
+        for line in &report.trace {
+            output::line(line)?;
+        }
+        output::line(format_args!("seed {seed}: {:?}", report.counts))?;
+        output::line(format_args!("trace {:016x}", report.trace_hash))?;
         return verdict(&[report]);
     }
     let began = Instant::now();
@@ -57,11 +67,11 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         failed.len() < FAILURES_MAX
     });
     bar.finish_and_clear();
-    println!(
+    output::line(format_args!(
         "{} seeds in {}: {total:?}",
         args.seeds,
         output::span(began.elapsed())
-    );
+    ))?;
     verdict(&failed)
 }
 
@@ -71,8 +81,8 @@ fn verdict(reports: &[Report]) -> Result<(), Failure> {
     for report in reports {
         if let Some(violation) = &report.violation {
             failed += 1;
-            println!("seed {}: {violation}", report.seed);
-            println!("  replay with: {}", report.replay_command());
+            output::line(format_args!("seed {}: {violation}", report.seed))?;
+            output::line(format_args!("  replay with: {}", report.replay_command()))?;
         }
     }
     match failed {

@@ -40,10 +40,9 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             if args.json {
                 output::json_line(&Json::from(&look))?;
             } else {
-                if args.watch && std::io::stdout().is_terminal() {
-                    print!("{CLEAR}");
-                }
-                print!("{}", text(&look));
+                let clear = args.watch && std::io::stdout().is_terminal();
+                let clear = if clear { CLEAR } else { "" };
+                output::line(format_args!("{clear}{}", text(&look).trim_end()))?;
             }
             if !args.watch {
                 return unreachable_all(&look);

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::block_on;
 use super::failure::{Failure, OrExit as _};
 use super::operator::{ClusterArgs, known_host, known_vm, refusal};
+use super::{block_on, output};
 use crate::agent::operator::{Client, Request};
 use crate::protocol::{HostName, Record, VmName};
 
@@ -35,7 +35,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             None => None,
         };
         if to.as_ref() == Some(&before.primary.host) {
-            println!("{} reigns already.", before.primary.host);
+            output::line(format_args!("{} reigns already.", before.primary.host))?;
             return Ok(());
         }
         let began = Instant::now();
@@ -43,12 +43,12 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         let order = Request::Switchover { vm, to };
         let journal = client.order(&before.primary.host, &order).await.or_fail()?;
         let after = wait(&client, &args.vm, &before, journal).await?;
-        println!(
+        output::line(format_args!(
             "{} reigns in term {}, after {} ms.",
             after.primary.host,
             after.term,
             began.elapsed().as_millis()
-        );
+        ))?;
         Ok(())
     })
 }
