@@ -536,7 +536,9 @@ fn a_broken_rule_is_noticed_and_the_seed_is_told() {
     ]);
     assert_eq!(code, 5, "{err}");
     assert!(err.contains("broken in"), "{err}");
-    let again = out.lines().find_map(|line| line.split_once("replay with: "));
+    let again = out
+        .lines()
+        .find_map(|line| line.split_once("replay with: "));
     let (_, again) = again.expect("the command that does it again");
     let again: Vec<_> = again.split_whitespace().skip(1).collect();
     let (code, _, err) = run(&again);
@@ -562,4 +564,14 @@ fn a_reader_who_has_seen_enough_is_no_reason_to_complain() {
     let err = String::from_utf8_lossy(&output.stderr);
     assert!(err.is_empty(), "{err}");
     assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), 1);
+}
+
+#[test]
+fn the_readme_has_the_same_exit_codes() {
+    let readme = include_str!("../README.md");
+    for line in understudy::cli::failure::EXIT_CODES.lines().skip(1) {
+        let (code, meaning) = line.trim().split_once(' ').expect("a code and its meaning");
+        let row = format!("| {code} | {} |", meaning.trim());
+        assert!(readme.contains(&row), "{row}");
+    }
 }
