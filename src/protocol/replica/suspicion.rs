@@ -13,6 +13,13 @@ use super::super::record::{Acks, Member, Record, Version};
 use super::super::time::Span;
 use super::{Inquiry, Replica};
 
+/// So many entries are executed in no time: nobody waits for them.
+const BACKLOG_FREE: u64 = 2_000;
+/// About what executing one entry takes.
+const BACKLOG_ENTRY: Span = Span::from_micros(20);
+/// A copy waits no longer than this for one that has executed more.
+const BACKLOG_MOST: Span = Span::from_millis(500);
+
 impl Replica {
     pub(super) fn inquired(&mut self, core: &mut Core, from: &HostName, base: Version) {
         let alive = core.version() > base || self.vouches(core);
@@ -54,6 +61,17 @@ impl Replica {
             self.detector.patience(timing)
         };
         base.plus(timing.stagger.times(rank))
+            .plus(Self::backlog_wait(core))
+    }
+
+    /// Whoever has less of its log to execute claims first: clients wait for whatever a new primary
+    /// has still to replay. Bounded, because a copy that is behind is better than none.
+    fn backlog_wait(core: &Core) -> Span {
+        let behind = core.log.appended.index.since(core.executed);
+        if behind <= BACKLOG_FREE {
+            return Span::ZERO;
+        }
+        BACKLOG_ENTRY.times(behind).min(BACKLOG_MOST)
     }
 
     pub(super) fn watch(&mut self, core: &mut Core) -> Turn {
