@@ -160,6 +160,16 @@ impl Theatre {
             .map(|vm| vm.node.role)
     }
 
+    /// The host that says of itself that it reigns.
+    async fn primary_by_its_word(&self) -> Option<HostName> {
+        for host in self.client.hosts() {
+            if self.role(host).await == Some(RoleName::Primary) {
+                return Some(host.clone());
+            }
+        }
+        None
+    }
+
     /// Waits until another than `old` runs the guest.
     async fn successor(&mut self, old: &HostName) -> HostName {
         let old = old.clone();
@@ -360,6 +370,41 @@ fn the_vmm_dies_and_its_agent_abdicates() {
         theatre.successor(&old).await;
         theatre.answers(&load, 100).await;
         assert!(theatre.journal_has(&old, "abdicated").await);
+        theatre.copies(3).await;
+        flawless(load).await;
+    });
+}
+
+/// The same while the witness is away: nobody can be promoted yet, so the gateway goes on sending
+/// to an agent that has no guest. That agent lives on, and says what happened.
+#[test]
+fn the_vmm_dies_while_the_witness_is_away() {
+    on_kvm(async || {
+        let mut theatre = Theatre::open(&["a", "b", "c"], policy(Rule::All)).await;
+        let load = theatre.load().await;
+        theatre.answers(&load, 100).await;
+        let (old, witness) = (theatre.primary().await, theatre.cluster.witness());
+        let host: Name = old.as_str().parse().expect("a name");
+        theatre.cluster.kill(&witness).expect("a kill");
+        assert_eq!(theatre.cluster.kill_vmms(&host).expect("a kill"), 1);
+        theatre
+            .until("the abdication", async |theatre| {
+                theatre.journal_has(&old, "abdicated").await.then_some(())
+            })
+            .await;
+        // The first frame of each of these comes to a host without a guest.
+        let mut visitors = Vec::new();
+        for _ in 0..50 {
+            let visitor = TcpStream::connect(theatre.address).await;
+            visitors.push(visitor.expect("the gateway accepts"));
+            let status = theatre.client.status(&old).await;
+            status.expect("an agent without its guest answers");
+            sleep(LOOK_EVERY).await;
+        }
+        assert_eq!(theatre.primary_by_its_word().await, None);
+        theatre.cluster.start_process(&witness).expect("a start");
+        theatre.successor(&old).await;
+        theatre.answers(&load, 100).await;
         theatre.copies(3).await;
         flawless(load).await;
     });

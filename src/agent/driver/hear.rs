@@ -4,7 +4,7 @@ use bytes::Bytes;
 use replay_log::{Batch, FrameSource};
 use vmm::host::{Output, OutputKind};
 
-use super::guest::Doing;
+use super::guest::{Doing, Guest};
 use super::keeper::Returned;
 use super::{Back, ToDriver, VmDriver};
 use crate::agent::clock::now;
@@ -173,20 +173,20 @@ impl VmDriver {
         while let Some(event) = self.gateways.port.poll_event() {
             self.env.journal.write(Some(&self.vm), incident(&event));
         }
-        let Some(guest) = &self.guest else { return };
-        let run = guest.run();
+        let recording = |guest: &&Guest| guest.doing() == Doing::Recording;
         let mut failed = None;
+        // Every arrival is taken, whoever there is to have it: the port goes on calling for as long
+        // as one waits. A gateway sends what is in no log again to whoever reigns next.
         while let Some((source, bytes)) = self.gateways.port.poll_arrival() {
-            if guest.doing() != Doing::Recording {
+            let Some(guest) = self.guest.as_ref().filter(recording) else {
                 continue;
-            }
+            };
             let message = crate::agent::vm_process::ToVm::Frame { source, bytes };
             if let Err(error) = guest.tell(&message) {
-                failed = Some(error.to_string());
-                break;
+                failed.get_or_insert((guest.run(), error.to_string()));
             }
         }
-        if let Some(reason) = failed {
+        if let Some((run, reason)) = failed {
             self.guest_failed(run, reason);
         }
         let received = self.gateways.port.received_by_all();

@@ -218,6 +218,8 @@ impl VmDriver {
     pub async fn run(mut self) {
         loop {
             self.settle().await;
+            // Whatever keeps this loop busy, the other drivers and the link have their turn.
+            tokio::task::consume_budget().await;
             let due = self.due();
             let open = tokio::select! {
                 biased;
