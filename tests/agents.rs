@@ -13,6 +13,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use understudy::agent::certs::{Name, Role};
 use understudy::agent::init::{Folders, Plan, init};
+use understudy::agent::introduction::Introduction;
 use understudy::agent::operator::{Client, HostStatus, Request};
 use understudy::agent::{host, witness};
 use understudy::config::Config;
@@ -118,12 +119,16 @@ impl Cluster {
     }
 
     fn start_host(&mut self, name: &str) {
+        self.start_host_as(name, Introduction::of_this_host());
+    }
+
+    fn start_host_as(&mut self, name: &str, introduction: Introduction) {
         let config = self.config(name);
         assert_eq!(config.role, Role::Host);
         let (stop, stopped) = stoppable();
         let binary = Path::new(env!("CARGO_BIN_EXE_understudy")).to_owned();
         let task = tokio::spawn(async move {
-            host::run(config, Some(binary), stopped)
+            host::run_as(config, Some(binary), introduction, stopped)
                 .await
                 .expect("an agent");
         });
@@ -132,6 +137,15 @@ impl Cluster {
             task,
         };
         self.hosts.insert(name.to_owned(), running);
+    }
+
+    /// Stops all hosts at once: nobody is left to take over from anybody.
+    async fn stop_hosts(&mut self) {
+        let mut hosts = std::mem::take(&mut self.hosts);
+        hosts.values_mut().for_each(|host| host.stop = None);
+        for host in hosts.into_values() {
+            host.stop().await;
+        }
     }
 
     async fn stop_host(&mut self, name: &str) {
@@ -301,9 +315,7 @@ async fn life() {
     ] {
         assert!(text.contains(metric), "{metric} is not in {text}");
     }
-    for host in ["a", "b", "c"] {
-        cluster.stop_host(host).await;
-    }
+    cluster.stop_hosts().await;
 
     // All of them were lost; whoever holds a disk boots from it, and what the guest flushed is kept.
     for host in ["a", "b", "c"] {
@@ -312,6 +324,64 @@ async fn life() {
     until(&client, reigns, primary_with(2)).await;
     let mut stream = connect(address).await;
     assert_eq!(incr(&mut stream).await, 204);
+}
+
+/// A host whose CPU differs is no copy: the order is refused with the reason, which stands in the
+/// journals of both, and nothing else is disturbed.
+#[test]
+fn a_host_with_another_cpu_is_refused() {
+    if let Err(error) = std::fs::File::open("/dev/kvm") {
+        println!("SKIPPED: /dev/kvm cannot be opened: {error}");
+        return;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    runtime.block_on(async {
+        let mut cluster = Cluster::start(&["a", "b", "c"]);
+        cluster.stop_host("c").await;
+        let mut other = Introduction::of_this_host();
+        let fingerprint = other.fingerprint.as_mut().expect("a KVM");
+        fingerprint.vendor = "CentaurHauls".to_owned();
+        cluster.start_host_as("c", other);
+        let client = cluster.client();
+        until(&client, "a", |status| status.peers[&host_name("b")]).await;
+        let run = |host: &str| Request::Run {
+            vm: vm(),
+            image: "ledger".to_owned(),
+            hosts: vec![host_name(host)],
+            policy: Policy::default(),
+        };
+        for host in ["a", "c"] {
+            let wanted = async {
+                while !journal_has(&client, host, "host_incompatible").await {
+                    sleep(Duration::from_millis(10)).await;
+                }
+            };
+            timeout(PATIENCE, wanted).await.expect("a journal line");
+        }
+        let refused = client.order(&host_name("a"), &run("c")).await;
+        let why = refused.expect_err("refused").to_string();
+        assert!(why.contains("c cannot hold a copy"), "{why}");
+        assert!(why.contains("CentaurHauls"), "{why}");
+        let status = client.status(&host_name("a")).await.expect("a status");
+        assert!(!status.peers[&host_name("c")], "{status:?}");
+        client
+            .order(&host_name("a"), &run("b"))
+            .await
+            .expect("taken");
+        until(&client, "a", primary_with(1)).await;
+    });
+}
+
+async fn journal_has(client: &Client, host: &str, code: &str) -> bool {
+    let lines = client.events(&host_name(host), 0).await;
+    let marked = format!("\"code\":\"{code}\"");
+    lines.unwrap_or_default().iter().any(|line| {
+        let line = serde_json::to_string(line).expect("a line is JSON");
+        line.contains(&marked)
+    })
 }
 
 /// Connects a client.

@@ -17,6 +17,7 @@ use super::bulk;
 use super::certs::Identity;
 use super::clock;
 use super::driver::{DriverError, GatewayOpened, HostMessage, Surroundings, ToDriver, VmDriver};
+use super::introduction::{self, Introduction, Verdict};
 use super::journal::{Incident, Journal, OpenJournalError};
 use super::library::{Library, LibraryError};
 use super::link::{BindError, Endpoint, IncomingStream, Link, LinkEvent, StreamKind};
@@ -101,8 +102,12 @@ struct Agent {
     env: Arc<Surroundings>,
     endpoint: Endpoint,
     drivers: BTreeMap<VmName, Running>,
-    /// The hosts that are connected.
+    /// What this host tells others of itself.
+    introduction: Introduction,
+    /// The hosts that are connected, have introduced themselves, and can share VMs with this one.
     up: BTreeSet<HostName>,
+    /// Those that cannot, and why.
+    unfit: BTreeMap<HostName, String>,
     /// VMs that another host speaks of: when their record was last asked for.
     asked: BTreeMap<VmName, Time>,
     wishes: mpsc::Sender<Wish>,
@@ -115,12 +120,24 @@ pub async fn run(
     vmm_binary: Option<PathBuf>,
     stop: impl Future<Output = ()>,
 ) -> Result<(), AgentError> {
+    run_as(config, vmm_binary, Introduction::of_this_host(), stop).await
+}
+
+/// The same for a host that says this of itself.
+pub async fn run_as(
+    config: Config,
+    vmm_binary: Option<PathBuf>,
+    introduction: Introduction,
+    stop: impl Future<Output = ()>,
+) -> Result<(), AgentError> {
     let (tell, told) = oneshot::channel::<()>();
     let told = async move {
         // To be dropped is to be told, too.
         let _ = told.await;
     };
-    let running = on_own_thread("agent", move || run_here(config, vmm_binary, told));
+    let running = on_own_thread("agent", move || {
+        run_here(config, vmm_binary, introduction, told)
+    });
     let mut running = std::pin::pin!(running);
     tokio::select! {
         ended = &mut running => ended?,
@@ -134,6 +151,7 @@ pub async fn run(
 async fn run_here(
     config: Config,
     vmm_binary: Option<PathBuf>,
+    introduction: Introduction,
     stop: impl Future<Output = ()>,
 ) -> Result<(), AgentError> {
     let credentials = config.credentials()?;
@@ -173,7 +191,9 @@ async fn run_here(
         env,
         endpoint: endpoint.clone(),
         drivers: BTreeMap::new(),
+        introduction,
         up: BTreeSet::new(),
+        unfit: BTreeMap::new(),
         asked: BTreeMap::new(),
         wishes: wishes.clone(),
     };
@@ -279,8 +299,12 @@ impl Agent {
                 let peer = HostName::from(&peer);
                 let connected = Incident::HostConnected { peer: peer.clone() };
                 self.env.journal.write(None, connected);
-                self.up.insert(peer.clone());
-                self.tell_all(&Input::PeerUp(peer)).await;
+                let introduction = Box::new(self.introduction.clone());
+                let message = HostMessage::Introduction(introduction);
+                // What cannot be sent is said again with the next connection.
+                if let Err(error) = self.env.link.send(peer.as_str(), &message) {
+                    tracing::debug!(%peer, %error, "not introduced");
+                }
             }
             LinkEvent::PeerDown { peer, ended, .. } => {
                 let peer = HostName::from(&peer);
@@ -290,15 +314,25 @@ impl Agent {
                     detail: ended.to_string(),
                 };
                 self.env.journal.write(None, lost);
-                self.up.remove(&peer);
-                self.tell_all(&Input::PeerDown(peer)).await;
+                if self.up.remove(&peer) {
+                    self.tell_all(&Input::PeerDown(peer)).await;
+                }
             }
             LinkEvent::Message {
                 peer,
-                message: HostMessage { vm, message },
+                message: HostMessage::Introduction(theirs),
+                ..
+            } => self.introduced(HostName::from(&peer), &theirs).await,
+            LinkEvent::Message {
+                peer,
+                message: HostMessage::Vm { vm, message },
                 ..
             } => {
                 let from = HostName::from(&peer);
+                // Only a datagram can overtake an introduction.
+                if !self.up.contains(&from) {
+                    return;
+                }
                 if let Some(running) = self.drivers.get(&vm) {
                     let heard = ToDriver::Heard(Input::Message { from, message });
                     // A driver that is gone has said why.
@@ -308,6 +342,43 @@ impl Agent {
                 }
             }
         }
+    }
+
+    /// Another host has told of itself.
+    async fn introduced(&mut self, peer: HostName, theirs: &Introduction) {
+        let Verdict { refusals, warnings } = introduction::judge(&self.introduction, theirs);
+        if !refusals.is_empty() {
+            let why = refusals.join("; ");
+            let incident = Incident::HostIncompatible {
+                peer: peer.clone(),
+                why: why.clone(),
+            };
+            self.env.journal.write(None, incident);
+            self.unfit.insert(peer, why);
+            return;
+        }
+        self.unfit.remove(&peer);
+        if !warnings.is_empty() {
+            let why = warnings.join("; ");
+            let peer = peer.clone();
+            self.env
+                .journal
+                .write(None, Incident::HostDiffers { peer, why });
+        }
+        if self.up.insert(peer.clone()) {
+            self.tell_all(&Input::PeerUp(peer)).await;
+        }
+    }
+
+    /// Refuses an order that wants copies on hosts which can hold none.
+    fn check_fit(&self, hosts: &[HostName]) -> Result<(), String> {
+        let mut unfit = hosts.iter().filter_map(|host| {
+            let why = self.unfit.get(host)?;
+            Some(format!(
+                "{host} cannot hold a copy of what runs here: {why}"
+            ))
+        });
+        unfit.next().map_or(Ok(()), Err)
     }
 
     async fn tell_all(&self, input: &Input) {
@@ -397,10 +468,14 @@ impl Agent {
                 hosts,
                 policy,
             } => {
+                self.check_fit(&hosts)?;
                 self.prepare(&vm, &image)?;
                 (vm, Operator::Create { hosts, policy })
             }
-            Request::Pair { vm, hosts, policy } => (vm, Operator::Pair { hosts, policy }),
+            Request::Pair { vm, hosts, policy } => {
+                self.check_fit(&hosts)?;
+                (vm, Operator::Pair { hosts, policy })
+            }
             Request::Switchover { vm, to } => (vm, Operator::Switchover { to }),
             Request::AcceptLoss { vm } => (vm, Operator::AcceptLoss),
             Request::Remove { vm } => return Ok(self.check_removal(vm)),

@@ -100,6 +100,25 @@ pub enum Incident {
         /// The same in a few words.
         detail: String,
     },
+    /// What was kept of a log is damaged: it is set aside, and this copy begins anew.
+    LogSetAside {
+        /// What is wrong with it, and where.
+        why: String,
+    },
+    /// Another host can hold no copy of what runs here, nor this one of what runs there.
+    HostIncompatible {
+        /// Which.
+        peer: HostName,
+        /// What differs.
+        why: String,
+    },
+    /// Another host differs in what should not matter.
+    HostDiffers {
+        /// Which.
+        peer: HostName,
+        /// In what.
+        why: String,
+    },
     /// The VMM process was started.
     VmmStarted {
         /// Its process id.
@@ -153,6 +172,16 @@ impl fmt::Display for Incident {
             Self::AgentStarted { version } => write!(f, "the agent has started, version {version}"),
             Self::HostConnected { peer } => write!(f, "is connected with {peer}"),
             Self::HostLost { peer, detail, .. } => write!(f, "has lost {peer}: {detail}"),
+            Self::LogSetAside { why } => {
+                write!(
+                    f,
+                    "sets its damaged log aside as evidence and begins anew: {why}"
+                )
+            }
+            Self::HostIncompatible { peer, why } => {
+                write!(f, "cannot share a VM with {peer}: {why}")
+            }
+            Self::HostDiffers { peer, why } => write!(f, "differs from {peer}: {why}"),
             Self::VmmStarted { pid, doing } => {
                 write!(f, "started VMM process {pid} to {doing}")
             }

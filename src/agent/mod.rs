@@ -10,6 +10,7 @@ pub mod frame_streams;
 pub mod frames;
 pub mod host;
 pub mod init;
+pub mod introduction;
 pub mod journal;
 pub mod library;
 pub mod link;

@@ -19,7 +19,10 @@ use crate::agent::vm_process::{DiskSetup, ToVm};
 use crate::gateway::frames::Boot;
 use crate::protocol::{Action, Durable, Event, HostName, Input, Message, VmRun};
 
-/// How long the keeper of records is waited for when it could not be asked at once.
+/// After a failure to make something durable, the next attempt waits for this long: the protocol
+/// has something new to persist at once, and a broken disk would be asked in a loop.
+const PERSIST_PAUSE: Duration = Duration::from_secs(1);
+/// How long the image and the disk bases of a VM may take to be here.
 const PARTS_PATIENCE: Duration = Duration::from_mins(2);
 
 impl VmDriver {
@@ -109,7 +112,7 @@ impl VmDriver {
     }
 
     fn send(&self, to: &HostName, message: Message) {
-        let message = HostMessage {
+        let message = HostMessage::Vm {
             vm: self.vm.clone(),
             message,
         };
@@ -123,7 +126,7 @@ impl VmDriver {
     fn flow(&mut self) {
         let (env, vm) = (&self.env, &self.vm);
         let sent = self.streams.pump(&self.log, |to, message| {
-            let message = HostMessage {
+            let message = HostMessage::Vm {
                 vm: vm.clone(),
                 message,
             };
@@ -206,14 +209,23 @@ impl VmDriver {
         };
         self.persisting = true;
         let (home, back) = (self.home.clone(), self.to_back.clone());
-        tokio::task::spawn_blocking(move || {
-            let input = match home.persist(&durable) {
-                Ok(()) => Input::Persisted(durable),
-                Err(error) => Input::StoreFailed {
-                    reason: error.to_string(),
-                },
+        let pause = if self.persist_failed {
+            PERSIST_PAUSE
+        } else {
+            Duration::ZERO
+        };
+        tokio::spawn(async move {
+            tokio::time::sleep(pause).await;
+            let persisted = tokio::task::spawn_blocking(move || {
+                let persisted = home.persist(&durable);
+                persisted.map(|()| durable)
+            });
+            let outcome = match persisted.await {
+                Ok(outcome) => outcome.map_err(|error| error.to_string()),
+                // Only a runtime that ends lets it go.
+                Err(ended) => Err(ended.to_string()),
             };
-            let _ = back.send(Back::Input(input));
+            let _ = back.send(Back::Persist(outcome));
         });
     }
 

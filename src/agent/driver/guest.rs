@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use replay_log::{Header, LogIndex, LogTip, Term};
+use replay_log::{FrameSource, Header, LogIndex, LogTip, Term};
 use thiserror::Error;
 use vmm::config::MachineConfig;
 
@@ -18,6 +18,10 @@ use crate::protocol::VmRun;
 
 /// So many bytes of log may be with the VMM process and not executed.
 const WINDOW: usize = 16 << 20;
+
+/// So many bytes of frames may be with the VMM process and in no log; more wait in the port, and
+/// with it at the gateways.
+const FRAMES_WINDOW: usize = 1 << 20;
 
 /// What the process is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +63,9 @@ pub struct Guest {
     /// Fed and not executed: the end of each batch and its bytes.
     under_way: std::collections::VecDeque<(LogIndex, usize)>,
     bytes: usize,
+    /// Told and not recorded: each frame and its bytes.
+    frames: std::collections::VecDeque<(FrameSource, usize)>,
+    frame_bytes: usize,
     go_live: Option<(Term, LogTip)>,
     /// Given back when the guest is gone.
     _memory: Taken,
@@ -111,6 +118,8 @@ impl Guest {
             cursor: Cursor::new(LogIndex::START),
             under_way: std::collections::VecDeque::new(),
             bytes: 0,
+            frames: std::collections::VecDeque::new(),
+            frame_bytes: 0,
             go_live: None,
             _memory: memory,
         })
@@ -139,6 +148,28 @@ impl Guest {
     /// Says something to it.
     pub fn tell(&self, message: &ToVm) -> Result<(), GuestError> {
         Ok(self.process.sender().send(message)?)
+    }
+
+    /// Whether it has as many frames as it may that are in no log yet.
+    pub const fn has_frames_enough(&self) -> bool {
+        self.frame_bytes >= FRAMES_WINDOW
+    }
+
+    /// Gives it a frame.
+    pub fn frame(&mut self, source: FrameSource, bytes: Bytes) -> Result<(), GuestError> {
+        self.frames.push_back((source, bytes.len()));
+        self.frame_bytes += bytes.len();
+        self.tell(&ToVm::Frame { source, bytes })
+    }
+
+    /// It has recorded a frame. Frames are recorded in the order in which they were given.
+    pub fn recorded(&mut self, recorded: FrameSource) {
+        while let Some((source, bytes)) = self.frames.pop_front() {
+            self.frame_bytes -= bytes;
+            if source == recorded {
+                break;
+            }
+        }
     }
 
     /// It has executed the log through here.

@@ -65,10 +65,6 @@ impl VmDriver {
     pub(super) fn hear_back(&mut self, back: Back) {
         match back {
             Back::Input(input) => {
-                if matches!(input, Input::Persisted(_)) {
-                    self.persisting = false;
-                    self.persist_next();
-                }
                 let answered = matches!(input, Input::RecordRead(_) | Input::ReadFailed { .. });
                 self.inputs.push_back(input);
                 if answered {
@@ -76,6 +72,15 @@ impl VmDriver {
                     let orders = std::mem::take(&mut self.early_orders);
                     self.inputs.extend(orders.into_iter().map(Input::Operator));
                 }
+            }
+            Back::Persist(outcome) => {
+                self.persisting = false;
+                self.persist_failed = outcome.is_err();
+                self.inputs.push_back(match outcome {
+                    Ok(durable) => Input::Persisted(durable),
+                    Err(reason) => Input::StoreFailed { reason },
+                });
+                self.persist_next();
             }
             Back::Parts(run, boots, parts) => self.start_guest(run, boots, parts),
         }
@@ -144,13 +149,16 @@ impl VmDriver {
     }
 
     fn shipped(&mut self, framed: &Bytes, frames: &[FrameSource]) {
-        let Some(guest) = &self.guest else { return };
+        let Some(guest) = &mut self.guest else { return };
         let run = guest.run();
         match Batch::decode_frame(framed) {
             Ok(Some((batch, _))) => {
                 for source in frames {
+                    guest.recorded(*source);
                     self.gateways.port.logged(*source, batch.end());
                 }
+                // What waited for room goes on when the port is polled next, which is at once.
+                self.holds_arrivals();
                 self.inputs.push_back(Input::Recorded { run, batch });
             }
             Ok(None) => self.guest_failed(run, "the VMM process wrote a torn batch".into()),
@@ -168,21 +176,31 @@ impl VmDriver {
         }
     }
 
+    /// Whether the guest has frames enough. The port is told, so that it does not call for those
+    /// that wait, and reads no more from gateways than it may keep.
+    fn holds_arrivals(&mut self) -> bool {
+        let held = self.guest.as_ref().is_some_and(Guest::has_frames_enough);
+        self.gateways.port.hold_arrivals(held);
+        held
+    }
+
     /// What gateways have sent goes to the guest; what they have received is told the node.
     pub(super) fn hear_gateways(&mut self) {
         while let Some(event) = self.gateways.port.poll_event() {
             self.env.journal.write(Some(&self.vm), incident(&event));
         }
-        let recording = |guest: &&Guest| guest.doing() == Doing::Recording;
         let mut failed = None;
-        // Every arrival is taken, whoever there is to have it: the port goes on calling for as long
-        // as one waits. A gateway sends what is in no log again to whoever reigns next.
-        while let Some((source, bytes)) = self.gateways.port.poll_arrival() {
-            let Some(guest) = self.guest.as_ref().filter(recording) else {
+        // Where no guest can take them, arrivals are taken all the same: the port goes on calling
+        // for as long as one waits and is not held. A gateway sends what is in no log again to
+        // whoever reigns next.
+        while !self.holds_arrivals()
+            && let Some((source, bytes)) = self.gateways.port.poll_arrival()
+        {
+            let recording = |guest: &&mut Guest| guest.doing() == Doing::Recording;
+            let Some(guest) = self.guest.as_mut().filter(recording) else {
                 continue;
             };
-            let message = crate::agent::vm_process::ToVm::Frame { source, bytes };
-            if let Err(error) = guest.tell(&message) {
+            if let Err(error) = guest.frame(source, bytes) {
                 failed.get_or_insert((guest.run(), error.to_string()));
             }
         }

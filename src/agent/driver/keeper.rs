@@ -5,16 +5,16 @@
 //!   here ── append, look up ──► done at once (a write to the page cache)
 //!    │  ▲
 //!    │  └──────── back with what came of it ────────┐
-//!    └── sync, truncate, or any append of a store ──┴──► away, on a blocking thread; what is asked
-//!        that syncs                                      for meanwhile waits in order
+//!    └── sync, or any append of a store that syncs ──┴──► away, on a blocking thread; what is asked
+//!                                                        for meanwhile waits in order
 //! ```
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
 use replay_log::{
-    Batch, FileOptions, FileStore, LogIndex, LogReader, LogTip, OpenError, ReadError, Store,
-    SyncPolicy,
+    Batch, FileOptions, FileStore, IoFailure, LogIndex, LogReader, LogTip, OpenError, ReadError,
+    Store, SyncPolicy,
 };
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -24,10 +24,14 @@ use crate::protocol::{HostName, Incarnation};
 /// machine rarely read the disk.
 const RECENT_BYTES: usize = 8 << 20;
 
-/// What was asked of the log, in order.
+/// The ending of the folder that holds a damaged log.
+const DAMAGED: &str = "damaged";
+
+/// What was asked of the log, in order. What is reported of an append or a sync is about the holding
+/// that it was asked for, however late it is done: another may have begun by then.
 enum Work {
-    Append(Batch),
-    Sync,
+    Append(Incarnation, Batch),
+    Sync(Incarnation),
     LookUp(HostName, LogIndex),
 }
 
@@ -90,6 +94,27 @@ impl LogKeeper {
         })
     }
 
+    /// The same where what is there is damaged: that is set aside as evidence, the only one that is
+    /// kept, and an empty log begins in its place.
+    pub fn open_anew(
+        dir: &Path,
+        options: FileOptions,
+        incarnation: Incarnation,
+        returns: UnboundedSender<Returned>,
+    ) -> Result<Self, OpenError> {
+        let aside = dir.with_extension(DAMAGED);
+        // An older one may be there or not; if it stays, the next line says so.
+        let _ = std::fs::remove_dir_all(&aside);
+        std::fs::rename(dir, &aside).map_err(|source| {
+            OpenError::Io(IoFailure {
+                action: "set aside the damaged log in",
+                path: dir.to_owned(),
+                source,
+            })
+        })?;
+        Self::open(dir, options, incarnation, returns)
+    }
+
     /// Where the log ends, appends that wait included.
     pub const fn tip(&self) -> LogTip {
         self.tip
@@ -126,12 +151,12 @@ impl LogKeeper {
             };
             self.recent_bytes -= old.payload().len();
         }
-        self.ask(Work::Append(batch), news);
+        self.ask(Work::Append(self.incarnation, batch), news);
     }
 
     /// Makes durable what was appended.
     pub fn sync(&mut self, news: &mut Vec<LogNews>) {
-        self.ask(Work::Sync, news);
+        self.ask(Work::Sync(self.incarnation), news);
     }
 
     /// Looks up where a batch ends.
@@ -194,8 +219,8 @@ impl LogKeeper {
     /// Whether something may wait for the disk and so must not run here.
     fn blocks(&self, work: &Work) -> bool {
         match work {
-            Work::Sync => true,
-            Work::Append(_) => self.options.sync != SyncPolicy::Never,
+            Work::Sync(_) => true,
+            Work::Append(..) => self.options.sync != SyncPolicy::Never,
             Work::LookUp(..) => false,
         }
     }
@@ -206,7 +231,7 @@ impl LogKeeper {
             return;
         }
         let Some(store) = &mut self.store else { return };
-        work_off(store, self.waiting.drain(..), self.incarnation, news);
+        work_off(store, self.waiting.drain(..), news);
     }
 
     fn send_away(&mut self) {
@@ -214,11 +239,11 @@ impl LogKeeper {
             return;
         };
         let work = std::mem::take(&mut self.waiting);
-        let (generation, incarnation) = (self.generation, self.incarnation);
+        let generation = self.generation;
         let returns = self.returns.clone();
         tokio::task::spawn_blocking(move || {
             let mut news = Vec::new();
-            work_off(&mut store, work, incarnation, &mut news);
+            work_off(&mut store, work, &mut news);
             // Without a receiver the VM is gone from this host, and nobody asks.
             let _ = returns.send(Returned {
                 store,
@@ -263,26 +288,25 @@ impl LogKeeper {
     }
 }
 
-fn work_off(
-    store: &mut FileStore,
-    work: impl IntoIterator<Item = Work>,
-    incarnation: Incarnation,
-    news: &mut Vec<LogNews>,
-) {
-    let mut stored = None;
+fn work_off(store: &mut FileStore, work: impl IntoIterator<Item = Work>, news: &mut Vec<LogNews>) {
+    // One report for a row of appends of one holding.
+    let mut stored: Option<(Incarnation, LogTip)> = None;
     for work in work {
         let done = match work {
-            Work::Append(batch) => match store.append(&batch) {
-                Ok(tip) => {
-                    stored = Some(tip);
-                    Ok(())
+            Work::Append(incarnation, batch) => {
+                if stored.is_some_and(|(of, _)| of != incarnation) {
+                    report(&mut stored, news);
                 }
-                Err(error) => Err(error.to_string()),
-            },
-            Work::Sync => store.sync().map_err(|error| error.to_string()).map(|tip| {
-                news.extend(stored.take().map(|tip| LogNews::Stored(incarnation, tip)));
-                news.push(LogNews::Synced(incarnation, tip));
-            }),
+                let appended = store.append(&batch).map_err(|error| error.to_string());
+                appended.map(|tip| stored = Some((incarnation, tip)))
+            }
+            Work::Sync(incarnation) => {
+                let synced = store.sync().map_err(|error| error.to_string());
+                synced.map(|tip| {
+                    report(&mut stored, news);
+                    news.push(LogNews::Synced(incarnation, tip));
+                })
+            }
             Work::LookUp(peer, index) => {
                 let floor = store.floor(index).map_err(|error| error.to_string());
                 floor.map(|floor| {
@@ -296,7 +320,12 @@ fn work_off(
             return;
         }
     }
-    news.extend(stored.map(|tip| LogNews::Stored(incarnation, tip)));
+    report(&mut stored, news);
+}
+
+fn report(stored: &mut Option<(Incarnation, LogTip)>, news: &mut Vec<LogNews>) {
+    let last = stored.take();
+    news.extend(last.map(|(incarnation, tip)| LogNews::Stored(incarnation, tip)));
 }
 
 /// A place in the log from which somebody reads on.

@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use replay_log::{FrameNumber, Header, LogTip, Term};
+use replay_log::{FrameNumber, Header, LogTip, OpenError, Term};
 use thiserror::Error;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender, unbounded_channel};
 use vmm::outbox::Outbox;
@@ -31,7 +31,8 @@ use crate::agent::budget::Budget;
 use crate::agent::clock::now;
 use crate::agent::frame_streams::FrameStreams;
 use crate::agent::frames::{FrameLimits, FramePort};
-use crate::agent::journal::Journal;
+use crate::agent::introduction::Introduction;
+use crate::agent::journal::{Incident, Journal};
 use crate::agent::link::Link;
 use crate::agent::operator::{VmAnswer, VmQuestion};
 use crate::agent::witness::client::WitnessClient;
@@ -50,20 +51,28 @@ const INPUTS_AT_ONCE: usize = 64;
 
 /// A message between the agents of two hosts.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
-pub struct HostMessage {
-    /// About which VM.
-    pub vm: VmName,
-    /// What.
-    pub message: Message,
+pub enum HostMessage {
+    /// Who they are: the first that each says.
+    Introduction(Box<Introduction>),
+    /// About a VM.
+    Vm {
+        /// Which.
+        vm: VmName,
+        /// What.
+        message: Message,
+    },
 }
 
 impl crate::agent::link::LinkMessage for HostMessage {
     fn lane(&self) -> crate::agent::link::Lane {
         use crate::agent::link::Lane;
-        match self.message.lane() {
-            protocol::Lane::Control => Lane::Control,
-            protocol::Lane::Log => Lane::Log,
-            protocol::Lane::Datagram => Lane::Datagram,
+        match self {
+            Self::Introduction(_) => Lane::Control,
+            Self::Vm { message, .. } => match message.lane() {
+                protocol::Lane::Control => Lane::Control,
+                protocol::Lane::Log => Lane::Log,
+                protocol::Lane::Datagram => Lane::Datagram,
+            },
         }
     }
 }
@@ -107,6 +116,8 @@ pub enum ToDriver {
 /// What reaches a driver from its own background work.
 enum Back {
     Input(Input),
+    /// What came of making something durable.
+    Persist(Result<protocol::Durable, String>),
     Parts(crate::protocol::VmRun, bool, Result<guest::Parts, String>),
 }
 
@@ -154,6 +165,7 @@ pub struct VmDriver {
     /// Orders that came before that: the protocol could only refuse them.
     early_orders: Vec<protocol::Operator>,
     persisting: bool,
+    persist_failed: bool,
     to_persist: VecDeque<crate::protocol::Durable>,
     acks: crate::protocol::Acks,
     /// How the guest ended or failed, for `status`.
@@ -171,11 +183,23 @@ impl VmDriver {
         let durable = home.durable()?;
         let (to_returns, returns) = unbounded_channel();
         let options = home::log_options(&env.config, durable.acks);
-        let log = LogKeeper::open(&home.log_dir(), options, durable.incarnation, to_returns)?;
+        let (dir, held) = (home.log_dir(), durable.incarnation);
+        let (log, damage) = match LogKeeper::open(&dir, options, held, to_returns.clone()) {
+            Ok(log) => (log, None),
+            Err(OpenError::Damaged(damage)) => (
+                LogKeeper::open_anew(&dir, options, held, to_returns)?,
+                Some(damage),
+            ),
+            Err(other) => return Err(other.into()),
+        };
+        if let Some(damage) = &damage {
+            let why = damage.to_string();
+            env.journal.write(Some(&vm), Incident::LogSetAside { why });
+        }
         let restored = protocol::Restored {
             durable: durable.clone(),
             log: log.tip(),
-            damaged: false,
+            damaged: damage.is_some(),
             fresh: home::fresh_incarnation()?,
         };
         let config = protocol::Config::new(env.host.clone(), vm.clone());
@@ -208,6 +232,7 @@ impl VmDriver {
             asked_keeper: false,
             early_orders: Vec::new(),
             persisting: false,
+            persist_failed: false,
             to_persist: VecDeque::new(),
             acks: durable.acks,
             last_word: None,
