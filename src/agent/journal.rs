@@ -105,6 +105,11 @@ pub enum Incident {
         /// What is wrong with it, and where.
         why: String,
     },
+    /// Another host needs the log from boot, and its beginning is gone.
+    CopyTooLate {
+        /// Which.
+        peer: HostName,
+    },
     /// Another host can hold no copy of what runs here, nor this one of what runs there.
     HostIncompatible {
         /// Which.
@@ -178,6 +183,11 @@ impl fmt::Display for Incident {
                     "sets its damaged log aside as evidence and begins anew: {why}"
                 )
             }
+            Self::CopyTooLate { peer } => write!(
+                f,
+                "cannot give {peer} the log from boot: its beginning is out of the retention \
+                 budget; raise log.retention for VMs that are to get copies later"
+            ),
             Self::HostIncompatible { peer, why } => {
                 write!(f, "cannot share a VM with {peer}: {why}")
             }

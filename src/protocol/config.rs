@@ -70,6 +70,8 @@ pub struct Timing {
     pub shrink_after: Span,
     /// Execution lag of a replica over which the primary is slowed.
     pub lag_limit: Span,
+    /// For no longer than this is the primary slowed for a replica that does not catch up.
+    pub slow_patience: Span,
     /// How long a planned switchover may take before it is given up.
     pub switchover_patience: Span,
     /// A node that is called later than this after the last time was itself not running: what it
@@ -92,6 +94,7 @@ impl Default for Timing {
             retry: Span::from_millis(200),
             shrink_after: Span::from_millis(1_000),
             lag_limit: Span::from_millis(500),
+            slow_patience: Span::from_millis(5_000),
             switchover_patience: Span::from_millis(3_000),
             attention: Span::from_millis(30),
         }

@@ -191,11 +191,16 @@ impl Controller {
                 term, why, promise, ..
             } if term == self.claim.term => {
                 if let Some(promise) = promise {
-                    core.highest = core.highest.max(promise.term);
+                    core.hear_of(promise.term);
                 }
-                self.refused.insert(from.clone());
-                if why == Refusal::PrimaryAlive && self.hopeless(core) {
-                    return self.give_up(core, "the primary is alive");
+                // One that is starting will promise in a moment.
+                if why != Refusal::Starting {
+                    self.refused.insert(from.clone());
+                }
+                // Those who are no copies any more say so at every attempt: no need to hurry to it.
+                let soon = why != Refusal::NotACopy && matches!(self.phase, Phase::Sealing);
+                if soon && self.hopeless(core) {
+                    return self.give_up(core, why.as_words());
                 }
             }
             Message::Stream {
@@ -267,8 +272,10 @@ impl Controller {
     }
 
     fn rival(&mut self, core: &mut Core, from: &HostName, claim: Claim, consent: bool) -> Turn {
-        core.highest = core.highest.max(claim.term);
-        if claim.base < core.version() {
+        if !core.hear_of(claim.term) {
+            return Turn::Stay;
+        }
+        if claim.base < core.latest_base() {
             core.refuse(from, claim.term, Refusal::RecordMovedOn, claim.base);
         } else if core.promised_otherwise(&claim) || self.may_have_won() {
             core.refuse(from, claim.term, Refusal::Promised, claim.base);
@@ -369,7 +376,7 @@ impl Controller {
         let record = new.as_ref().clone();
         if let Kind::Forced { silence } = &self.kind {
             core.journal(Event::LossAccepted {
-                entries: core.committed.since(self.chosen.index),
+                entries: core.let_out.since(self.chosen.index),
                 silence_ms: silence.as_millis(),
             });
         }

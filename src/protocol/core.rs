@@ -15,6 +15,10 @@ use super::name::{HostName, Incarnation, VmRun};
 use super::record::{Acks, Member, Record, Version};
 use super::time::Time;
 
+/// So far beyond the highest known term a claim may be: one for every attempt that this host has
+/// not heard of.
+const TERM_LEAP: u64 = 1 << 20;
+
 /// The log this host holds.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct OwnLog {
@@ -90,6 +94,12 @@ pub(super) struct Core {
     pub(super) feeds: Feeds,
     pub(super) committed: LogIndex,
     pub(super) forgotten: FrameNumber,
+    /// Through where the primary said that output was let out, which may be beyond what is held
+    /// here: the exposure when loss is accepted.
+    pub(super) let_out: LogIndex,
+    /// The VMM failed here with the log through this place: until it has executed that, this host
+    /// is not fit to reign.
+    pub(super) unfit_before: LogIndex,
     /// The highest term that anybody reigned by or claimed, as far as is known.
     pub(super) highest: Term,
     pub(super) actions: VecDeque<Action>,
@@ -129,6 +139,8 @@ impl Core {
             feeds: Feeds::default(),
             committed: LogIndex::START,
             forgotten: FrameNumber(0),
+            let_out: LogIndex::START,
+            unfit_before: LogIndex::START,
             highest: highest.max(log.term),
             actions: VecDeque::new(),
         };
@@ -269,6 +281,23 @@ impl Core {
         promise.is_some_and(|promise| version <= promise.base)
     }
 
+    /// The latest state of the record that this host knows of, be it only by a promise: whoever
+    /// claimed on it had read it.
+    pub(super) fn latest_base(&self) -> Version {
+        let promised = self.durable.promise.as_ref().map(|promise| promise.base);
+        self.version().max(promised.unwrap_or_default())
+    }
+
+    /// Somebody names a term. Says whether it is one that could have come about: terms rise one by
+    /// one, and a wild one would leave none for those who come after.
+    pub(super) fn hear_of(&mut self, term: Term) -> bool {
+        let credible = term.0 <= self.highest.0.saturating_add(TERM_LEAP);
+        if credible {
+            self.highest = self.highest.max(term);
+        }
+        credible
+    }
+
     /// Whether an earlier promise forbids to promise this.
     pub(super) fn promised_otherwise(&self, claim: &Claim) -> bool {
         self.durable.promise.as_ref().is_some_and(|promise| {
@@ -319,7 +348,8 @@ impl Core {
     }
 
     pub(super) fn stored(&mut self, incarnation: Incarnation, tip: LogTip) {
-        if self.is_current(incarnation) && tip.index > self.log.stored.index {
+        let news = tip.index > self.log.stored.index && tip.index <= self.log.appended.index;
+        if self.is_current(incarnation) && news {
             self.log.stored = tip;
         }
     }
@@ -328,7 +358,7 @@ impl Core {
         if self.is_current(incarnation) {
             self.log.syncing = false;
             // A store that was told never to sync makes no progress: it is not asked in a loop.
-            if tip.index > self.log.synced.index {
+            if tip.index > self.log.synced.index && tip.index <= self.log.appended.index {
                 self.log.synced = tip;
                 self.log.stored = self.log.stored.max(tip);
                 if self.acks() == Acks::Disk {
@@ -354,6 +384,7 @@ impl Core {
             term,
             incarnation: self.durable.incarnation,
             held: self.held(),
+            run: self.run,
             executed: self.executed,
             position: self.position,
             known: self.version(),

@@ -5,11 +5,11 @@
 use replay_log::{Batch, FrameNumber, LogIndex, LogTip, Position, Term};
 use serde::{Deserialize, Serialize};
 
-use super::name::{HostName, Incarnation};
+use super::name::{HostName, Incarnation, VmRun};
 use super::record::{Record, Version};
 
 /// The version of these messages. Hosts with different ones do not pair.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// How a message travels. Order holds within a lane of one connection only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -55,7 +55,8 @@ impl Authority {
     }
 }
 
-/// What a copy holds and has done. Every number only rises within one (term, incarnation).
+/// What a copy holds and has done. What it holds only rises within one (term, incarnation), what it
+/// has executed within one run of its VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ack {
     /// Under whose authority the log was taken.
@@ -64,6 +65,8 @@ pub struct Ack {
     pub incarnation: Incarnation,
     /// Through where it holds the log, in the sense of the VM's [`super::record::Acks`].
     pub held: LogIndex,
+    /// Which run of its VMM the next two are about.
+    pub run: VmRun,
     /// Through where its VMM has executed the log.
     pub executed: LogIndex,
     /// Where its guest is.
@@ -88,6 +91,19 @@ pub enum Refusal {
     NotACopy,
     /// It has restarted and does not know yet what it is.
     Starting,
+}
+
+impl Refusal {
+    /// What it means for a claim that needed the promise.
+    pub(super) const fn as_words(self) -> &'static str {
+        match self {
+            Self::RecordMovedOn => "the record has moved on",
+            Self::Sealed | Self::Promised => "another host claims too",
+            Self::PrimaryAlive => "the primary is alive",
+            Self::NotACopy => "too few copies are left",
+            Self::Starting => "too few copies are ready",
+        }
+    }
 }
 
 /// A message about one VM.

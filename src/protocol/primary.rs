@@ -57,6 +57,7 @@ pub(super) struct Primary {
     challenge: Option<Claim>,
     pace: Pace,
     throttled: bool,
+    throttled_at: Time,
     output_waits: u64,
     waiting_since: Option<Time>,
     stalled: bool,
@@ -76,17 +77,22 @@ impl Primary {
             index: base.index,
         });
         core.feeds.stop_all(&mut core.actions);
-        core.committed = base.index;
+        // What enough copies hold at the outset may leave at once; with fewer it waits for more.
+        let enough = core.record.as_ref().is_some_and(Record::enough_copies);
+        let committed = if enough { base.index } else { LogIndex::START };
+        core.committed = committed;
+        core.let_out = base.index;
         let mut primary = Self {
             term,
             phase: Phase::GoingLive,
             base,
             followers: BTreeMap::new(),
-            committed: base.index,
+            committed,
             change: None,
             challenge: None,
             pace: Pace::default(),
             throttled: false,
+            throttled_at: core.now,
             output_waits: 0,
             waiting_since: None,
             stalled: false,
@@ -122,10 +128,10 @@ impl Primary {
                 at: base,
             });
         }
-        if base.index > LogIndex::START {
+        if self.committed > LogIndex::START {
             core.do_(Action::Release {
                 term,
-                through: base.index,
+                through: self.committed,
             });
         }
     }
@@ -284,7 +290,11 @@ impl Primary {
 
     pub(super) fn operator(&mut self, core: &mut Core, wish: Operator) -> Turn {
         let refused = match wish {
-            Operator::Pair { policy, .. } => {
+            Operator::Pair { ref hosts, policy } => {
+                if let Err(why) = policy.fits(hosts, core.host()) {
+                    core.journal(Event::OperatorRefused { why });
+                    return Turn::Stay;
+                }
                 let acks = core.record.as_ref().map(|record| record.policy.acks);
                 if acks == Some(policy.acks) {
                     self.wanted = Some(wish);
@@ -308,8 +318,10 @@ impl Primary {
     // --- another claims ----------------------------------------------------------------------
 
     fn seal(&mut self, core: &mut Core, from: &HostName, claim: &Claim) {
-        core.highest = core.highest.max(claim.term);
-        if core.version() > claim.base {
+        if !core.hear_of(claim.term) {
+            return;
+        }
+        if core.latest_base() > claim.base {
             core.refuse(from, claim.term, Refusal::RecordMovedOn, claim.base);
         } else if self.phase.is_handing() && core.persisted.promise.as_ref() == Some(claim) {
             let message = Message::Sealed {
@@ -327,7 +339,9 @@ impl Primary {
     /// A member is sealed for somebody else: it hears nothing of this state of the record. Only
     /// the keeper can say who is right; a confirmed record voids the claim.
     fn challenged(&mut self, core: &mut Core, from: &HostName, promise: Claim) {
-        core.highest = core.highest.max(promise.term);
+        if !core.hear_of(promise.term) {
+            return;
+        }
         if promise.base < core.version() {
             return;
         }

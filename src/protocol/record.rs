@@ -183,6 +183,29 @@ pub struct Policy {
     pub min_copies: u32,
 }
 
+impl Policy {
+    /// Whether so many hosts can ever satisfy it; if not, a sentence that says so. `me` is a copy
+    /// whether it is named or not.
+    pub fn fits(&self, hosts: &[HostName], me: &HostName) -> Result<(), String> {
+        let copies: std::collections::BTreeSet<_> = hosts.iter().chain([me]).collect();
+        let copies = copies.len();
+        if self.min_copies as usize > copies {
+            return Err(format!(
+                "min-copies {0} needs {0} hosts, and {copies} are named: name more, or ask for fewer",
+                self.min_copies
+            ));
+        }
+        match self.rule {
+            Rule::Any(replicas) if copies > 1 && replicas as usize >= copies => Err(format!(
+                "any({replicas}) needs {replicas} replicas, and {} are named: name more, or ask for \
+                 fewer",
+                copies - 1
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Default for Policy {
     fn default() -> Self {
         Self {

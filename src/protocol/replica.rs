@@ -21,7 +21,7 @@ use replay_log::{Batch, LogIndex, LogTip, Term};
 
 use super::api::{Operator, StopReason};
 use super::controller::Kind;
-use super::core::Core;
+use super::core::{Core, Vm};
 use super::detector::Detector;
 use super::event::Event;
 use super::message::{Authority, Claim, Message, Refusal};
@@ -54,6 +54,8 @@ struct Inquiry {
 pub(super) struct Replica {
     source: Option<Source>,
     detector: Detector,
+    /// Whether the primary of this term has been heard at all since this host does not reign.
+    heard: bool,
     suspected: bool,
     abdicated: bool,
     /// Whom the journal says that this host follows.
@@ -69,17 +71,18 @@ pub(super) struct Replica {
     hello_at: Time,
     read_at: Time,
     replay_at: Option<Time>,
-    /// The VMM failed here with the log through this place: until it has executed that, this host
-    /// is not fit to reign.
-    unfit_before: LogIndex,
     waiting_said: bool,
 }
 
 impl Replica {
     pub(super) fn new(core: &Core) -> Self {
+        // Who has to show first that it can execute its log must be given the chance.
+        let unfit = core.executed < core.unfit_before && core.vm == Vm::Absent;
+        let retry = core.now.plus(core.config.timing.claim_patience);
         Self {
             source: None,
             detector: Detector::new(core.awake(), &core.config.timing),
+            heard: false,
             suspected: false,
             abdicated: false,
             followed: None,
@@ -90,8 +93,7 @@ impl Replica {
             report_at: core.now,
             hello_at: core.now,
             read_at: core.now.plus(core.config.timing.retry),
-            replay_at: None,
-            unfit_before: LogIndex::START,
+            replay_at: unfit.then_some(retry),
             waiting_said: false,
         }
     }
@@ -125,6 +127,7 @@ impl Replica {
                 forget,
             } if self.heartbeat(core, from, version) => {
                 self.compare_tail(core, from, tail);
+                core.let_out = core.let_out.max(committed);
                 core.committed = core.committed.max(committed.min(core.log.appended.index));
                 core.forget(forget);
             }
@@ -175,6 +178,7 @@ impl Replica {
     /// The primary was heard: no doubt about it any more.
     fn alive(&mut self, core: &Core) {
         self.detector.heard(core.awake());
+        self.heard = true;
         self.suspected = false;
         self.inquiry = None;
     }
@@ -286,7 +290,12 @@ impl Replica {
         if claim.claimant != *from {
             return;
         }
-        core.highest = core.highest.max(claim.term);
+        if !core.hear_of(claim.term) {
+            let what = format!("claims {}, far beyond every term that is known", claim.term);
+            let peer = from.clone();
+            core.journal(Event::PeerMisbehaved { peer, what });
+            return;
+        }
         if let Some(why) = self.objection(core, &claim, consent) {
             core.refuse(from, claim.term, why, claim.base);
             return;
@@ -311,11 +320,12 @@ impl Replica {
         if !core.settled() {
             return Some(Refusal::Starting);
         }
-        let known = core.version();
-        if known > claim.base {
+        // A promise on a later state would become one on an earlier, and its maker would hear those
+        // again whom it has promised not to.
+        if core.latest_base() > claim.base {
             return Some(Refusal::RecordMovedOn);
         }
-        if known == claim.base && !core.is_copy() {
+        if core.version() == claim.base && !core.is_copy() {
             return Some(Refusal::NotACopy);
         }
         if core.promised_otherwise(claim) {
@@ -324,7 +334,12 @@ impl Replica {
         (!consent && self.vouches(core)).then_some(Refusal::PrimaryAlive)
     }
 
-    /// Whether this host has heard the primary lately.
+    /// Whether anything came from the primary lately.
+    fn hears(&self, core: &Core) -> bool {
+        self.heard && !self.abdicated && self.silence(core) < core.config.timing.lease
+    }
+
+    /// Whether this host has heard the primary lately, as one that takes its log.
     fn vouches(&self, core: &Core) -> bool {
         let following = self.source.as_ref();
         following.is_some_and(|s| matches!(s.authority, Authority::Reign(_)))
@@ -365,6 +380,7 @@ impl Replica {
             && core.settled()
             && core.is_copy()
             && tip == core.log.appended
+            && core.latest_base() == claim.base
             && !core.promised_otherwise(&claim);
         let Some(base) = core.record.clone().filter(|_| fits) else {
             core.refuse(from, claim.term, Refusal::NotACopy, claim.base);
@@ -384,6 +400,7 @@ impl Replica {
         self.waiting_said = false;
         if new_term {
             self.abdicated = false;
+            self.heard = false;
             self.suspected = false;
             self.detector = Detector::new(core.awake(), &core.config.timing);
             if let Some(source) = &self.source
@@ -419,7 +436,7 @@ impl Replica {
     /// The log here is another one now.
     pub(super) fn renewed(&mut self, core: &mut Core) {
         self.source = None;
-        self.unfit_before = self.unfit_before.min(core.log.appended.index);
+        core.unfit_before = core.unfit_before.min(core.log.appended.index);
         core.hello_all();
     }
 
@@ -427,7 +444,7 @@ impl Replica {
         core.stop_vm(StopReason::Failed);
         let wait = core.config.timing.claim_patience;
         self.replay_at = Some(core.now.plus(wait));
-        self.unfit_before = core.log.appended.index;
+        core.unfit_before = core.log.appended.index;
     }
 
     pub(super) fn operator(&mut self, core: &mut Core, wish: Operator) -> Turn {
@@ -437,6 +454,9 @@ impl Replica {
                     "the keeper of records has not answered yet: try again when it can be reached"
                 } else if core.record.is_some() {
                     "a VM of this name exists: choose another name"
+                } else if let Err(why) = policy.fits(&hosts, core.host()) {
+                    core.journal(Event::OperatorRefused { why });
+                    return Turn::Stay;
                 } else {
                     return Turn::Claim {
                         kind: Kind::First { hosts, policy },
@@ -445,6 +465,13 @@ impl Replica {
                 }
             }
             Operator::AcceptLoss => match core.record.clone() {
+                _ if !core.settled() => "this host is starting: try again",
+                Some(_) if self.hears(core) => {
+                    "the primary is heard: use a switchover that loses nothing"
+                }
+                Some(base) if core.latest_base() > base.version() => {
+                    "another host is about to reign: see whether it does"
+                }
                 Some(base) if core.log.appended.index > LogIndex::START => {
                     return Turn::Claim {
                         kind: Kind::Forced {

@@ -4,7 +4,9 @@
 
 use std::collections::BTreeMap;
 
-use replay_log::{Batch, BatchBuilder, Entry, LogIndex, LogTip, Mark, MarkDigest, Position, Term};
+use replay_log::{
+    Batch, BatchBuilder, Entry, FrameNumber, LogIndex, LogTip, Mark, MarkDigest, Position, Term,
+};
 
 use super::*;
 
@@ -420,6 +422,214 @@ fn a_restart_with_memory_acknowledgements_costs_membership() {
     }
 }
 
+/// A promise on a state of the record that its maker has not learnt yet is not replaced by one on
+/// an earlier state, however high the term: it would hear again whom it has promised not to.
+#[test]
+fn a_promise_never_falls_back_to_an_earlier_state_of_the_record() {
+    let mut trio = Trio::paired(START);
+    let (b, c) = (name("b"), name("c"));
+    let known = trio.record().version();
+    let later = Version {
+        epoch: Epoch(known.epoch.0 + 1),
+        ..known
+    };
+    let seal = |claimant: &str, term: u64, base: Version| Input::Message {
+        from: name(claimant),
+        message: Message::Seal {
+            claim: Claim {
+                term: Term(term),
+                claimant: name(claimant),
+                base,
+            },
+            consent: true,
+        },
+    };
+    // Nobody answers: what matters is what `c` promises.
+    trio.host("a").cut_off = true;
+    trio.host("b").cut_off = true;
+    trio.input(&c, seal("b", 5, later));
+    let promise = |trio: &mut Trio| trio.host("c").node.status().promise.expect("a promise");
+    assert_eq!(promise(&mut trio).base, later);
+    trio.input(&c, seal("a", 6, known));
+    assert_eq!(promise(&mut trio).base, later);
+    assert_eq!(promise(&mut trio).claimant, b);
+    trio.input(&c, seal("a", 6, later));
+    assert_eq!(promise(&mut trio).term, Term(6));
+}
+
+#[test]
+fn a_wild_term_is_heard_by_nobody() {
+    let mut trio = Trio::paired(START);
+    let base = trio.record().version();
+    for host in ["a", "c"] {
+        let claim = Claim {
+            term: Term(u64::MAX),
+            claimant: name("b"),
+            base,
+        };
+        let message = Message::Seal {
+            claim,
+            consent: true,
+        };
+        let from = name("b");
+        trio.input(&name(host), Input::Message { from, message });
+    }
+    assert!(trio.host("c").journal().contains(&"peer_misbehaved"));
+    trio.host("a").cut_off = true;
+    trio.pass(500);
+    assert_eq!(trio.record().term, Term(2));
+}
+
+/// The store of an earlier holding may report late. What was dropped is held by nobody.
+#[test]
+fn a_report_of_more_than_was_appended_counts_for_nothing() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(3);
+    let (incarnation, mut tip) = (trio.host("c").incarnation, trio.host("c").tip);
+    tip.index = LogIndex(900);
+    for input in [
+        Input::Stored { incarnation, tip },
+        Input::Synced { incarnation, tip },
+    ] {
+        trio.input(&name("c"), input);
+    }
+    let status = trio.host("c").node.status();
+    assert_eq!((status.stored, status.synced), (LogIndex(4), LogIndex(0)));
+}
+
+/// A replica whose VMM begins anew has the whole log before it: the guest is not held back for it.
+/// One that executes and falls behind is waited for, but not for ever.
+#[test]
+fn the_guest_is_slowed_for_a_replica_that_lags_and_not_for_one_that_begins() {
+    let mut trio = Trio::paired(START);
+    let executed = |trio: &mut Trio, host: &str| {
+        let run = trio.host(host).node.status().run;
+        let input = trio.host(host).executed_all(run);
+        trio.input(&name(host), input);
+    };
+    let throttled = |trio: &mut Trio| trio.host("a").node.status().throttled;
+    // Both keep up, and are seen to.
+    for _ in 0..20 {
+        trio.record_entries(1);
+        executed(&mut trio, "b");
+        executed(&mut trio, "c");
+        trio.pass(30);
+    }
+    let run = trio.host("c").node.status().run;
+    let reason = "killed".to_owned();
+    trio.input(&name("c"), Input::VmFailed { run, reason });
+    for _ in 0..80 {
+        trio.record_entries(1);
+        executed(&mut trio, "b");
+        trio.pass(30);
+    }
+    assert!(!throttled(&mut trio), "c replays from the beginning");
+    assert!(!trio.host("a").journal().contains(&"throttled"));
+    // It has caught up; from now on it lags like anybody.
+    executed(&mut trio, "c");
+    trio.pass(100);
+    for _ in 0..30 {
+        trio.record_entries(1);
+        executed(&mut trio, "b");
+        trio.pass(30);
+    }
+    assert!(throttled(&mut trio), "c has executed nothing for 900 ms");
+    // A guest that is held back records nothing, and still c does not come nearer.
+    trio.pass(6_000);
+    assert!(!throttled(&mut trio), "the guest goes on");
+}
+
+/// An operator who accepts loss is told how much: what the primary had let out beyond what is held
+/// here. Nobody who hears the primary takes such an order.
+#[test]
+fn loss_is_accepted_only_where_the_primary_is_not_heard() {
+    let mut trio = Trio::paired(Policy {
+        rule: Rule::Any(1),
+        ..START
+    });
+    trio.record_entries(2);
+    trio.pass(100);
+    trio.input(&name("b"), Input::Operator(Operator::AcceptLoss));
+    assert!(trio.host("b").journal().contains(&"operator_refused"));
+    assert_eq!(trio.record().term, Term(1));
+    // a and c held five entries more when both were lost: nobody is promoted by itself.
+    let heartbeat = Message::Heartbeat {
+        version: trio.record().version(),
+        tail: LogIndex(9),
+        committed: LogIndex(8),
+        forget: FrameNumber(0),
+    };
+    let from = name("a");
+    let message = heartbeat;
+    trio.input(&name("b"), Input::Message { from, message });
+    trio.host("a").cut_off = true;
+    trio.host("c").cut_off = true;
+    trio.pass(700);
+    assert_eq!(
+        trio.record().primary.host,
+        name("a"),
+        "two seals are needed"
+    );
+    trio.input(&name("b"), Input::Operator(Operator::AcceptLoss));
+    trio.pass(700);
+    assert_eq!(trio.record().primary.host, name("b"));
+    let mut accepted = trio
+        .host("b")
+        .events
+        .iter()
+        .filter_map(|event| match event {
+            Event::LossAccepted { entries, .. } => Some(*entries),
+            _ => None,
+        });
+    assert_eq!(accepted.next(), Some(5));
+}
+
+#[test]
+fn what_can_never_be_satisfied_is_refused() {
+    let mut trio = Trio::paired(START);
+    let before = trio.record().clone();
+    for policy in [
+        Policy {
+            min_copies: 9,
+            ..START
+        },
+        Policy {
+            rule: Rule::Any(3),
+            ..START
+        },
+    ] {
+        let hosts = trio.names();
+        trio.host("a").events.clear();
+        let order = Operator::Pair { hosts, policy };
+        trio.input(&name("a"), Input::Operator(order));
+        trio.pass(300);
+        assert_eq!(
+            trio.host("a").journal()[0],
+            "operator_refused",
+            "{policy:?}"
+        );
+        assert_eq!(*trio.record(), before);
+    }
+}
+
+#[test]
+fn with_too_few_copies_a_new_primary_lets_nothing_out() {
+    let stern = Policy {
+        min_copies: 3,
+        ..START
+    };
+    let mut trio = Trio::paired(stern);
+    trio.host("a").cut_off = true;
+    trio.record_entries(1);
+    trio.pass(1_000);
+    assert_eq!(trio.record().term, Term(2));
+    assert_eq!(trio.host("b").released, LogIndex::START, "two of three");
+    trio.host("a").cut_off = false;
+    trio.pass(1_000);
+    assert_eq!(trio.record().copies(), 3);
+    assert!(trio.host("b").released > LogIndex::START);
+}
+
 #[test]
 fn every_message_survives_the_wire() {
     let claim = Claim {
@@ -434,6 +644,7 @@ fn every_message_survives_the_wire() {
         term: Term(3),
         incarnation: Incarnation(1),
         held: LogIndex(77),
+        run: VmRun(2),
         executed: LogIndex(70),
         position: Position(5_000),
         known: claim.base,

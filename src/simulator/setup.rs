@@ -18,13 +18,9 @@ pub(super) struct Setup {
 impl Setup {
     pub(super) fn choose(random: &mut Random) -> Self {
         let hosts = *random.pick(&[2, 3, 3, 3, 4]);
-        let rule = *random.pick(&[
-            Rule::All,
-            Rule::All,
-            Rule::Quorum,
-            Rule::Any(1),
-            Rule::Any(2),
-        ]);
+        // One that so many hosts can satisfy; others are refused.
+        let most = Rule::Any(if hosts > 2 { 2 } else { 1 });
+        let rule = *random.pick(&[Rule::All, Rule::All, Rule::Quorum, Rule::Any(1), most]);
         let acks = *random.pick(&[Acks::Memory, Acks::Disk]);
         let on_loss = *random.pick(&[
             OnLoss::Shrink,

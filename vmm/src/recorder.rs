@@ -68,6 +68,13 @@ pub struct Ongoing {
     pub frames: BTreeMap<GatewayIncarnation, FrameNumber>,
 }
 
+impl Ongoing {
+    /// A timer that was due then is delivered: whoever goes on never tells an earlier time.
+    pub(crate) fn pass(&mut self, due: Option<GuestTime>) {
+        self.clock_floor = self.clock_floor.max(due.unwrap_or_default());
+    }
+}
+
 /// The tape of a primary.
 pub struct Recorder<H> {
     host: H,
@@ -212,6 +219,10 @@ impl<H: Host> Recorder<H> {
         if !self.policy.record {
             return Ok(self.ongoing.index);
         }
+        // However much arrives at one landmark: a batch leaves when it is large enough.
+        if self.builder.bytes() >= self.policy.batch_bytes {
+            self.ship()?;
+        }
         if self.batch_since.is_none() {
             self.batch_since = Some(self.host.now());
         }
@@ -273,7 +284,6 @@ impl<H: Host> Recorder<H> {
         let (arrival, data) = match from {
             FromOutside::Frame { source, bytes } => {
                 self.ongoing.frames.insert(source.gateway, source.number);
-                self.batch_frames.insert(source.gateway, source.number);
                 (Arrival::Frame { source, bytes }, None)
             }
             FromOutside::Console(bytes) => (Arrival::Console { bytes }, None),
@@ -321,6 +331,9 @@ impl<H: Host> Recorder<H> {
         else {
             unreachable!("built as an arrival a few lines above")
         };
+        if let Arrival::Frame { source, .. } = &arrival {
+            self.batch_frames.insert(source.gateway, source.number);
+        }
         Ok(Next::Deliver(Delivery { arrival, data }))
     }
 }
@@ -349,7 +362,8 @@ impl<H: Host> Tape for Recorder<H> {
         let held = self.pause || self.throttled;
         if !stopped && !held {
             if let Some(timer) = self.due_timer(now) {
-                self.ongoing.timers[timer] = None;
+                let due = self.ongoing.timers[timer].take();
+                self.ongoing.pass(due);
                 let timer = TimerId(timer as u8);
                 return self.deliver(at, Arrival::TimerDue { timer }, None);
             }

@@ -240,6 +240,9 @@ impl<H: Host> Replayer<H> {
                 None
             }
             Arrival::TimerDue { timer } => {
+                let armed = self.ongoing.timers.get(usize::from(timer.0));
+                let due = armed.copied().flatten();
+                self.ongoing.pass(due);
                 arm(&mut self.ongoing.timers, *timer, None)?;
                 None
             }

@@ -134,10 +134,16 @@ impl VmDriver {
                 tracing::debug!(%vm, %to, %error, "not sent");
             }
         });
-        if let Err(error) = sent {
-            self.inputs.push_back(Input::StoreFailed {
+        match sent {
+            Ok(late) => {
+                for peer in late {
+                    let late = Incident::CopyTooLate { peer };
+                    self.env.journal.write(Some(&self.vm), late);
+                }
+            }
+            Err(error) => self.inputs.push_back(Input::StoreFailed {
                 reason: error.to_string(),
-            });
+            }),
         }
         if let Some(guest) = &mut self.guest
             && let Err(error) = guest.feed(&self.log)

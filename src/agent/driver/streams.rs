@@ -1,7 +1,7 @@
 //! The streams of the log to other hosts: which part goes to whom, paced by what they have
 //! acknowledged, so that a slow replica costs this host a bounded amount of memory.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use replay_log::{LogIndex, ReadError, Term};
 
@@ -30,6 +30,8 @@ struct Stream {
 #[derive(Default)]
 pub struct Streams {
     streams: BTreeMap<HostName, Stream>,
+    /// Hosts that need what the log does not have any more, and have been told of.
+    too_late: BTreeSet<HostName>,
 }
 
 impl Streams {
@@ -58,6 +60,7 @@ impl Streams {
     /// The log is given up: nothing of it is sent any more.
     pub fn clear(&mut self) {
         self.streams.clear();
+        self.too_late.clear();
     }
 
     /// A host holds the log through here.
@@ -73,12 +76,14 @@ impl Streams {
         }
     }
 
-    /// Hands everything to `send` that may be sent now.
+    /// Hands everything to `send` that may be sent now. The streams of hosts whose beginning is out
+    /// of the log by now end; who is new among them is returned.
     pub fn pump(
         &mut self,
         log: &LogKeeper,
         mut send: impl FnMut(&HostName, Message),
-    ) -> Result<(), ReadError> {
+    ) -> Result<Vec<HostName>, ReadError> {
+        let mut late = Vec::new();
         for (host, stream) in &mut self.streams {
             while let Some(part) = stream.parts.front_mut() {
                 if part.cursor.next() >= part.through {
@@ -88,8 +93,18 @@ impl Streams {
                 if stream.bytes >= WINDOW {
                     break;
                 }
-                let Some(batch) = log.read(&mut part.cursor)? else {
-                    break;
+                let batch = match log.read(&mut part.cursor) {
+                    Ok(Some(batch)) => batch,
+                    Ok(None) => break,
+                    // Nothing is wrong with the store, and nobody else is concerned.
+                    Err(ReadError::Dropped { .. }) => {
+                        stream.parts.clear();
+                        if self.too_late.insert(host.clone()) {
+                            late.push(host.clone());
+                        }
+                        break;
+                    }
+                    Err(error) => return Err(error),
                 };
                 let bytes = batch.payload().len();
                 stream.under_way.push_back((batch.end(), bytes));
@@ -103,6 +118,67 @@ impl Streams {
                 );
             }
         }
-        Ok(())
+        Ok(late)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use replay_log::{BatchBuilder, Entry, FileOptions, Mark, MarkDigest, Position, SyncPolicy};
+    use tokio::sync::mpsc::unbounded_channel;
+
+    use super::*;
+    use crate::protocol::Incarnation;
+
+    /// A log whose beginning is gone: it is larger than what is kept of it.
+    fn log_without_beginning(folder: &std::path::Path) -> LogKeeper {
+        let options = FileOptions {
+            sync: SyncPolicy::Never,
+            segment_bytes: 1 << 20,
+            retain: Some(2 << 20),
+            ..FileOptions::default()
+        };
+        let (returns, _) = unbounded_channel();
+        let mut log = LogKeeper::open(folder, options, Incarnation(1), returns).expect("a new log");
+        let mut news = Vec::new();
+        let mut digest = 1_u64;
+        // More than is kept on disk, and more than is kept in memory.
+        while log.read(&mut Cursor::new(LogIndex::START)).is_ok() {
+            let mut builder = BatchBuilder::new(Term(1), log.tip().index);
+            for _ in 0..30_000 {
+                // Not to be compressed.
+                digest = digest.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23) ^ 0x55;
+                let mark = Mark {
+                    at: Position(builder.end().0),
+                    digest: MarkDigest(digest),
+                };
+                builder.push(&Entry::Mark(mark)).expect("room");
+            }
+            log.append(builder.finish().expect("entries"), &mut news);
+            assert!(log.tip().index < LogIndex(20_000_000), "nothing is dropped");
+        }
+        log
+    }
+
+    #[test]
+    fn a_host_that_comes_too_late_disturbs_nobody() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let log = log_without_beginning(&folder.path().join("log"));
+        let host = |name: &str| HostName::new(name).expect("a name");
+        let mut streams = Streams::default();
+        let mut sent = Vec::new();
+        let end = log.tip().index;
+        // One needs the log from boot, one has nearly everything.
+        let last = LogIndex(end.0 - 30_000);
+        streams.add(host("late"), Term(1), LogIndex::START, end);
+        streams.add(host("near"), Term(1), last, end);
+        let late = streams.pump(&log, |to, _| sent.push(to.clone()));
+        assert_eq!(late.expect("the store is well"), [host("late")]);
+        assert_eq!(sent, [host("near")]);
+        // It asks again and again, and is told of once.
+        streams.add(host("late"), Term(1), LogIndex::START, end);
+        let late = streams.pump(&log, |to, _| sent.push(to.clone()));
+        assert_eq!(late.expect("the store is well"), []);
+        assert_eq!(sent.len(), 1);
     }
 }

@@ -361,11 +361,11 @@ fn hello(version: u32, name: &str) -> Vec<u8> {
 async fn peers_that_lie_are_closed_with_a_reason() {
     let by = |reason| Ended::ByPeer(reason);
     assert_eq!(
-        ends_of("c", &hello(1, "c")).await,
+        ends_of("c", &hello(super::session::VERSION, "c")).await,
         (by(CloseReason::UnknownPeer), 1, 0)
     );
     assert_eq!(
-        ends_of("a", &hello(1, "c")).await,
+        ends_of("a", &hello(super::session::VERSION, "c")).await,
         (by(CloseReason::WrongName), 1, 0)
     );
     assert_eq!(
@@ -380,10 +380,10 @@ async fn peers_that_lie_are_closed_with_a_reason() {
         ends_of("a", &[StreamKind::Frames.byte(), 1]).await,
         (by(CloseReason::Garbage), 1, 0)
     );
-    let mut bytes = hello(1, "a");
+    let mut bytes = hello(super::session::VERSION, "a");
     bytes.extend_from_slice(&[3, 0, 0, 0, 77, 77, 77]);
     assert_eq!(ends_of("a", &bytes).await, (by(CloseReason::Garbage), 0, 1));
-    let mut bytes = hello(1, "a");
+    let mut bytes = hello(super::session::VERSION, "a");
     bytes.extend_from_slice(&u32::MAX.to_le_bytes());
     assert_eq!(ends_of("a", &bytes).await, (by(CloseReason::TooLong), 0, 1));
 }

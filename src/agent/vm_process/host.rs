@@ -104,9 +104,13 @@ impl ProcessHost {
         self.lost
     }
 
-    /// Waits until something comes, or until this time.
+    /// Waits until something comes that has not been acted on, or until this time.
     pub fn wait(&mut self, until: Option<HostTime>) -> Result<(), TapeError> {
         self.send()?;
+        // Whatever looked for arrivals may have found a message that is not one.
+        if self.lost || !self.control.is_empty() {
+            return Ok(());
+        }
         let got = match until {
             None => self
                 .inbox
@@ -222,5 +226,31 @@ impl Requeue for ProcessHost {
         for (number, data) in finished.into_iter().rev() {
             self.disk.push_front(Ok(DiskReply { number, data }));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    /// While the machine asks for arrivals, everything that has come is taken in. An order among it
+    /// must not wait for something else to come.
+    #[test]
+    fn an_order_that_was_found_on_the_way_ends_the_wait() {
+        let (sender, inbox) = channel();
+        let (ours, _theirs) = UnixStream::pair().expect("a socket");
+        let mut host = ProcessHost::new(inbox, ours);
+        sender.send(Inbox::Agent(ToVm::Pause(true))).expect("sent");
+        let arrival = host.arrival(Sources::default()).expect("no failure");
+        assert!(arrival.is_none());
+        // Would never end: nothing else comes.
+        host.wait(None).expect("no failure");
+        assert!(matches!(host.control(), Some(ToVm::Pause(true))));
+        sender.send(Inbox::Lost(None)).expect("sent");
+        assert!(!host.arrival_waits());
+        host.wait(None).expect("no failure");
+        assert!(host.lost());
     }
 }

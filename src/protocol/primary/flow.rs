@@ -68,7 +68,16 @@ impl Primary {
             String::new()
         };
         let on = !why.is_empty();
+        if on && self.throttled && self.slowed_in_vain(core) {
+            // Whoever has not come nearer while the guest stood still will not: the guest goes on,
+            // and the replica is let to catch up as one that is new.
+            for follower in self.followers.values_mut() {
+                follower.has_kept_up = false;
+            }
+            return self.watch_pace(core);
+        }
         if on != self.throttled {
+            self.throttled_at = core.now;
             self.throttled = on;
             core.do_(Action::Throttle { on });
             let why = if on {
@@ -78,6 +87,12 @@ impl Primary {
             };
             core.journal(Event::Throttled { on, why });
         }
+    }
+
+    /// Whether the guest has been held back for a replica for too long.
+    fn slowed_in_vain(&self, core: &Core) -> bool {
+        let patience = core.config.timing.slow_patience;
+        self.worst_lag(core) > Span::ZERO && core.now.since(self.throttled_at) >= patience
     }
 
     fn worst_lag(&self, core: &Core) -> Span {

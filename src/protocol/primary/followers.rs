@@ -6,7 +6,7 @@ use replay_log::LogIndex;
 
 use super::super::core::Core;
 use super::super::message::Ack;
-use super::super::name::Incarnation;
+use super::super::name::{Incarnation, VmRun};
 use super::super::record::Member;
 use super::super::time::{Span, Time};
 use super::Primary;
@@ -25,6 +25,8 @@ pub(super) struct Follower {
     /// It holds this reign's log through here.
     pub(super) held: LogIndex,
     pub(super) executed: LogIndex,
+    /// The run of its VMM that has executed it.
+    run: VmRun,
     /// It is sealed against this state of the record.
     pub(super) refuses: bool,
     /// It has once executed nearly everything: from then on falling behind is lagging.
@@ -38,6 +40,7 @@ impl Follower {
             incarnation,
             held: LogIndex::START,
             executed: LogIndex::START,
+            run: VmRun::default(),
             refuses: false,
             has_kept_up: false,
             acked: awake,
@@ -46,7 +49,14 @@ impl Follower {
 
     pub(super) fn acked(&mut self, ack: &Ack, awake: Time) {
         self.held = self.held.max(ack.held);
-        self.executed = self.executed.max(ack.executed);
+        if ack.run == self.run {
+            self.executed = self.executed.max(ack.executed);
+        } else {
+            // Another VMM has begun, at the beginning of the log. It has to be let.
+            self.run = ack.run;
+            self.executed = ack.executed;
+            self.has_kept_up = false;
+        }
         self.acked = awake;
     }
 
@@ -150,7 +160,9 @@ impl Primary {
     pub(super) fn note_pace(&mut self, core: &Core) {
         let half = Span::from_nanos(core.config.timing.lag_limit.as_nanos() / 2);
         for follower in self.followers.values_mut() {
-            if self.pace.lag(core.now, follower.executed) < half {
+            // A new reign knows of nobody's past: whoever is there has executed its beginning.
+            let here = follower.executed >= self.base.index;
+            if here && self.pace.lag(core.now, follower.executed) < half {
                 follower.has_kept_up = true;
             }
         }

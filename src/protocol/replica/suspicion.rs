@@ -93,7 +93,7 @@ impl Replica {
                 silence_ms: silence.as_millis(),
             });
         }
-        let fit = core.executed >= self.unfit_before;
+        let fit = core.executed >= core.unfit_before;
         let due = fit && silence >= self.patience(core, &record) && core.now >= self.not_before;
         if due && self.inquiry.is_none() && self.sealing.is_none() {
             self.inquire(core, &record);
@@ -131,12 +131,18 @@ impl Replica {
             return Turn::Stay;
         }
         match core.record.clone() {
-            Some(base) if base.version() == inquiry.base && core.is_copy() => Turn::Claim {
-                kind: Kind::Succession {
-                    awake: inquiry.silent.clone(),
-                },
-                base: Some(base),
-            },
+            Some(base)
+                if base.version() == inquiry.base
+                    && core.latest_base() == inquiry.base
+                    && core.is_copy() =>
+            {
+                Turn::Claim {
+                    kind: Kind::Succession {
+                        awake: inquiry.silent.clone(),
+                    },
+                    base: Some(base),
+                }
+            }
             _ => {
                 self.inquiry = None;
                 Turn::Stay

@@ -51,6 +51,15 @@ impl Invariant for MembersHoldTheirLog {
                 }
                 Some(record)
             }
+            // What an operator has given up is demanded of nobody, be it proposed before.
+            Fact::LossAccepted { .. } => {
+                for (_, released) in &mut self.proposed {
+                    if released.index > view.released.index {
+                        *released = view.released;
+                    }
+                }
+                None
+            }
             Fact::Lost { before } => return gone(before, view),
             Fact::Released { .. } | Fact::Persisted { .. } => view.record,
             _ => None,
