@@ -50,6 +50,15 @@ pub enum Mode {
     Checkpointed,
 }
 
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Replayed => "replayed",
+            Self::Checkpointed => "checkpointed",
+        })
+    }
+}
+
 /// A disk that an image wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiskSpec {
@@ -132,6 +141,28 @@ pub enum ImageError {
         #[source]
         source: Box<toml::de::Error>,
     },
+    /// This program protects guests by another mode than the image's.
+    #[error(
+        "the image {image} can be run as {modes} only, and this version runs guests as replayed: use one of {others}"
+    )]
+    NoMode {
+        /// Which.
+        image: String,
+        /// What it supports.
+        modes: String,
+        /// Images that can be run.
+        others: String,
+    },
+    /// The image has a part that nothing loads yet.
+    #[error(
+        "the image {image} has an initrd, which this version does not load: use one of {others}"
+    )]
+    Initrd {
+        /// Which.
+        image: String,
+        /// Images that can be run.
+        others: String,
+    },
     /// Too many disks.
     #[error("{origin} asks for {count} disks: a machine has at most {MAX_DISKS}")]
     TooManyDisks {
@@ -196,6 +227,30 @@ impl Image {
             mac: self.network.as_ref().map(|network| network.mac),
             disks: self.disks.iter().map(|disk| disk.size).collect(),
         }
+    }
+
+    /// Refuses before start what would be run as something that it is not.
+    pub fn check_runnable(&self) -> Result<(), ImageError> {
+        let others = || EMBEDDED.map(|(name, ..)| name).join(", ");
+        if !self.modes.contains(&Mode::Replayed) {
+            let modes: Vec<_> = self.modes.iter().map(Mode::to_string).collect();
+            return Err(ImageError::NoMode {
+                image: self.name.clone(),
+                modes: if modes.is_empty() {
+                    "nothing".to_owned()
+                } else {
+                    modes.join(" or ")
+                },
+                others: others(),
+            });
+        }
+        if self.initrd.is_some() {
+            return Err(ImageError::Initrd {
+                image: self.name.clone(),
+                others: others(),
+            });
+        }
+        Ok(())
     }
 
     /// The hash of what is loaded from it. (What machine it runs on is in the log's header, too.)

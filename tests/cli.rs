@@ -85,6 +85,43 @@ fn init_makes_a_cluster_once() {
 }
 
 #[test]
+fn init_refuses_what_cannot_be_and_serves_metrics_unless_told_not_to() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let cluster = dir.path().join("cluster");
+    let path = cluster.to_str().expect("UTF-8");
+    let init = |more: &[&str]| {
+        let common = ["init", path, "--witness", "w=127.0.0.1:7400"];
+        run(&[&common, more].concat())
+    };
+    for (args, why) in [
+        (
+            vec!["--host", "a=127.0.0.1:1", "--host", "a=127.0.0.1:2"],
+            "given twice, as 127.0.0.1:1 and as 127.0.0.1:2",
+        ),
+        (
+            vec!["--host", "a=127.0.0.1:7400"],
+            "a and w are both to listen",
+        ),
+    ] {
+        let (code, _, err) = init(&args);
+        assert_eq!(code, 2, "{args:?}: {err}");
+        assert!(err.contains(why), "{args:?}: {err}");
+        assert!(!cluster.exists(), "nothing is written");
+    }
+    let two = ["--host", "a=127.0.0.1:7401", "--host", "b=127.0.0.1:7402"];
+    assert_eq!(init(&two).0, 0);
+    let config = |host: &str| {
+        let file = cluster.join("hosts").join(host).join("understudy.toml");
+        std::fs::read_to_string(file).expect("a configuration")
+    };
+    assert!(config("a").contains("metrics = \"127.0.0.1:8401\""));
+    assert!(config("b").contains("metrics = \"127.0.0.1:8402\""));
+    std::fs::remove_dir_all(&cluster).expect("removed");
+    assert_eq!(init(&[&two[..], &["--no-metrics"]].concat()).0, 0);
+    assert!(!config("a").contains("metrics"));
+}
+
+#[test]
 fn addresses_that_are_none_are_a_usage_error() {
     for (wrong, said) in [
         ("a", "write a name, '='"),
@@ -347,6 +384,86 @@ fn a_witness_ends_well_when_it_is_told_to_and_not_at_all_for_a_strangers_sake() 
 }
 
 /// The processes that have this text on their command lines.
+/// An image that looks like one and must not be run as what it is not.
+fn image(dir: &std::path::Path, more: &str) -> String {
+    let ledger = understudy::images::find("ledger").expect("the ledger");
+    std::fs::write(dir.join("kernel"), &ledger.kernel).expect("written");
+    std::fs::write(dir.join("initrd"), b"anything").expect("written");
+    let manifest = format!("name = \"odd\"\nkernel = \"kernel\"\nmemory = \"64 MiB\"\n{more}\n");
+    std::fs::write(dir.join("manifest.toml"), manifest).expect("written");
+    dir.to_str().expect("UTF-8").to_owned()
+}
+
+#[test]
+fn an_image_is_run_as_what_it_is_or_not_at_all() {
+    for (manifest, why) in [
+        ("modes = [\"checkpointed\"]", "run as checkpointed only"),
+        ("modes = []", "run as nothing only"),
+        (
+            "modes = [\"replayed\"]\ninitrd = \"initrd\"",
+            "has an initrd",
+        ),
+    ] {
+        let dir = tempfile::tempdir().expect("a folder");
+        let folder = image(dir.path(), manifest);
+        let (code, _, err) = run(&["run", &folder]);
+        assert_eq!(code, 3, "{manifest}: {err}");
+        assert!(
+            err.contains(why) && err.contains("use one of ledger"),
+            "{err}"
+        );
+    }
+}
+
+#[test]
+fn replay_says_what_is_not_there_or_not_its_image() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let nothing = dir.path().join("nothing");
+    for folder in [nothing.as_path(), dir.path()] {
+        let (code, _, err) = run(&["replay", folder.to_str().expect("UTF-8")]);
+        assert_eq!(code, 1, "{err}");
+    }
+}
+
+/// Ctrl-C ends a guest well, every time: what was recorded is told, and can be replayed.
+#[test]
+fn a_guest_that_is_stopped_has_ended_well() {
+    if !kvm_is_here("a_guest_that_is_stopped_has_ended_well") {
+        return;
+    }
+    use std::io::BufRead as _;
+    let dir = tempfile::tempdir().expect("a folder");
+    for attempt in 0..6 {
+        let log = dir.path().join(attempt.to_string());
+        let log = log.to_str().expect("UTF-8");
+        let mut guest = std::process::Command::new(env!("CARGO_BIN_EXE_understudy"))
+            .args(["run", "ledger", "--record", log])
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .expect("it starts");
+        // It has booted when it says something.
+        let mut said = std::io::BufReader::new(guest.stdout.take().expect("piped"));
+        said.read_line(&mut String::new()).expect("the console");
+        let pid = nix::unistd::Pid::from_raw(guest.id().try_into().expect("a pid"));
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).expect("told");
+        let ended = guest.wait_with_output().expect("an end");
+        let err = String::from_utf8_lossy(&ended.stderr);
+        assert!(ended.status.success(), "{err}");
+        assert!(err.contains("recorded "), "{err}");
+        let (code, out, err) = run(&["replay", log, "--until", "99999999"]);
+        assert_eq!(code, 0, "{err}");
+        assert!(out.contains("the log ends there"), "{out}");
+    }
+    let other = tempfile::tempdir().expect("a folder");
+    let folder = image(other.path(), "modes = [\"replayed\"]\ninitrd = \"initrd\"");
+    let log = dir.path().join("0");
+    let log = log.to_str().expect("UTF-8");
+    let (code, _, err) = run(&["replay", log, "--image", &folder]);
+    assert_eq!(code, 2, "{err}");
+    assert!(err.contains("was not recorded from"), "{err}");
+}
+
 fn processes_with(text: &str) -> Vec<String> {
     let all = std::fs::read_dir("/proc").expect("Linux");
     all.filter_map(|entry| std::fs::read(entry.ok()?.path().join("cmdline")).ok())

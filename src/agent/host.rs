@@ -501,7 +501,8 @@ impl Agent {
     /// Makes sure that a VM can be created from an image here.
     fn prepare(&mut self, vm: &VmName, image: &str) -> Result<(), String> {
         let found: Result<_, LibraryError> = self.env.library.image_named(image);
-        found.map_err(|error| error.to_string())?;
+        let found = found.map_err(|error| error.to_string())?;
+        found.check_runnable().map_err(|error| error.to_string())?;
         let home = super::driver::Home::open(&self.env.config.data, vm);
         let home = home.map_err(|error| error.to_string())?;
         home.set_image(image).map_err(|error| error.to_string())?;

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::failure::{Failure, OrExit as _};
+use super::failure::{Exit, Failure, OrExit as _};
 use super::output;
 use crate::agent::certs::{Identity, Name, Role};
 use crate::agent::init::{Plan, init};
@@ -24,9 +24,48 @@ pub struct Args {
     /// A gateway, which runs beside the clients
     #[arg(long = "gateway", value_name = "NAME", default_value = "gateway")]
     gateways: Vec<Name>,
-    /// Serve Prometheus metrics of this host on a TCP address
+    /// Serve Prometheus metrics of this host on this TCP address; without, on its own machine at
+    /// 127.0.0.1, 1,000 ports above its own
     #[arg(long, value_name = "HOST=ADDRESS:PORT")]
     metrics: Vec<Named>,
+    /// Serve no metrics, but of the hosts that --metrics names
+    #[arg(long)]
+    no_metrics: bool,
+}
+
+/// Where a host serves its metrics when nothing is said. Two hosts on one machine have two ports of
+/// their own, and so of these.
+fn metrics_beside(listen: SocketAddr) -> SocketAddr {
+    let port = listen.port();
+    let beside = port
+        .checked_add(1_000)
+        .unwrap_or(port.saturating_sub(1_000));
+    SocketAddr::from(([127, 0, 0, 1], beside))
+}
+
+/// Names with addresses, each named once.
+fn once(what: &str, named: &[Named]) -> Result<BTreeMap<Name, SocketAddr>, Failure> {
+    let mut all = BTreeMap::new();
+    for Named { name, address } in named {
+        if let Some(other) = all.insert(name.clone(), *address) {
+            let twice = format!("--{what} {name} is given twice, as {other} and as {address}");
+            return Err(format!("{twice}: name it once")).or_exit(Exit::Usage);
+        }
+    }
+    Ok(all)
+}
+
+/// Refuses what cannot all listen.
+fn check_addresses(plan: &Plan) -> Result<(), Failure> {
+    let mut taken: BTreeMap<SocketAddr, &Name> = BTreeMap::new();
+    let witness = (&plan.witness.0, &plan.witness.1);
+    for (name, address) in plan.hosts.iter().chain([witness]) {
+        if let Some(other) = taken.insert(*address, name) {
+            let both = format!("{other} and {name} are both to listen on {address}");
+            return Err(format!("{both}: give each an address of its own")).or_exit(Exit::Usage);
+        }
+    }
+    Ok(())
 }
 
 /// `NAME=ADDRESS:PORT`.
@@ -53,16 +92,23 @@ impl FromStr for Named {
 
 /// Does it.
 pub fn run(args: &Args) -> Result<(), Failure> {
-    let pairs = |named: &[Named]| -> BTreeMap<Name, SocketAddr> {
-        named.iter().map(|n| (n.name.clone(), n.address)).collect()
-    };
+    let hosts = once("host", &args.hosts)?;
+    let mut metrics = once("metrics", &args.metrics)?;
+    if !args.no_metrics {
+        for (host, listen) in &hosts {
+            metrics
+                .entry(host.clone())
+                .or_insert_with(|| metrics_beside(*listen));
+        }
+    }
     let plan = Plan {
-        hosts: pairs(&args.hosts),
-        metrics: pairs(&args.metrics),
+        hosts,
+        metrics,
         witness: (args.witness.name.clone(), args.witness.address),
         gateways: args.gateways.clone(),
         operator: "operator".parse().or_fail()?,
     };
+    check_addresses(&plan)?;
     if let Some(host) = plan
         .metrics
         .keys()

@@ -52,7 +52,7 @@ struct Where {
 
 /// Why a log could not be looked at.
 #[derive(Debug, Error)]
-enum LogError {
+pub(super) enum LogError {
     #[error("there is no log in {}: name the folder that holds its segments (*.seg, *.open)", dir.display())]
     Nothing { dir: PathBuf },
     #[error(transparent)]

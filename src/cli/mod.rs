@@ -145,18 +145,7 @@ fn log_to_stderr() {
 /// Runs a command that does I/O until it ends, or until Ctrl-C or SIGTERM: then it is dropped,
 /// and whatever it holds (processes, folders, sockets) with it.
 fn block_on(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
-    block_on_runtime(tokio::runtime::Builder::new_multi_thread(), command)
-}
-
-/// The same on this thread alone: fewest hops between what has to be fast.
-fn block_on_here(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
-    block_on_runtime(tokio::runtime::Builder::new_current_thread(), command)
-}
-
-fn block_on_runtime(
-    mut builder: tokio::runtime::Builder,
-    command: impl Future<Output = Result<(), Failure>>,
-) -> Result<(), Failure> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
     let runtime = builder.enable_all().build().or_fail()?;
     runtime.block_on(async {
         tokio::select! {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 
-use super::failure::{Failure, OrExit as _};
+use super::failure::{Exit, Failure, OrExit as _};
 use super::operator::{ClusterArgs, known_host, record, refusal, start_vm};
 use super::{block_on, output};
 use crate::agent::operator::{Client, Request};
@@ -77,6 +77,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         hosts.dedup();
         let known = record(&client, &args.vm).await?;
         let policy = policy(args, known.as_ref());
+        policy.fits(&hosts, &args.primary).or_exit(Exit::Usage)?;
         let order = order(args, known.as_ref(), &hosts, policy)?;
         let journal = if known.is_some() {
             client.order(&primary, &order).await

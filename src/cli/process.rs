@@ -1,5 +1,5 @@
-//! What the commands that stay (agent, witness, gateway) have in common: their configuration, the
-//! end by a signal, and whom they die with.
+//! What the commands that stay (agent, witness, gateway, run) have in common: their configuration,
+//! the end by a signal, and whom they die with.
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -84,6 +84,14 @@ where
     F: AsyncFnOnce(std::pin::Pin<Box<dyn Future<Output = ()> + Send>>) -> Result<(), Failure>,
 {
     args.die_with_parent()?;
+    until_stopped(run)
+}
+
+/// The same for what is started by hand.
+pub fn until_stopped<F>(run: F) -> Result<(), Failure>
+where
+    F: AsyncFnOnce(std::pin::Pin<Box<dyn Future<Output = ()> + Send>>) -> Result<(), Failure>,
+{
     let mut builder = tokio::runtime::Builder::new_current_thread();
     let runtime = builder.enable_all().build().or_fail()?;
     runtime.block_on(async {

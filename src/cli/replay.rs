@@ -1,15 +1,16 @@
 //! `replay`: a recorded log once more, with every digest checked.
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use indicatif::ProgressBar;
-use replay_log::{LogIndex, Position, inspect};
+use replay_log::{ImageDigest, LogIndex, Position, inspect};
 use vmm::disk::{Base, Durability, Overlay};
 
 use super::failure::{Exit, Failure, OrExit as _};
 use super::output;
-use crate::images;
+use crate::images::{self, Image};
 use crate::offline::{self, LogError, OfflineError, Setup, Watch};
 
 /// What `replay` is told.
@@ -47,24 +48,26 @@ impl Watch for Progress {
 
     fn console(&mut self, bytes: &[u8]) {
         if self.console {
-            print!("{}", String::from_utf8_lossy(bytes));
+            let mut out = std::io::stdout().lock();
+            // Nobody reads: the replay goes on all the same.
+            let _ = out.write_all(bytes).and_then(|()| out.flush());
         }
     }
 }
 
 /// Does it.
 pub fn run(args: &Args) -> Result<(), Failure> {
-    let mut log = inspect(&args.dir).or_exit(Exit::Corrupt)?;
+    let mut log = inspect(&args.dir).map_err(super::log::LogError::from)?;
     let first = log.next().transpose().or_exit(Exit::Corrupt)?;
     let mut first = first.map(|located| located.batch);
     let header = match &first {
         Some(batch) => offline::header_of(batch).map_err(failure)?,
-        None => return Err(failure(OfflineError::NoHeader)),
+        None => {
+            let dir = args.dir.clone();
+            return Err(super::log::LogError::Nothing { dir }.into());
+        }
     };
-    let image = match &args.image {
-        Some(name) => images::find(name).or_exit(Exit::Usage)?,
-        None => images::with_digest(header.image).or_exit(Exit::Usage)?,
-    };
+    let image = image(args, header.image)?;
     let scratch = tempfile::Builder::new()
         .prefix("understudy-replay-")
         .tempdir()
@@ -111,17 +114,35 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             "milliseconds": took.as_secs_f64() * 1e3,
         }));
     }
-    println!(
+    output::line(format_args!(
         "replayed {} entries to position {} in {}: {} digests, all equal",
         replayed.entries,
         replayed.at,
         output::span(took),
         replayed.marks
-    );
+    ))?;
     if let Some(end) = replayed.ended {
-        println!("the guest had ended: {end:?}");
+        output::line(format_args!("the guest had ended: {end:?}"))?;
+    } else if args.until.is_some_and(|until| replayed.at.0 < until) {
+        output::line(format_args!("the log ends there"))?;
     }
     Ok(())
+}
+
+/// The image that was named, if it is the one that was recorded; or the one that was.
+fn image(args: &Args, recorded: ImageDigest) -> Result<Image, Failure> {
+    let Some(name) = &args.image else {
+        return images::with_digest(recorded).or_exit(Exit::Usage);
+    };
+    let image = images::find(name).or_exit(Exit::Usage)?;
+    if image.digest() == recorded {
+        return Ok(image);
+    }
+    Err(format!(
+        "{} was not recorded from {name}: name the image it was recorded from, in that version",
+        args.dir.display()
+    ))
+    .or_exit(Exit::Usage)
 }
 
 fn failure(error: OfflineError) -> Failure {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use super::failure::{Exit, Failure, OrExit as _};
 use super::output;
+use super::process::until_stopped;
 use crate::gateway::Publish;
 use crate::images;
 use crate::local::{LocalError, LocalMachine, LocalRun};
@@ -41,6 +42,7 @@ pub(super) fn publish(text: &str) -> Result<Publish, String> {
 /// Does it.
 pub fn run(args: &Args) -> Result<(), Failure> {
     let image = images::find(&args.image).or_exit(Exit::Usage)?;
+    image.check_runnable().or_exit(Exit::Unavailable)?;
     let run = LocalRun {
         image,
         record: args.record.clone(),
@@ -48,10 +50,10 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         publish: args.publish.clone(),
         vmm_binary: None,
     };
-    super::block_on_here(serve(run))
+    until_stopped(async |stop| serve(run, stop).await)
 }
 
-async fn serve(run: LocalRun) -> Result<(), Failure> {
+async fn serve(run: LocalRun, stop: impl Future<Output = ()>) -> Result<(), Failure> {
     let publish = run.publish.clone();
     let mut machine = LocalMachine::start(run).await.map_err(failure)?;
     for (address, publish) in machine.addresses.iter().zip(&publish) {
@@ -59,7 +61,7 @@ async fn serve(run: LocalRun) -> Result<(), Failure> {
     }
     let served = tokio::select! {
         served = machine.serve(show) => Some(served),
-        _ = super::interrupted() => None,
+        () = stop => None,
     };
     if let Some((entries, bytes)) = machine.recorded() {
         eprintln!("recorded {entries} entries, {}", output::bytes(bytes));

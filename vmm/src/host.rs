@@ -5,7 +5,7 @@
 //! simulator a simulated host. Recorder and replayer are the same code on both.
 
 use bytes::Bytes;
-use replay_log::{Batch, FrameNumber, FrameSource, LogIndex, RequestNumber};
+use replay_log::{Batch, FrameNumber, FrameSource, LogIndex, Position, RequestNumber};
 
 use crate::tape::{DiskRequest, Sources, TapeError};
 
@@ -90,6 +90,8 @@ pub enum OutputKind {
 pub struct Shipment {
     /// The batch.
     pub batch: Batch,
+    /// The last landmark that the guest has passed.
+    pub at: Position,
     /// The highest frame number of each gateway whose arrival is written in it.
     pub frames: Vec<FrameSource>,
 }

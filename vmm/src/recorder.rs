@@ -212,7 +212,8 @@ impl<H: Host> Recorder<H> {
             .into_iter()
             .map(|(gateway, number)| FrameSource { gateway, number })
             .collect();
-        self.host.ship(Shipment { batch, frames })
+        let at = self.ongoing.at;
+        self.host.ship(Shipment { batch, at, frames })
     }
 
     fn write(&mut self, entry: &Entry) -> Result<LogIndex, TapeError> {

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use replay_log::{FrameSource, Header, LogIndex, LogTip, Term};
+use replay_log::{FrameSource, Header, LogIndex, LogTip, Position, Term};
 use thiserror::Error;
 use vmm::config::MachineConfig;
 
@@ -59,6 +59,7 @@ pub struct Guest {
     run: VmRun,
     process: VmProcess,
     doing: Doing,
+    at: Position,
     cursor: Cursor,
     /// Fed and not executed: the end of each batch and its bytes.
     under_way: std::collections::VecDeque<(LogIndex, usize)>,
@@ -115,6 +116,7 @@ impl Guest {
             } else {
                 Doing::Replaying
             },
+            at: Position::START,
             cursor: Cursor::new(LogIndex::START),
             under_way: std::collections::VecDeque::new(),
             bytes: 0,
@@ -162,14 +164,24 @@ impl Guest {
         self.tell(&ToVm::Frame { source, bytes })
     }
 
-    /// It has recorded a frame. Frames are recorded in the order in which they were given.
-    pub fn recorded(&mut self, recorded: FrameSource) {
-        while let Some((source, bytes)) = self.frames.pop_front() {
-            self.frame_bytes -= bytes;
-            if source == recorded {
-                break;
-            }
-        }
+    /// It has recorded the frames of a gateway through this one.
+    pub fn recorded(&mut self, through: FrameSource) {
+        let left = &mut self.frame_bytes;
+        self.frames.retain(|(source, bytes)| {
+            let done = source.gateway == through.gateway && source.number <= through.number;
+            *left -= if done { *bytes } else { 0 };
+            !done
+        });
+    }
+
+    /// It has told, while recording, which landmark it has passed.
+    pub const fn passed(&mut self, at: Position) {
+        self.at = at;
+    }
+
+    /// The last landmark it told of while recording.
+    pub const fn at(&self) -> Position {
+        self.at
     }
 
     /// It has executed the log through here.

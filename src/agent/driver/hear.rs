@@ -116,7 +116,10 @@ impl VmDriver {
                 self.inputs.push_back(Input::WentLive { run });
             }
             FromVm::Ready => {}
-            FromVm::Shipped { batch, frames } => self.shipped(&batch, &frames),
+            FromVm::Shipped { batch, at, frames } => {
+                guest.passed(at);
+                self.shipped(&batch, &frames);
+            }
             FromVm::Output(output) => {
                 let recording = guest.doing() == Doing::Recording;
                 self.output(output, recording);

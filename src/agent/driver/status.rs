@@ -7,9 +7,18 @@ use crate::agent::operator::{GuestStatus, VmStatus};
 impl VmDriver {
     /// How the VM is, seen from here.
     pub(super) fn status(&self) -> VmStatus {
+        let mut node = self.node.status();
+        // What the protocol follows is how far a log is executed; a primary writes it.
+        if let Some(guest) = self
+            .guest
+            .as_ref()
+            .filter(|g| g.doing() == Doing::Recording)
+        {
+            node.position = node.position.max(guest.at());
+        }
         VmStatus {
             vm: self.vm.clone(),
-            node: self.node.status(),
+            node,
             guest: self.guest.as_ref().map(|guest| GuestStatus {
                 pid: guest.pid(),
                 recording: guest.doing() == Doing::Recording,

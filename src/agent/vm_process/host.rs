@@ -203,6 +203,7 @@ impl Host for ProcessHost {
         shipment.batch.encode_frame(&mut batch);
         self.say(&FromVm::Shipped {
             batch: batch.into(),
+            at: shipment.at,
             frames: shipment.frames,
         })
     }

@@ -91,6 +91,8 @@ pub enum FromVm {
     Shipped {
         /// The batch.
         batch: Bytes,
+        /// The last landmark that the guest has passed.
+        at: Position,
         /// The highest frame number of each gateway that it delivers.
         frames: Vec<FrameSource>,
     },
