@@ -1,47 +1,48 @@
-//! What recording and protection cost, each as a ratio within one run, alternating.
+//! What recording and protection cost, each as a ratio within one run, in alternating order.
 //!
-//! `cargo bench --bench record` prints: throughput with the recorder off, recording to a file, and
-//! protected by one replica on the same machine; the commit rule's share of the latency of a
-//! single client; the replica's lag; the size of the log under load and idle; the memory of an
-//! agent with its VMM. Needs /dev/kvm and redis-benchmark. `ROUNDS` (default 3) sets how often.
+//! `cargo bench --bench record` prints, with their bounds: throughput recording to a file and
+//! protected by one replica on the same machine, against the recorder off; how much of the loss is
+//! the replica's own execution; what the commit rule adds to the latency of a single client; the
+//! replica's lag; the log under load and idle; the replay of an idle minute; memory. `ROUNDS`
+//! (default 3) sets how often.
 
 #![allow(
     clippy::cast_precision_loss,
-    clippy::cast_sign_loss,
     reason = "figures for people; none comes near 2^52"
 )]
+
+mod common;
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use replay_log::{Arrival, Entry, GroupBody, StreamEncoder, inspect};
+use common::{
+    Figures, VM, await_answer, can_run, median, pair, program, protected, quantile, setting,
+};
+use replay_log::{Arrival, Entry, GroupBody, LogIndex, inspect};
 use tokio::runtime::Runtime;
-use understudy::agent::certs::{Identity, Name};
-use understudy::agent::operator::Client;
+use understudy::agent::certs::Identity;
+use understudy::agent::operator::{Client, HostStatus};
 use understudy::config::Config;
 use understudy::demo::cluster::Cluster;
-use understudy::protocol::VmName;
+use understudy::protocol::HostName;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_understudy");
 const REQUESTS: &str = "30000";
+/// The guest's own memory, and what agent and VMM may take beside it.
+const MEMORY_BOUND: f64 = 64.0 + 48.0;
+const MEGABYTE: f64 = 1_048_576.0;
 
 fn main() {
-    let benchmark = Command::new("redis-benchmark")
-        .arg("--version")
-        .stdout(Stdio::null())
-        .status();
-    if !Path::new("/dev/kvm").exists() || benchmark.is_err() {
-        println!("SKIPPED: this bench needs /dev/kvm and redis-benchmark");
+    if !can_run(&["redis-cli", "redis-benchmark"]) {
         return;
     }
-    let rounds: usize = std::env::var("ROUNDS")
-        .ok()
-        .and_then(|r| r.parse().ok())
-        .unwrap_or(3);
-    throughput(rounds);
-    log_sizes();
+    let mut figures = Figures::default();
+    throughput(setting("ROUNDS", 3), &mut figures);
+    output_delay(setting("ROUNDS", 3), &mut figures);
+    log_sizes(&mut figures);
+    figures.end();
 }
 
 /// A standalone guest.
@@ -55,7 +56,7 @@ impl Alone {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("bound");
         drop(listener);
-        let child = Command::new(PROGRAM)
+        let child = Command::new(program())
             .args(["run", "ledger", "--publish", &format!("{address}:6379")])
             .args(more)
             .stdout(Stdio::null())
@@ -70,23 +71,9 @@ impl Alone {
     fn stop(mut self) {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).expect("a pid"));
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("a signal");
-        self.child.wait().expect("an end");
+        let ended = self.child.wait().expect("an end");
+        assert!(ended.success(), "the guest did not end well: {ended}");
     }
-}
-
-fn await_answer(address: SocketAddr) {
-    let port = address.port().to_string();
-    let until = Instant::now() + Duration::from_secs(20);
-    while Instant::now() < until {
-        let said = Command::new("redis-cli")
-            .args(["-p", &port, "ping"])
-            .output()
-            .expect("runs");
-        if said.stdout.starts_with(b"PONG") {
-            return;
-        }
-    }
-    panic!("the guest does not answer");
 }
 
 /// Requests per second (SET and INCR together) and the median latency in milliseconds.
@@ -115,127 +102,155 @@ fn redis_benchmark(address: SocketAddr, tests: &str, clients: &str, requests: &s
     (rps, p50)
 }
 
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+fn identity(host: &str) -> Identity {
+    Identity::host(&host.parse().expect("a name"))
 }
 
-/// A cluster with the ledger and one replica.
-fn protected() -> (Cluster, SocketAddr) {
-    let names: Vec<Name> = ["a", "b"]
-        .iter()
-        .map(|n| n.parse().expect("a name"))
-        .collect();
-    let mut cluster = Cluster::start(Path::new(PROGRAM), &names).expect("a cluster");
-    let folder = cluster.folder().join("operator");
-    let paired = Command::new(PROGRAM)
-        .args([
-            "pair",
-            "ledger",
-            "--primary",
-            "a",
-            "--replica",
-            "b",
-            "--cluster",
-        ])
-        .arg(&folder)
-        .output()
-        .expect("understudy pair");
-    assert!(paired.status.success(), "{paired:?}");
-    let vm = VmName::new("ledger").expect("a name");
-    let address = cluster.publish(&vm, 6379).expect("a gateway");
-    await_answer(address);
-    (cluster, address)
-}
-
-/// The processor time of a process and its children so far, in seconds.
-fn processor_time(cluster: &Cluster, host: &str) -> f64 {
-    let who = Identity::host(&host.parse().expect("a name"));
+/// The processor time of processes so far, in seconds.
+fn processor_time(pids: impl IntoIterator<Item = nix::unistd::Pid>) -> f64 {
     let ticks = |pid: nix::unistd::Pid| -> f64 {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("a live process");
         let after = stat.rsplit(')').next().unwrap_or_default();
         let cells: Vec<&str> = after.split_whitespace().collect();
-        let cell = |at: usize| {
-            cells
-                .get(at)
-                .and_then(|c| c.parse::<f64>().ok())
-                .unwrap_or(0.0)
-        };
+        let cell = |at: usize| cells[at].parse::<f64>().expect("ticks");
         (cell(11) + cell(12)) / 100.0
     };
-    cluster
-        .children(&who)
-        .expect("children")
-        .into_iter()
-        .map(ticks)
-        .sum()
+    pids.into_iter().map(ticks).sum()
 }
 
-fn throughput(rounds: usize) {
-    let (mut off, mut on, mut all) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut single, mut single_protected) = (Vec::new(), Vec::new());
-    let (mut shares, mut lags) = (Vec::new(), Vec::new());
-    for round in 0..rounds {
-        let alone = Alone::start(&["--unrecorded"]);
-        off.push(redis_benchmark(alone.address, "set,incr", "20", REQUESTS).0);
-        alone.stop();
-        let folder = tempfile::tempdir().expect("a folder");
-        let record = folder.path().join("log").display().to_string();
-        let alone = Alone::start(&["--record", &record]);
-        on.push(redis_benchmark(alone.address, "set,incr", "20", REQUESTS).0);
-        single.push(redis_benchmark(alone.address, "incr", "1", "3000").1);
-        alone.stop();
-        let (cluster, address) = protected();
-        let (before, began) = (processor_time(&cluster, "b"), Instant::now());
+/// The processor time of a host's VMM, and of its agent.
+fn host_time(cluster: &Cluster, host: &str) -> (f64, f64) {
+    let who = identity(host);
+    let vmms = cluster.children(&who).expect("children");
+    let agent = cluster.pid(&who).expect("an agent");
+    (processor_time(vmms), processor_time([agent]))
+}
+
+/// What protected rounds found.
+#[derive(Default)]
+struct Protected {
+    rates: Vec<f64>,
+    lags: Vec<f64>,
+    memory: Vec<f64>,
+    /// Seconds of processor time a request, of: replica's VMM, replica's agent, primary's agent.
+    spent: [Vec<f64>; 3],
+}
+
+impl Protected {
+    fn round(&mut self) {
+        let (cluster, address) = protected(&["a", "b"]);
+        let (primary, replica) = (host_time(&cluster, "a"), host_time(&cluster, "b"));
         let watch = watch_lag(&cluster);
-        all.push(redis_benchmark(address, "set,incr", "20", REQUESTS).0);
-        lags.extend(watch());
-        let spent = processor_time(&cluster, "b") - before;
-        shares.push(spent / began.elapsed().as_secs_f64() / 2.0);
-        single_protected.push(redis_benchmark(address, "incr", "1", "3000").1);
-        if round == 0 {
-            for host in ["a", "b"] {
-                let who = Identity::host(&host.parse().expect("a name"));
-                let bytes = cluster.resident(&who).expect("a process");
-                println!(
-                    "memory of agent {host} and its VMM: {:.1} MB",
-                    bytes as f64 / 1e6
-                );
+        self.rates
+            .push(redis_benchmark(address, "set,incr", "20", REQUESTS).0);
+        self.lags.extend(watch());
+        let (primary_after, replica_after) = (host_time(&cluster, "a"), host_time(&cluster, "b"));
+        let requests = 2.0 * REQUESTS.parse::<f64>().expect("a number");
+        let spent = [
+            replica_after.0 - replica.0,
+            replica_after.1 - replica.1,
+            primary_after.1 - primary.1,
+        ];
+        for (all, spent) in self.spent.iter_mut().zip(spent) {
+            all.push(spent / requests);
+        }
+        for host in ["a", "b"] {
+            let bytes = cluster.resident(&identity(host)).expect("processes");
+            self.memory.push(bytes as f64 / MEGABYTE);
+        }
+    }
+}
+
+fn throughput(rounds: usize, figures: &mut Figures) {
+    let (mut off, mut on, mut all) = (Vec::new(), Vec::new(), Protected::default());
+    for round in 0..rounds {
+        // None of them always goes first.
+        for turn in 0..3 {
+            match (round + turn) % 3 {
+                0 => {
+                    let alone = Alone::start(&["--unrecorded"]);
+                    off.push(redis_benchmark(alone.address, "set,incr", "20", REQUESTS).0);
+                    alone.stop();
+                }
+                1 => {
+                    let folder = tempfile::tempdir().expect("a folder");
+                    let record = folder.path().join("log").display().to_string();
+                    let alone = Alone::start(&["--record", &record]);
+                    on.push(redis_benchmark(alone.address, "set,incr", "20", REQUESTS).0);
+                    alone.stop();
+                }
+                _ => all.round(),
             }
         }
     }
-    let (off, on, all) = (median(&mut off), median(&mut on), median(&mut all));
-    println!("set,incr -c 20, recorder off:     {off:.0} requests/s");
+    let (off, on, rate) = (median(&mut off), median(&mut on), median(&mut all.rates));
     println!(
-        "recording to a file:              {on:.0} requests/s, ratio {:.3}",
-        on / off
+        "set,incr -c 20: {off:.0} requests/s with the recorder off, {on:.0} recording to a file, \
+         {rate:.0} protected"
     );
+    figures.at_least("recording to a file, ratio", on / off, 0.95, "");
+    figures.at_least(
+        "protected by one replica, rule all, ratio",
+        rate / off,
+        0.6,
+        "",
+    );
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as f64;
+    // Seconds of all cores that a request costs more than without recorder and cluster.
+    let lost = cores * (1.0 / rate - 1.0 / off);
+    for (what, spent) in [
+        "the replica's own execution",
+        "the replica's agent",
+        "the primary's agent",
+    ]
+    .into_iter()
+    .zip(&mut all.spent)
+    {
+        let spent = median(spent);
+        println!(
+            "  {what}: {:.0} µs of processor a request, {:.0} % of what protection costs",
+            spent * 1e6,
+            spent / lost * 100.0
+        );
+    }
     println!(
-        "protected by one replica, rule all: {all:.0} requests/s, ratio {:.3}",
-        all / off
+        "replica's lag under load: median {:.1} ms",
+        quantile(&mut all.lags, 0.5)
     );
-    let share = median(&mut shares);
-    println!(
-        "  the replica's VMM used {:.0} % of both cores meanwhile",
-        share * 100.0
+    let lag = quantile(&mut all.lags, 0.99);
+    figures.at_most("replica's lag under load, p99", lag, 50.0, " ms");
+    let memory = quantile(&mut all.memory, 1.0);
+    figures.at_most(
+        "memory of an agent and its VMM after the load, most",
+        memory,
+        MEMORY_BOUND,
+        " MiB",
     );
-    let (one, two) = (median(&mut single), median(&mut single_protected));
-    println!("median INCR on one connection: {one:.3} ms alone, {two:.3} ms protected");
-    println!(
-        "  the commit rule and the cluster's path add {:.3} ms",
-        two - one
-    );
-    lags.sort_by(f64::total_cmp);
-    let at = |share: f64| {
-        lags.get((lags.len() as f64 * share) as usize)
-            .copied()
-            .unwrap_or(0.0)
-    };
-    println!(
-        "replica's lag under load: median {:.1} ms, p99 {:.1} ms",
-        at(0.5),
-        at(0.99)
-    );
+}
+
+/// The same cluster and the same path, with a replica and without.
+fn output_delay(rounds: usize, figures: &mut Figures) {
+    let (cluster, address) = protected(&["a", "b"]);
+    let (mut one, mut two) = (Vec::new(), Vec::new());
+    for _ in 0..rounds {
+        pair(&cluster, &["a"]);
+        one.push(redis_benchmark(address, "incr", "1", "3000").1);
+        pair(&cluster, &["a", "b"]);
+        two.push(redis_benchmark(address, "incr", "1", "3000").1);
+    }
+    let (one, two) = (median(&mut one), median(&mut two));
+    println!("median INCR on one connection: {one:.3} ms by one copy, {two:.3} ms by two");
+    figures.at_most("what the commit rule adds", two - one, 0.5, " ms");
+}
+
+/// The status of a cluster's primary, asked from a thread of its own.
+fn status(cluster: &Cluster) -> HostStatus {
+    let config = Config::load(&cluster.folder().join("operator")).expect("a configuration");
+    let runtime = Runtime::new().expect("a runtime");
+    let _inside = runtime.enter();
+    let client = Client::new(&config).expect("a client");
+    let primary = HostName::new("a").expect("a name");
+    runtime.block_on(client.status(&primary)).expect("a status")
 }
 
 /// Looks at the replica's lag until the returned function is called, which gives it in
@@ -247,7 +262,7 @@ fn watch_lag(cluster: &Cluster) -> impl FnOnce() -> Vec<f64> + use<> {
         let runtime = Runtime::new().expect("a runtime");
         let _inside = runtime.enter();
         let client = Client::new(&config).expect("a client");
-        let primary = client.hosts().next().expect("a host").clone();
+        let primary = HostName::new("a").expect("a name");
         let mut lags = Vec::new();
         while stopped
             .recv_timeout(Duration::from_millis(20))
@@ -267,12 +282,31 @@ fn watch_lag(cluster: &Cluster) -> impl FnOnce() -> Vec<f64> + use<> {
     }
 }
 
-/// The bytes of a recording: on a stream, of the frames in it, and its landmark groups.
-fn weigh(folder: &Path) -> (f64, f64, f64) {
+/// What a cluster's primary has sent and where its log ends.
+#[derive(Clone, Copy)]
+struct Sent {
+    bytes: u64,
+    end: LogIndex,
+}
+
+impl Sent {
+    fn now(cluster: &Cluster) -> Self {
+        let status = status(cluster);
+        Self {
+            bytes: status.link.log_bytes_sent,
+            end: status.vms[0].node.tip.index,
+        }
+    }
+}
+
+/// The bytes of the frames and the number of the groups in a part of a log.
+fn weigh(folder: &Path, from: LogIndex, through: LogIndex) -> (f64, f64) {
     let (mut frames, mut groups) = (0, 0_u64);
-    let mut stream = StreamEncoder::new();
     for located in inspect(folder).expect("a log") {
         let batch = located.expect("a batch").batch;
+        if batch.first() < from || batch.end() > through {
+            continue;
+        }
         for entry in batch.decode().expect("decodes") {
             if let Entry::Group(group) = entry {
                 groups += 1;
@@ -281,44 +315,42 @@ fn weigh(folder: &Path) -> (f64, f64, f64) {
                 }
             }
         }
-        drop(stream.push(&batch));
     }
-    (
-        stream.bytes().compressed as f64,
-        frames as f64,
-        groups as f64,
-    )
+    (frames as f64, groups as f64)
 }
 
-fn log_sizes() {
+/// The log as it is sent to a replica, under load and idle; and how long an idle minute replays.
+fn log_sizes(figures: &mut Figures) {
+    let (mut cluster, address) = protected(&["a", "b"]);
+    let before = Sent::now(&cluster);
+    redis_benchmark(address, "set,incr", "20", REQUESTS);
+    let loaded = Sent::now(&cluster);
     let folder = tempfile::tempdir().expect("a folder");
-    let log = folder.path().join("load");
-    let alone = Alone::start(&["--record", &log.display().to_string()]);
-    redis_benchmark(alone.address, "set,incr", "20", REQUESTS);
-    alone.stop();
-    let (stream, frames, groups) = weigh(&log);
-    let bound = frames * 1.2 + groups * 4.0;
-    println!(
-        "log under load: {stream:.0} bytes on a stream for {frames:.0} bytes of frames and {groups:.0} groups: {:.2} of the bound",
-        stream / bound
-    );
     let log = folder.path().join("idle");
     let alone = Alone::start(&["--record", &log.display().to_string()]);
-    let began = Instant::now();
+    let (quiet, began) = (Sent::now(&cluster), Instant::now());
     std::thread::sleep(Duration::from_mins(1));
-    let seconds = began.elapsed().as_secs_f64();
+    let (rested, seconds) = (Sent::now(&cluster), began.elapsed().as_secs_f64());
     alone.stop();
-    let (stream, ..) = weigh(&log);
-    println!("log of an idle guest: {:.0} bytes/s", stream / seconds);
-    let began = Instant::now();
-    let replayed = Command::new(PROGRAM)
-        .arg("replay")
-        .arg(&log)
-        .output()
-        .expect("replays");
-    assert!(replayed.status.success(), "{replayed:?}");
+
+    let primary = identity("a");
+    cluster.kill(&primary).expect("a kill");
+    let kept = cluster.data(&primary).expect("a folder");
+    let kept = kept.join("vms").join(VM).join("log");
+    let (frames, groups) = weigh(&kept, before.end, loaded.end);
+    let sent = (loaded.bytes - before.bytes) as f64;
     println!(
-        "offline replay of that idle minute: {:.2} s",
-        began.elapsed().as_secs_f64()
+        "log under load: {sent:.0} bytes sent for {frames:.0} bytes of frames and {groups:.0} groups"
     );
+    let bound = frames * 1.2 + groups * 4.0;
+    figures.at_most("  of what it may be", sent / bound, 1.0, "");
+    let idle = (rested.bytes - quiet.bytes) as f64 / seconds / 1e3;
+    figures.at_most("log of an idle guest", idle, 2.0, " kB/s");
+
+    let began = Instant::now();
+    let replayed = Command::new(program()).arg("replay").arg(&log).output();
+    let replayed = replayed.expect("replays");
+    assert!(replayed.status.success(), "{replayed:?}");
+    let took = began.elapsed().as_secs_f64();
+    figures.at_most("offline replay of an idle minute", took, 2.0, " s");
 }

@@ -1,6 +1,9 @@
 //! Agents, a witness and a gateway together in one process, over real QUIC, with real VMM
 //! processes: a VM is created, copied, handed over and lost, and its clients go on.
 
+#[path = "common/skip.rs"]
+mod skip;
+
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -233,9 +236,11 @@ async fn incr(stream: &mut TcpStream) -> i64 {
 
 #[test]
 fn a_vm_is_created_copied_handed_over_and_lost_and_its_client_goes_on() {
-    if let Err(error) = std::fs::File::open("/dev/kvm") {
-        println!("SKIPPED: /dev/kvm cannot be opened: {error}");
-        return;
+    if let Some(why) = understudy::doctor::missing_kvm() {
+        return skip::skipped(
+            "a_vm_is_created_copied_handed_over_and_lost_and_its_client_goes_on",
+            &why,
+        );
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -330,9 +335,8 @@ async fn life() {
 /// journals of both, and nothing else is disturbed.
 #[test]
 fn a_host_with_another_cpu_is_refused() {
-    if let Err(error) = std::fs::File::open("/dev/kvm") {
-        println!("SKIPPED: /dev/kvm cannot be opened: {error}");
-        return;
+    if let Some(why) = understudy::doctor::missing_kvm() {
+        return skip::skipped("a_host_with_another_cpu_is_refused", &why);
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

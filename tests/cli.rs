@@ -1,5 +1,8 @@
 //! The command line as users meet it: help, errors and exit codes of what works without a guest.
 
+#[path = "common/skip.rs"]
+mod skip;
+
 use assert_cmd::Command;
 
 fn understudy() -> Command {
@@ -477,7 +480,7 @@ fn kvm_is_here(test: &str) -> bool {
     match understudy::doctor::missing_kvm() {
         None => true,
         Some(why) => {
-            println!("SKIPPED: {test}: {why}");
+            skip::skipped(test, &why);
             false
         }
     }
@@ -603,10 +606,8 @@ fn without_kvm_what_needs_it_says_so_in_one_sentence() {
             .output()
     };
     if !hidden(&["true"]).is_ok_and(|output| output.status.success()) {
-        println!(
-            "SKIPPED: without_kvm_what_needs_it_says_so_in_one_sentence: needs root to hide /dev/kvm"
-        );
-        return;
+        let test = "without_kvm_what_needs_it_says_so_in_one_sentence";
+        return skip::skipped(test, &"it needs root, to hide /dev/kvm");
     }
     let (_dir, cluster) = cluster();
     let agent = format!("{cluster}/hosts/alpha");

@@ -3,6 +3,9 @@
 //!
 //! Each test has the machine to itself: patience is measured in real time here.
 
+#[path = "common/skip.rs"]
+mod skip;
+
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -36,10 +39,11 @@ struct Theatre {
 }
 
 /// Runs a test where there is a KVM, on this thread.
+#[track_caller]
 fn on_kvm(test: impl AsyncFnOnce()) {
-    if !Path::new("/dev/kvm").exists() {
-        println!("SKIPPED: this machine has no /dev/kvm");
-        return;
+    if let Some(why) = understudy::doctor::missing_kvm() {
+        let caller = std::panic::Location::caller();
+        return skip::skipped(&caller.to_string(), &why);
     }
     Runtime::new().expect("a runtime").block_on(test());
 }
@@ -149,6 +153,22 @@ impl Theatre {
 
     async fn primary(&self) -> HostName {
         self.record().await.expect("a record").primary.host
+    }
+
+    /// What the gateway has counted, as its metrics tell.
+    async fn gateway_counter(&self, name: &str) -> u64 {
+        let at = self.cluster.gateway_metrics().expect("a gateway");
+        let mut http = TcpStream::connect(at).await.expect("connects");
+        http.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")
+            .await
+            .expect("asks");
+        let mut text = String::new();
+        http.read_to_string(&mut text).await.expect("an answer");
+        let wanted = format!("understudy_gateway_{name} ");
+        let value = text.lines().find_map(|line| line.strip_prefix(&wanted));
+        value
+            .and_then(|value| value.parse().ok())
+            .unwrap_or_else(|| panic!("no {name} in {text}"))
     }
 
     async fn role(&self, host: &HostName) -> Option<RoleName> {
@@ -282,7 +302,8 @@ fn primaries_die_in_a_row() {
     });
 }
 
-/// Real Redis clients see a pause and nothing else.
+/// Real Redis clients, and beside them the load that keeps every acknowledged value, see pauses and
+/// nothing else: one kill, or twenty in a row.
 #[test]
 fn redis_clients_live_through_a_kill() {
     let there = |tool: &str| {
@@ -293,44 +314,42 @@ fn redis_clients_live_through_a_kill() {
             .is_ok()
     };
     if !there("redis-cli") || !there("redis-benchmark") {
-        println!("SKIPPED: redis-cli and redis-benchmark are not installed (package redis-tools)");
-        return;
+        let why = "redis-cli and redis-benchmark are not installed (package redis-tools)";
+        return skip::skipped("redis_clients_live_through_a_kill", &why);
     }
     on_kvm(async || {
         let mut theatre = Theatre::open(&["a", "b", "c"], policy(Rule::All)).await;
-        let port = theatre.address.port().to_string();
-        let cli = Command::new("redis-cli")
-            .args(["-p", &port, "-r", "300", "-i", "0.01", "incr", "tickets"])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("redis-cli");
-        let benchmark = Command::new("redis-benchmark")
-            .args([
-                "-p", &port, "-t", "set,incr", "-c", "10", "-n", "6000", "--csv",
-            ])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("redis-benchmark");
-        theatre
-            .until("the clients' first answers", async |theatre| {
-                let out = redis(theatre, &["get", "tickets"]);
-                (out.trim().parse::<u32>().ok()? > 20).then_some(())
-            })
-            .await;
-        let old = theatre.primary().await;
-        theatre.kill(&old);
-        theatre.successor(&old).await;
-        let said = tokio::task::spawn_blocking(move || benchmark.wait_with_output());
-        let said = said.await.expect("no panic").expect("an end");
-        assert!(said.status.success(), "{said:?}");
-        assert!(
-            said.stderr.is_empty() || !contains(&said.stderr, "Error"),
-            "{said:?}"
+        let kills = soak(1, 20);
+        let (tickets, requests) = (300 * kills, 6_000 * kills);
+        let cli = client(
+            &theatre,
+            "redis-cli",
+            &format!("-r {tickets} -i 0.01 incr tickets"),
         );
-        let status = tokio::task::spawn_blocking(move || cli.wait_with_output());
-        let said = status.await.expect("no panic").expect("an end");
+        let benchmark = client(
+            &theatre,
+            "redis-benchmark",
+            &format!("-t set,incr -c 10 -n {requests} --csv"),
+        );
+        let load = theatre.load().await;
+        for _ in 0..kills {
+            let before = ticket(&theatre);
+            theatre
+                .until("more tickets", async |theatre| {
+                    (ticket(theatre) > before + 20).then_some(())
+                })
+                .await;
+            let old = theatre.primary().await;
+            theatre.kill(&old);
+            theatre.successor(&old).await;
+            theatre.answers(&load, 50).await;
+            theatre.start(&old);
+            theatre.copies(3).await;
+        }
+        let said = ended(benchmark).await;
+        assert!(said.status.success(), "{said:?}");
+        assert!(!contains(&said.stderr, "Error"), "{said:?}");
+        let said = ended(cli).await;
         let values: Vec<u64> = String::from_utf8_lossy(&said.stdout)
             .lines()
             .map(|line| {
@@ -338,10 +357,35 @@ fn redis_clients_live_through_a_kill() {
                     .unwrap_or_else(|_| panic!("not a number: {line}"))
             })
             .collect();
-        let expected: Vec<u64> = (1..=300).collect();
+        let expected: Vec<u64> = (1..=u64::from(tickets)).collect();
         assert_eq!(values, expected, "each INCR counts once");
-        assert_eq!(redis(&theatre, &["get", "tickets"]).trim(), "300");
+        assert_eq!(ticket(&theatre), u64::from(tickets));
+        flawless(load).await;
     });
+}
+
+/// Starts a Redis client at the gateway.
+fn client(theatre: &Theatre, program: &str, words: &str) -> std::process::Child {
+    Command::new(program)
+        .args(["-p", &theatre.address.port().to_string()])
+        .args(words.split(' '))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("a client")
+}
+
+async fn ended(client: std::process::Child) -> std::process::Output {
+    let ended = tokio::task::spawn_blocking(move || client.wait_with_output());
+    ended.await.expect("no panic").expect("an end")
+}
+
+/// How many tickets there are.
+fn ticket(theatre: &Theatre) -> u64 {
+    redis(theatre, &["get", "tickets"])
+        .trim()
+        .parse()
+        .unwrap_or_default()
 }
 
 fn contains(text: &[u8], part: &str) -> bool {
@@ -480,7 +524,117 @@ fn a_frozen_primary_comes_back_as_a_replica() {
             })
             .await;
         assert!(theatre.journal_has(&old, "deposed").await);
+        // It was refused by those it spoke to; and whatever it had to say to the gateway was of a
+        // term that is over.
+        let new = theatre.primary().await;
+        assert!(theatre.journal_has(&new, "refused").await);
         theatre.answers(&load, 100).await;
+        flawless(load).await;
+        let gateway = theatre.gateway_counter("term").await;
+        assert_eq!(gateway, theatre.record().await.expect("a record").term.0);
+        assert_eq!(theatre.gateway_counter("clients_reset").await, 0);
+    });
+}
+
+/// A replica dies while the witness is there: after a second the primary goes on without it, says
+/// so, at last even alone; and has them back when they return.
+#[test]
+fn replicas_die_and_return() {
+    on_kvm(async || {
+        let mut theatre = Theatre::open(&["a", "b", "c"], policy(Rule::All)).await;
+        let load = theatre.load().await;
+        theatre.answers(&load, 100).await;
+        let primary = host_name("a");
+        for (replica, left) in [("b", 2), ("c", 1)] {
+            theatre.kill(&host_name(replica));
+            theatre.copies(left).await;
+            theatre.answers(&load, 100).await;
+        }
+        assert!(theatre.journal_has(&primary, "replica_lost").await);
+        assert!(theatre.journal_has(&primary, "unprotected").await);
+        for (replica, copies) in [("b", 2), ("c", 3)] {
+            theatre.start(&host_name(replica));
+            theatre.copies(copies).await;
+            theatre.answers(&load, 100).await;
+        }
+        flawless(load).await;
+    });
+}
+
+/// A replica's VMM dies: its log goes on being held, the guest is not held back for it, and it is
+/// as fit to succeed as before when it has executed its log once more.
+#[test]
+fn a_replicas_vmm_dies() {
+    on_kvm(async || {
+        let mut theatre = Theatre::open(&["a", "b"], policy(Rule::All)).await;
+        let load = theatre.load().await;
+        theatre.answers(&load, 1_000).await;
+        let (primary, replica) = (host_name("a"), host_name("b"));
+        let host: Name = "b".parse().expect("a name");
+        assert_eq!(theatre.cluster.kill_vmms(&host).expect("a kill"), 1);
+        theatre.answers(&load, 500).await;
+        assert!(theatre.journal_has(&replica, "vm_failed").await);
+        theatre
+            .until("the replica's catching up", async |theatre| {
+                let status = theatre.client.status(&primary).await.ok()?;
+                let follower = status.vms.first()?.node.followers.first()?.clone();
+                let tip = status.vms.first()?.node.tip.index;
+                (follower.member && tip.since(follower.executed) < 500).then_some(())
+            })
+            .await;
+        assert_eq!(theatre.record().await.expect("a record").copies(), 2);
+        theatre.kill(&primary);
+        theatre.successor(&primary).await;
+        theatre.answers(&load, 100).await;
+        flawless(load).await;
+    });
+}
+
+/// Rules with three replicas: the primary is killed, one of them goes on.
+#[test]
+fn rules_with_three_replicas() {
+    on_kvm(async || {
+        for rule in [Rule::All, Rule::Quorum, Rule::Any(1)] {
+            let mut theatre = Theatre::open(&["a", "b", "c", "d"], policy(rule)).await;
+            let load = theatre.load().await;
+            theatre.answers(&load, 100).await;
+            let old = theatre.primary().await;
+            theatre.kill(&old);
+            theatre.successor(&old).await;
+            theatre.answers(&load, 100).await;
+            theatre.start(&old);
+            theatre.copies(4).await;
+            flawless(load).await;
+        }
+    });
+}
+
+/// With every core kept busy by other processes nobody is suspected for long, and nobody promoted.
+/// (`cargo bench --bench calm` does it for ten minutes.)
+#[test]
+fn busy_cores_promote_nobody() {
+    on_kvm(async || {
+        let mut theatre = Theatre::open(&["a", "b", "c"], policy(Rule::All)).await;
+        let load = theatre.load().await;
+        let before = theatre.record().await.expect("a record").term;
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let mut hogs: Vec<_> = (0..cores)
+            .map(|_| {
+                Command::new("timeout")
+                    .args(["10", "sh", "-c", "while :; do :; done"])
+                    .spawn()
+                    .expect("a busy process")
+            })
+            .collect();
+        theatre
+            .until("the end of the busy processes", async |_| {
+                let over =
+                    |hog: &mut std::process::Child| hog.try_wait().is_ok_and(|e| e.is_some());
+                hogs.iter_mut().all(over).then_some(())
+            })
+            .await;
+        theatre.answers(&load, 100).await;
+        assert_eq!(theatre.record().await.expect("a record").term, before);
         flawless(load).await;
     });
 }

@@ -2,13 +2,15 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use super::failure::{Exit, Failure, OrExit as _};
 use super::output;
 use super::process::{ConfigArgs, block_on_until_stopped};
 use super::run::publish;
 use crate::agent::certs::Role;
-use crate::gateway::{Gateway, GatewayConfig, Publish, StackConfig};
+use crate::agent::metrics::{self, ServeMetricsError};
+use crate::gateway::{Gateway, GatewayConfig, GatewayMetrics, Publish, StackConfig};
 use crate::images;
 use crate::protocol::VmName;
 
@@ -30,6 +32,9 @@ pub struct Args {
     /// The guest's address, where no image says it
     #[arg(long, value_name = "ADDRESS/PREFIX")]
     guest: Option<Subnet>,
+    /// Serve Prometheus metrics on this TCP address
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    metrics: Option<SocketAddr>,
 }
 
 /// An address with the length of its subnet's prefix.
@@ -84,11 +89,29 @@ pub fn run(args: &Args) -> Result<(), Failure> {
                 publish.guest_port, args.vm
             ))?;
         }
+        let counted = gateway.metrics();
         tokio::select! {
+            failed = serve_metrics(args.metrics, counted) => failed.or_fail(),
             error = gateway.run_in_cluster(&config, args.vm.clone()) => Err(error).or_fail(),
             () = stop => Ok(()),
         }
     })
+}
+
+/// Ends only with a failure.
+async fn serve_metrics(
+    address: Option<SocketAddr>,
+    counted: Arc<GatewayMetrics>,
+) -> Result<(), ServeMetricsError> {
+    let Some(address) = address else {
+        return std::future::pending().await;
+    };
+    let text = move || {
+        let counts = counted.read();
+        let line = |(name, value)| format!("understudy_gateway_{name} {value}\n");
+        std::future::ready(counts.each().map(line).collect::<String>())
+    };
+    metrics::serve(address, text).await
 }
 
 /// Where the guest is, and its ports as far as they are known.

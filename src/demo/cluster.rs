@@ -48,6 +48,7 @@ struct Published {
     vm: VmName,
     at: SocketAddr,
     guest_port: u16,
+    metrics: SocketAddr,
 }
 
 /// A running process; dropping it kills it.
@@ -179,6 +180,11 @@ impl Cluster {
         self.metrics.get(host).copied()
     }
 
+    /// Where the gateway serves its metrics.
+    pub fn gateway_metrics(&self) -> Option<SocketAddr> {
+        self.published.as_ref().map(|published| published.metrics)
+    }
+
     /// The witness.
     pub fn witness(&self) -> Identity {
         witness_identity()
@@ -194,11 +200,15 @@ impl Cluster {
 
     /// Starts the gateway: it publishes one port of a VM. Where, is returned.
     pub fn publish(&mut self, vm: &VmName, guest_port: u16) -> Result<SocketAddr, ClusterError> {
-        let at = Ports::default().tcp().map_err(ClusterError::Port)?;
+        let mut ports = Ports::default();
+        let at = ports.tcp().map_err(ClusterError::Port)?;
+        let metrics = ports.tcp().map_err(ClusterError::Port)?;
+        drop(ports);
         self.published = Some(Published {
             vm: vm.clone(),
             at,
             guest_port,
+            metrics,
         });
         self.start_process(&self.gateway())?;
         Ok(at)
@@ -238,8 +248,14 @@ impl Cluster {
             .process_group(0);
         if let (Role::Gateway, Some(published)) = (who.role, &self.published) {
             command.args(["--vm", published.vm.as_str()]);
-            let Published { at, guest_port, .. } = published;
+            let Published {
+                at,
+                guest_port,
+                metrics,
+                ..
+            } = published;
             command.args(["--publish", &format!("{at}:{guest_port}")]);
+            command.args(["--metrics", &metrics.to_string()]);
         }
         let child = command.spawn().map_err(failed)?;
         self.processes.insert(who.clone(), Process(child));

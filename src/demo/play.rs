@@ -375,10 +375,8 @@ fn kill_report(
         old: old.clone(),
         new,
         term,
-        gap_us: gap.map_or(0, |gap| micros(gap.length())),
-        first_answer_us: gap.map_or(0, |gap| {
-            micros(gap.until.saturating_duration_since(moment.instant))
-        }),
+        gap_us: gap.map(|gap| micros(gap.length())),
+        first_answer_us: gap.map(|gap| micros(gap.until.saturating_duration_since(moment.instant))),
         timeline: timeline(old, moment.clock, seen, journal),
         healed_ms: None,
     }

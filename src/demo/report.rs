@@ -20,9 +20,9 @@ pub struct Kill {
     /// The new term.
     pub term: u64,
     /// The longest time in which no client got an answer, in microseconds.
-    pub gap_us: u64,
+    pub gap_us: Option<u64>,
     /// From the kill to the first answer of the new primary, in microseconds.
-    pub first_answer_us: u64,
+    pub first_answer_us: Option<u64>,
     /// The moments in between.
     pub timeline: Vec<Step>,
     /// How long it took until there were as many copies as before, in milliseconds; `None` after
@@ -82,6 +82,7 @@ impl Report {
     /// Whether everything held that is promised.
     pub fn holds(&self) -> bool {
         self.kills.len() == self.kills_wanted as usize
+            && self.kills.iter().all(|kill| kill.gap_us.is_some())
             && self.acknowledged > 0
             && self.lost == 0
             && self.undone == 0
@@ -106,7 +107,10 @@ impl fmt::Display for Kill {
             let line = format!("{after:>8} ms  {:<12}  {host:<8}  {detail}", step.what);
             writeln!(f, "  {}", line.trim_end())?;
         }
-        write!(f, "  no client got an answer for {}", micros(self.gap_us))?;
+        match self.gap_us {
+            Some(gap) => write!(f, "  no client got an answer for {}", micros(gap))?,
+            None => write!(f, "  no answer came after it")?,
+        }
         match self.healed_ms {
             Some(healed) => {
                 let healed = Duration::from_millis(healed);

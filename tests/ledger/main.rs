@@ -4,6 +4,8 @@
 //! Time is the test's: the host's clock moves only when it is looked at, and when the guest waits.
 
 mod client;
+#[path = "../common/skip.rs"]
+mod skip;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -82,7 +84,7 @@ fn machine(test: &str, config: &MachineConfig) -> Option<KvmMachine> {
     match KvmMachine::new(config, &image().boot()) {
         Ok(machine) => Some(machine),
         Err(e @ (KvmError::NoDevice { .. } | KvmError::NoPermission { .. })) => {
-            println!("SKIPPED: {test}: {e}");
+            skip::skipped(test, &e);
             None
         }
         Err(e) => panic!("KVM is there, but no machine can be made: {e:?}"),

@@ -5,6 +5,8 @@
 pub mod guest;
 pub mod guests;
 pub mod run;
+#[path = "../../../tests/common/skip.rs"]
+pub mod skip;
 pub mod tape;
 pub mod virtio;
 
@@ -19,7 +21,7 @@ pub fn kvm_is_here(test: &str) -> bool {
     match KvmMachine::new(&config(), &image) {
         Ok(_) => true,
         Err(e @ (KvmError::NoDevice { .. } | KvmError::NoPermission { .. })) => {
-            println!("SKIPPED: {test}: {e}");
+            skip::skipped(test, &e);
             false
         }
         Err(e) => panic!("KVM is there, but no machine can be made: {e:?}"),
