@@ -38,7 +38,7 @@ pub fn setting<T: std::str::FromStr>(name: &str, otherwise: T) -> T {
 pub fn can_run(tools: &[&str]) -> bool {
     if let Some(missing) = understudy::doctor::missing_kvm() {
         println!("SKIPPED: {missing}");
-        return false;
+        return unless_wanted();
     }
     for tool in tools {
         let there = Command::new(tool)
@@ -47,10 +47,18 @@ pub fn can_run(tools: &[&str]) -> bool {
             .status();
         if there.is_err() {
             println!("SKIPPED: this bench needs {tool} (package redis-tools)");
-            return false;
+            return unless_wanted();
         }
     }
     true
+}
+
+/// In the soak a bench that cannot run has not passed.
+fn unless_wanted() -> bool {
+    if std::env::var_os("UNDERSTUDY_SOAK").is_some() {
+        std::process::exit(1);
+    }
+    false
 }
 
 /// Figures with bounds.

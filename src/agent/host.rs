@@ -14,13 +14,13 @@ use tokio::task::JoinHandle;
 
 use super::budget::Budget;
 use super::bulk;
-use super::certs::Identity;
+use super::certs::{Identity, Role};
 use super::clock;
 use super::driver::{DriverError, GatewayOpened, HostMessage, Surroundings, ToDriver, VmDriver};
 use super::introduction::{self, Introduction, Verdict};
 use super::journal::{Incident, Journal, OpenJournalError};
 use super::library::{Library, LibraryError};
-use super::link::{BindError, Endpoint, IncomingStream, Link, LinkEvent, StreamKind};
+use super::link::{BindError, CloseReason, Endpoint, IncomingStream, Link, LinkEvent, StreamKind};
 use super::metrics::{self, ServeMetricsError};
 use super::operator::{
     self, Answer, Asked, HostStatus, LinkFigures, Request, VmAnswer, VmQuestion,
@@ -242,6 +242,10 @@ impl Agent {
         for vm in names {
             if let Err(error) = self.take(&vm, "it has a folder here") {
                 tracing::error!(%vm, %error, "this VM is not looked after");
+                let why = error.to_string();
+                self.env
+                    .journal
+                    .write(Some(&vm), Incident::VmUnreadable { why });
             }
         }
     }
@@ -505,7 +509,10 @@ impl Agent {
         found.check_runnable().map_err(|error| error.to_string())?;
         let home = super::driver::Home::open(&self.env.config.data, vm);
         let home = home.map_err(|error| error.to_string())?;
-        home.set_image(image).map_err(|error| error.to_string())?;
+        // A VM that has run here keeps what it was created from: the order will be refused.
+        if home.header().map_err(|error| error.to_string())?.is_none() {
+            home.set_image(image).map_err(|error| error.to_string())?;
+        }
         self.take(vm, "an operator creates it")
             .map_err(|error| error.to_string())
     }
@@ -637,6 +644,10 @@ fn not_here(vm: &VmName) -> String {
 
 /// Reads a gateway's first message, to know which VM it wants, and hands the stream on whole.
 async fn greet(mut stream: IncomingStream, opened: mpsc::Sender<(VmName, GatewayOpened)>) {
+    if stream.from.role != Role::Gateway {
+        tracing::warn!(from = %stream.from, "opens a stream for frames, and is no gateway");
+        return CloseReason::WrongRole.close(&stream.connection);
+    }
     let mut head = BytesMut::new();
     loop {
         let mut copy = head.clone();

@@ -150,6 +150,11 @@ pub enum Incident {
         /// How it came to it.
         why: String,
     },
+    /// This host has a VM that it cannot look after.
+    VmUnreadable {
+        /// What is wrong.
+        why: String,
+    },
     /// This host does not look after a VM any more.
     VmRemoved {
         /// Why.
@@ -202,6 +207,7 @@ impl fmt::Display for Incident {
                 write!(f, "does not serve gateway {gateway:x}: {why}")
             }
             Self::VmTaken { why } => write!(f, "looks after this VM: {why}"),
+            Self::VmUnreadable { why } => write!(f, "cannot look after this VM: {why}"),
             Self::VmRemoved { why } => write!(f, "looks after this VM no more: {why}"),
             Self::Ordered { operator, order } => write!(f, "was ordered by {operator}: {order}"),
             Self::LinesLost { count, reason } => {
@@ -563,6 +569,53 @@ mod tests {
             .map(|file| file.expect("a file").metadata().expect("its size").len())
             .sum();
         assert!(bytes <= FILE_BYTES * u64::from(FILES), "{bytes}");
+    }
+
+    /// A field of an event that is called like one of the line's own is written twice, and the line
+    /// cannot be read any more.
+    #[test]
+    fn no_event_hides_behind_a_field_of_its_line() {
+        let sources = concat!(
+            include_str!("../protocol/event.rs"),
+            include_str!("journal.rs")
+        );
+        let fields = sources
+            .lines()
+            .filter(|line| line.starts_with("        ") && line.trim_end().ends_with(','))
+            .filter_map(|line| line.strip_prefix("        ")?.split_once(": "))
+            .filter(|(name, kind)| {
+                name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+                    && kind.starts_with(|c: char| c.is_ascii_alphabetic())
+            });
+        let mut seen = 0;
+        for (name, kind) in fields {
+            // Fields of enums' variants: types, not values.
+            let of_a_type = kind.trim_end_matches(',');
+            if ["String", "HostName", "Term", "LogIndex", "Version", "bool"].contains(&of_a_type)
+                || of_a_type.starts_with('u')
+            {
+                seen += 1;
+                let own = ["number", "at", "clock", "host", "vm", "text", "code"];
+                assert!(!own.contains(&name), "{name}: {kind}");
+            }
+        }
+        assert!(seen > 30, "only {seen} fields were found");
+        let lost = Event::ReplicaLost {
+            replica: HostName::new("b").expect("a name"),
+            silence_ms: 1_000,
+        };
+        let line = Line {
+            number: 7,
+            at: "now".to_owned(),
+            clock: 1,
+            host: HostName::new("a").expect("a name"),
+            vm: None,
+            text: lost.to_string(),
+            what: lost.into(),
+        };
+        let text = serde_json::to_string(&line).expect("JSON");
+        let back: Line = serde_json::from_str(&text).expect("the line again");
+        assert_eq!(back, line);
     }
 
     #[test]

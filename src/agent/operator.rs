@@ -86,6 +86,13 @@ pub enum Request {
     Metrics,
 }
 
+impl Request {
+    /// Whether asking twice is the same as asking once.
+    const fn may_be_repeated(&self) -> bool {
+        matches!(self, Self::Status | Self::Events { .. } | Self::Metrics)
+    }
+}
+
 /// An answer of a host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Answer {
@@ -295,10 +302,13 @@ impl Client {
 
     async fn ask(&self, host: &HostName, request: &Request) -> Result<Answer, OperatorError> {
         let channel = self.channel(host)?;
-        match channel
-            .request(StreamKind::Operator, request, PATIENCE)
-            .await?
-        {
+        let ask = || channel.request(StreamKind::Operator, request, PATIENCE);
+        let answer = match ask().await {
+            // A connection that was kept may have ended without our knowing.
+            Err(RequestError::Refused { .. }) if request.may_be_repeated() => ask().await?,
+            answer => answer?,
+        };
+        match answer {
             Answer::Refused { why } => Err(OperatorError::Refused { why }),
             answer => Ok(answer),
         }
@@ -475,7 +485,14 @@ impl Server {
         } = request
             && who.role == Role::Operator
         {
-            return self.events(after, limit, follow, reply).await;
+            let answer = self.events(after, limit, follow, reply);
+            if follow {
+                // It takes no place that other requests need.
+                tokio::spawn(answer);
+            } else {
+                answer.await;
+            }
+            return;
         }
         let answer = match request {
             _ if who.role != Role::Operator => Answer::Refused {
@@ -510,7 +527,7 @@ impl Server {
         answer.await.unwrap_or_else(|_| ends())
     }
 
-    async fn events(&self, mut after: u64, limit: u32, follow: bool, mut reply: Reply) {
+    async fn events(self, mut after: u64, limit: u32, follow: bool, mut reply: Reply) {
         let mut written = self.journal.written();
         loop {
             written.mark_unchanged();

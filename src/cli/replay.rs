@@ -60,13 +60,11 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let mut log = inspect(&args.dir).map_err(super::log::LogError::from)?;
     let first = log.next().transpose().or_exit(Exit::Corrupt)?;
     let mut first = first.map(|located| located.batch);
-    let header = match &first {
-        Some(batch) => offline::header_of(batch).map_err(failure)?,
-        None => {
-            let dir = args.dir.clone();
-            return Err(super::log::LogError::Nothing { dir }.into());
-        }
+    let Some(batch) = &first else {
+        let dir = args.dir.clone();
+        return Err(super::log::LogError::Nothing { dir }.into());
     };
+    let header = offline::header_of(batch).map_err(failure)?;
     let image = image(args, header.image)?;
     let scratch = tempfile::Builder::new()
         .prefix("understudy-replay-")

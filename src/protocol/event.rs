@@ -9,7 +9,8 @@ use super::message::Refusal;
 use super::name::{HostName, Incarnation};
 use super::record::{Member, Version};
 
-/// One line of the journal. Serialized with its `code` in snake case.
+/// One line of the journal. Serialized with its `code` in snake case, and its fields beside those of
+/// the line: none may be called `number`, `at`, `clock`, `host`, `vm` or `text`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "code", rename_all = "snake_case")]
 pub enum Event {
@@ -151,14 +152,14 @@ pub enum Event {
     /// A replica has not acknowledged for too long.
     ReplicaLost {
         /// Which.
-        host: HostName,
+        replica: HostName,
         /// For how long, in milliseconds.
         silence_ms: u64,
     },
     /// A replica holds all the log and can become a member.
     ReplicaCaughtUp {
         /// Which.
-        host: HostName,
+        replica: HostName,
         /// Through where it holds the log.
         index: LogIndex,
     },
@@ -401,11 +402,14 @@ impl fmt::Display for Event {
                 "deposed from term {term}: by {by} {primary} reigns; releases nothing any more"
             ),
             Self::Abdicated { term, reason } => write!(f, "abdicates from term {term}: {reason}"),
-            Self::ReplicaLost { host, silence_ms } => {
-                write!(f, "{host} has not acknowledged for {silence_ms} ms")
+            Self::ReplicaLost {
+                replica,
+                silence_ms,
+            } => {
+                write!(f, "{replica} has not acknowledged for {silence_ms} ms")
             }
-            Self::ReplicaCaughtUp { host, index } => {
-                write!(f, "{host} has caught up, log through {index}")
+            Self::ReplicaCaughtUp { replica, index } => {
+                write!(f, "{replica} has caught up, log through {index}")
             }
             Self::Unprotected { term } => write!(f, "UNPROTECTED in term {term}: no replica"),
             Self::OutputStalled { held_by, needed } => {

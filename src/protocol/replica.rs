@@ -54,8 +54,9 @@ struct Inquiry {
 pub(super) struct Replica {
     source: Option<Source>,
     detector: Detector,
-    /// Whether the primary of this term has been heard at all since this host does not reign.
-    heard: bool,
+    /// When the primary of this term was last heard since this host does not reign, in awake time.
+    /// (The detector begins as if it had been.)
+    heard: Option<Time>,
     suspected: bool,
     abdicated: bool,
     /// Whom the journal says that this host follows.
@@ -82,7 +83,7 @@ impl Replica {
         Self {
             source: None,
             detector: Detector::new(core.awake(), &core.config.timing),
-            heard: false,
+            heard: None,
             suspected: false,
             abdicated: false,
             followed: None,
@@ -178,7 +179,7 @@ impl Replica {
     /// The primary was heard: no doubt about it any more.
     fn alive(&mut self, core: &Core) {
         self.detector.heard(core.awake());
-        self.heard = true;
+        self.heard = Some(core.awake());
         self.suspected = false;
         self.inquiry = None;
     }
@@ -336,7 +337,8 @@ impl Replica {
 
     /// Whether anything came from the primary lately.
     fn hears(&self, core: &Core) -> bool {
-        self.heard && !self.abdicated && self.silence(core) < core.config.timing.lease
+        let lately = |at| core.awake().since(at) < core.config.timing.lease;
+        !self.abdicated && self.heard.is_some_and(lately)
     }
 
     /// Whether this host has heard the primary lately, as one that takes its log.
@@ -400,7 +402,7 @@ impl Replica {
         self.waiting_said = false;
         if new_term {
             self.abdicated = false;
-            self.heard = false;
+            self.heard = None;
             self.suspected = false;
             self.detector = Detector::new(core.awake(), &core.config.timing);
             if let Some(source) = &self.source

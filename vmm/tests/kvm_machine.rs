@@ -82,7 +82,7 @@ fn unlisted_msrs_are_denied() {
     }
     let mut machine = machine(&config(), &guests::msrs());
     if !machine.capabilities().msr_filter {
-        return skip::skipped("unlisted MSRs", &"this KVM has no MSR filter");
+        return common::skip::skipped("unlisted MSRs", &"this KVM has no MSR filter");
     }
     let plain = guests::off(Ring::Zero);
     let exits = run(&mut machine).expect("the guest runs to its end");
@@ -108,7 +108,7 @@ fn what_kvm_cannot_do_is_a_failure_of_the_host() {
         return;
     }
     if host_fingerprint().expect("KVM is here").kvm != KvmKind::Pvm {
-        return skip::skipped("failures of the host", &"this KVM can do everything");
+        return common::skip::skipped("failures of the host", &"this KVM can do everything");
     }
     let mut guest = Guest::new(Ring::Zero);
     ok(guest

@@ -197,8 +197,12 @@ impl VmDriver {
         self.log.set_incarnation(durable.incarnation);
         if durable.acks != self.acks {
             self.acks = durable.acks;
-            self.log
-                .set_options(super::home::log_options(&self.env.config, durable.acks));
+            let options = super::home::log_options(&self.env.config, durable.acks);
+            if let Err(error) = self.log.set_options(options) {
+                self.inputs.push_back(Input::StoreFailed {
+                    reason: error.to_string(),
+                });
+            }
         }
         self.to_persist.push_back(durable);
         self.persist_next();
@@ -299,9 +303,6 @@ impl VmDriver {
             return;
         };
         self.awaiting_header = None;
-        if let Err(error) = self.home.keep_header(&header) {
-            tracing::warn!(vm = %self.vm, %error, "the header is not kept beside the log");
-        }
         self.fetch_parts(run, header);
     }
 
@@ -325,15 +326,21 @@ impl VmDriver {
                 Err(_) => Err("its image and disks could not be fetched in time".to_owned()),
                 Ok(Err(error)) => Err(error.to_string()),
                 Ok(Ok((kernel, bases))) => {
-                    let disks = home.fresh_disks(bases);
-                    disks
-                        .map(|disks| Parts {
+                    // Heartbeats do not wait for a disk.
+                    let ready = tokio::task::spawn_blocking(move || {
+                        home.keep_header(&header)?;
+                        let disks = home.fresh_disks(bases)?;
+                        Ok(Parts {
                             header,
                             kernel,
                             disks,
                             binary,
                         })
-                        .map_err(|error| error.to_string())
+                    });
+                    match ready.await {
+                        Ok(parts) => parts.map_err(|error: HomeError| error.to_string()),
+                        Err(ended) => Err(ended.to_string()),
+                    }
                 }
             };
             let _ = back.send(Back::Parts(run, false, parts));

@@ -18,7 +18,7 @@ use replay_log::{DiskBase, FileOptions, Header, SyncPolicy, Term};
 use ring::rand::{SecureRandom, SystemRandom};
 use thiserror::Error;
 use vmm::config::MachineConfig;
-use vmm::disk::{Base, Durability, Overlay};
+use vmm::disk::{Base, Durability, Overlay, OverlayError};
 
 use crate::agent::durable;
 use crate::agent::library::{Library, LibraryError};
@@ -252,8 +252,12 @@ impl Home {
         let header = self.header()?.ok_or(HomeError::NeverRan)?;
         let seal = |(disk, name): (usize, &DiskBase)| {
             let base = Base::open(&self.bases, *name).map_err(DiskSetupError::Base)?;
-            let overlay = Overlay::open(&self.overlay(disk), base, Durability::Sync)
-                .map_err(DiskSetupError::Overlay)?;
+            let overlay = match Overlay::open(&self.overlay(disk), base, Durability::Sync) {
+                // The process ended after the header had named the sealed base, and before the
+                // overlay that was sealed into it was removed.
+                Err(OverlayError::OtherBase { .. }) => return Ok(*name),
+                opened => opened.map_err(DiskSetupError::Overlay)?,
+            };
             let sealed = overlay
                 .seal_into_base(&self.bases)
                 .map_err(DiskSetupError::Overlay)?;

@@ -52,7 +52,6 @@ pub enum LogNews {
 pub struct Returned {
     store: FileStore,
     news: Vec<LogNews>,
-    generation: u64,
 }
 
 /// The log of one VM on this host.
@@ -65,8 +64,11 @@ pub struct LogKeeper {
     recent_bytes: usize,
     tip: LogTip,
     incarnation: Incarnation,
-    /// Raised when the log is dropped: what an earlier store reports is not about this one.
-    generation: u64,
+    /// Counts the logs that were dropped, for the names of their folders.
+    dropped: u64,
+    /// The log is to be dropped as soon as its store is back: one that is away still writes by the
+    /// names of its files, which the next log's will have, too.
+    drop_when_back: bool,
     returns: UnboundedSender<Returned>,
 }
 
@@ -89,7 +91,8 @@ impl LogKeeper {
             recent: VecDeque::new(),
             recent_bytes: 0,
             incarnation,
-            generation: 0,
+            dropped: 0,
+            drop_when_back: false,
             returns,
         })
     }
@@ -170,44 +173,65 @@ impl LogKeeper {
     }
 
     /// From the next holding on, or from now on while nothing is held, the log is kept like this.
-    pub fn set_options(&mut self, options: FileOptions) {
+    pub fn set_options(&mut self, options: FileOptions) -> Result<(), OpenError> {
         self.options = options;
         if self.tip.index == LogIndex::START
             && self.waiting.is_empty()
             && self.store.take().is_some()
         {
-            self.store = FileStore::open(&self.dir, options).ok();
+            self.store = Some(FileStore::open(&self.dir, options)?);
         }
+        Ok(())
     }
 
     /// Forgets the whole log and begins another holding.
     pub fn drop_log(&mut self, incarnation: Incarnation) -> Result<(), OpenError> {
-        self.generation += 1;
         self.waiting.clear();
         self.recent.clear();
         self.recent_bytes = 0;
         self.incarnation = incarnation;
-        // The lock on the folder goes with the store; one that is away keeps its own folder, which
-        // is gone by name when it comes back.
-        self.store = None;
-        let gone = self.dir.with_extension(format!("old-{}", self.generation));
-        let moved = std::fs::rename(&self.dir, &gone);
-        if moved.is_ok() {
-            std::thread::spawn(move || std::fs::remove_dir_all(gone));
+        self.tip = LogTip::default();
+        if self.store.is_none() {
+            self.drop_when_back = true;
+            return Ok(());
         }
-        let store = FileStore::open(&self.dir, self.options)?;
-        self.tip = store.tip();
-        self.store = Some(store);
+        self.begin_anew()
+    }
+
+    /// Sets the folder aside, to be removed, and begins another log in its place.
+    fn begin_anew(&mut self) -> Result<(), OpenError> {
+        self.drop_when_back = false;
+        // The lock on the folder goes with the store.
+        self.store = None;
+        self.dropped += 1;
+        let gone = self.dir.with_extension(format!("old-{}", self.dropped));
+        match std::fs::rename(&self.dir, &gone) {
+            Ok(()) => drop(std::thread::spawn(move || std::fs::remove_dir_all(gone))),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(source) => {
+                return Err(OpenError::Io(IoFailure {
+                    action: "set aside the log that was given up in",
+                    path: self.dir.clone(),
+                    source,
+                }));
+            }
+        }
+        self.store = Some(FileStore::open(&self.dir, self.options)?);
         Ok(())
     }
 
     /// A store is back.
     pub fn returned(&mut self, returned: Returned, news: &mut Vec<LogNews>) {
-        if returned.generation != self.generation {
-            return;
-        }
         self.store = Some(returned.store);
-        news.extend(returned.news);
+        if self.drop_when_back {
+            // What it reports is about the log that is given up.
+            if let Err(error) = self.begin_anew() {
+                news.push(LogNews::Failed(error.to_string()));
+                return;
+            }
+        } else {
+            news.extend(returned.news);
+        }
         self.proceed(news);
     }
 
@@ -239,17 +263,12 @@ impl LogKeeper {
             return;
         };
         let work = std::mem::take(&mut self.waiting);
-        let generation = self.generation;
         let returns = self.returns.clone();
         tokio::task::spawn_blocking(move || {
             let mut news = Vec::new();
             work_off(&mut store, work, &mut news);
             // Without a receiver the VM is gone from this host, and nobody asks.
-            let _ = returns.send(Returned {
-                store,
-                news,
-                generation,
-            });
+            let _ = returns.send(Returned { store, news });
         });
     }
 
@@ -343,5 +362,93 @@ impl Cursor {
     /// Where the next batch begins.
     pub const fn next(&self) -> LogIndex {
         self.next
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use replay_log::{BatchBuilder, Entry, Mark, MarkDigest, Position, Term};
+    use tokio::sync::mpsc::unbounded_channel;
+
+    use super::*;
+
+    fn batch(after: LogTip, digest: u64) -> Batch {
+        let mut builder = BatchBuilder::new(Term(1), after.index);
+        let mark = Mark {
+            at: Position(1),
+            digest: MarkDigest(digest),
+        };
+        builder.push(&Entry::Mark(mark)).expect("room");
+        builder.finish().expect("an entry")
+    }
+
+    const DURABLE: FileOptions = FileOptions {
+        sync: SyncPolicy::Explicit,
+        segment_bytes: 64 << 20,
+        checkpoint_bytes: 1 << 20,
+        retain: None,
+    };
+
+    /// A log that is given up while its store waits for the disk: the next begins when the store is
+    /// back, nothing that it reports counts, and nothing of it is found in the next.
+    #[tokio::test]
+    async fn a_log_is_dropped_when_its_store_is_back() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let dir = folder.path().join("log");
+        let (to_returns, mut returns) = unbounded_channel();
+        let mut log = LogKeeper::open(&dir, DURABLE, Incarnation(1), to_returns).expect("a log");
+        let mut news = Vec::new();
+        log.append(batch(log.tip(), 1), &mut news);
+        log.sync(&mut news);
+        assert!(news.is_empty(), "the store is away: {news:?}");
+        log.drop_log(Incarnation(2)).expect("dropped");
+        let second = batch(LogTip::default(), 2);
+        log.append(second.clone(), &mut news);
+        log.sync(&mut news);
+        for _ in 0..2 {
+            let returned = returns.recv().await.expect("a store");
+            log.returned(returned, &mut news);
+        }
+        let tip = second.tip(LogTip::default().chain);
+        let told = |one: &LogNews| match one {
+            LogNews::Stored(incarnation, at) | LogNews::Synced(incarnation, at) => {
+                *incarnation == Incarnation(2) && *at == tip
+            }
+            _ => false,
+        };
+        assert!(!news.is_empty() && news.iter().all(told), "{news:?}");
+        drop(log);
+        let store = FileStore::open(&dir, DURABLE).expect("a log");
+        assert_eq!(store.tip(), tip);
+    }
+
+    #[test]
+    fn a_damaged_log_is_set_aside() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let dir = folder.path().join("log");
+        let open = || {
+            let (to_returns, _) = unbounded_channel();
+            LogKeeper::open(&dir, FileOptions::default(), Incarnation(1), to_returns)
+        };
+        let mut log = open().expect("a log");
+        let first = batch(log.tip(), 1);
+        let mut store = log.store.take().expect("a store");
+        store.append(&first).expect("appended");
+        drop((log, store));
+        let segment = std::fs::read_dir(&dir).expect("listed").flatten();
+        let mut segments =
+            segment.filter(|file| file.path().extension().is_some_and(|e| e == "open"));
+        let segment = segments.next().expect("a segment").path();
+        let mut bytes = std::fs::read(&segment).expect("read");
+        bytes[20] ^= 1;
+        std::fs::write(&segment, &bytes).expect("written");
+        assert!(matches!(open(), Err(OpenError::Damaged(_))));
+        let (to_returns, _) = unbounded_channel();
+        let anew = LogKeeper::open_anew(&dir, FileOptions::default(), Incarnation(1), to_returns);
+        assert_eq!(anew.expect("an empty log").tip(), LogTip::default());
+        let kept = dir
+            .with_extension(DAMAGED)
+            .join(segment.file_name().expect("a name"));
+        assert_eq!(std::fs::read(kept).expect("the evidence"), bytes);
     }
 }

@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use super::endpoint::{DialError, Endpoint, IncomingStream, Peer, StreamKind};
 use super::frame::{self, FrameError, FrameReader, WriteFrameError};
 use super::tls::Purpose;
-use super::{CONTROL_MESSAGE_MAX, CloseReason};
+use super::{CONTROL_MESSAGE_MAX, CloseReason, Ended};
 use crate::agent::certs::Identity;
 
 /// Requests of one kind that are served at the same time; more wait.
@@ -175,6 +175,10 @@ impl<A: DeserializeOwned> Answers<A> {
                 peer: self.peer.clone(),
                 reason: CloseReason::from_number(code.into_inner())
                     .map_or_else(|| format!("code {code}"), |reason| reason.to_string()),
+            },
+            FrameError::Read(quinn::ReadError::ConnectionLost(error)) => RequestError::Refused {
+                peer: self.peer.clone(),
+                reason: Ended::from(&error).to_string(),
             },
             FrameError::Read(error) => RequestError::Refused {
                 peer: self.peer.clone(),

@@ -153,7 +153,11 @@ async fn answer<K: RecordKeeper>(
     mut reply: Reply,
 ) {
     let answer = match question {
-        Question::Watch { vm } => return watch(&*keeper, &vm, reply).await,
+        // Goes on for as long as a gateway lives: it must not take a place that requests need.
+        Question::Watch { vm } => {
+            tokio::spawn(async move { watch(&*keeper, &vm, reply).await });
+            return;
+        }
         Question::Read { vm } => keeper.read(&vm).await.map(Answer::Record),
         Question::List => keeper.list().await.map(Answer::All),
         Question::Swap { vm, expect, new } => swap(&*keeper, &from, vm, expect, new).await,

@@ -142,7 +142,7 @@ impl Primary {
                 .filter(|_| !members.contains(member))
             {
                 core.journal(Event::ReplicaLost {
-                    host: member.host.clone(),
+                    replica: member.host.clone(),
                     silence_ms: silence.as_millis(),
                 });
             }
@@ -150,7 +150,7 @@ impl Primary {
         for member in members.iter().filter(|m| !record.members.contains(m)) {
             let held = self.followers.get(&member.host).map(|f| f.held);
             core.journal(Event::ReplicaCaughtUp {
-                host: member.host.clone(),
+                replica: member.host.clone(),
                 index: held.unwrap_or_default(),
             });
         }
