@@ -20,7 +20,7 @@ use understudy::agent::journal::What;
 use understudy::agent::operator::Client;
 use understudy::config::Config;
 use understudy::demo::load::{Load, LoadConfig};
-use understudy::protocol::{HostName, VmName};
+use understudy::protocol::{HostName, Span, VmName};
 
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -66,7 +66,8 @@ fn main() {
     println!("the longest time without any answer: {longest:?}");
     let mut figures = Figures::default();
     let terms = runtime.block_on(self::term(&client)) - term;
-    figures.at_most("unwanted promotions", terms as f64, 0.0, "");
+    let terms = u32::try_from(terms).expect("a few");
+    figures.at_most("unwanted promotions", terms.into(), 0.0, "");
     figures.at_least("busy cores", share * 100.0, 97.0, " %");
     assert!(report.acknowledged > 0, "the load did something");
     assert!(report.is_flawless(), "{report:?}");
@@ -119,7 +120,7 @@ async fn watch(client: &Client, length: Duration) -> Duration {
     while began.elapsed() < length {
         for status in client.status_of_all().await.into_values().flatten() {
             let silences = status.vms.iter().filter_map(|vm| vm.node.primary_silence);
-            longest = silences.map(|s| s.as_nanos()).fold(longest, u64::max);
+            longest = silences.map(Span::as_nanos).fold(longest, u64::max);
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }

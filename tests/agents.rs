@@ -145,7 +145,9 @@ impl Cluster {
     /// Stops all hosts at once: nobody is left to take over from anybody.
     async fn stop_hosts(&mut self) {
         let mut hosts = std::mem::take(&mut self.hosts);
-        hosts.values_mut().for_each(|host| host.stop = None);
+        for host in hosts.values_mut() {
+            host.stop = None;
+        }
         for host in hosts.into_values() {
             host.stop().await;
         }

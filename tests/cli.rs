@@ -3,6 +3,8 @@
 #[path = "common/skip.rs"]
 mod skip;
 
+use std::io::BufRead as _;
+
 use assert_cmd::Command;
 
 fn understudy() -> Command {
@@ -434,7 +436,6 @@ fn a_guest_that_is_stopped_has_ended_well() {
     if !kvm_is_here("a_guest_that_is_stopped_has_ended_well") {
         return;
     }
-    use std::io::BufRead as _;
     let dir = tempfile::tempdir().expect("a folder");
     for attempt in 0..6 {
         let log = dir.path().join(attempt.to_string());

@@ -117,8 +117,13 @@ pub async fn play(options: &Options, audience: &mut dyn Audience) -> Result<Repo
         ));
         let mut kill = stage.kill(&load).await?;
         if number < options.kills {
-            audience.scene(&format!("bringing {} back as a replica", kill.old));
+            audience.scene(&format!(
+                "bringing {} back as a replica, under a lighter load",
+                kill.old
+            ));
+            load.ease(true);
             kill.healed_ms = Some(stage.heal(&kill.old, options.keep_data).await?);
+            load.ease(false);
         }
         audience.killed(number, &kill);
         kills.push(kill);

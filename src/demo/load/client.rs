@@ -232,7 +232,7 @@ impl Client {
                 let keys = self.keys.len();
                 self.counters[(first + offset) % keys].unanswered();
             }
-        } else if let Some(pause) = self.shared.config.pause {
+        } else if let Some(pause) = self.shared.pause() {
             tokio::time::sleep(pause).await;
         }
         outcome

@@ -66,11 +66,15 @@ pub struct LoadError {
     source: Broken,
 }
 
+/// How long each client rests after an answer while the load is eased.
+const EASED: Duration = Duration::from_millis(20);
+
 /// What the clients have in common.
 #[derive(Debug)]
 struct Shared {
     config: LoadConfig,
     stopping: AtomicBool,
+    eased: AtomicBool,
     acknowledged: AtomicU64,
     broken: AtomicU64,
     timeline: Mutex<Timeline>,
@@ -79,6 +83,12 @@ struct Shared {
 impl Shared {
     fn stopping(&self) -> bool {
         self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// How long to rest after a round of answers.
+    fn pause(&self) -> Option<Duration> {
+        let eased = self.eased.load(Ordering::Relaxed).then_some(EASED);
+        self.config.pause.max(eased)
     }
 
     fn count_broken(&self) {
@@ -133,6 +143,7 @@ impl Load {
     pub async fn start(config: LoadConfig) -> Result<Self, LoadError> {
         let shared = Arc::new(Shared {
             stopping: AtomicBool::new(false),
+            eased: AtomicBool::new(false),
             acknowledged: AtomicU64::new(0),
             broken: AtomicU64::new(0),
             timeline: Mutex::default(),
@@ -154,6 +165,13 @@ impl Load {
             clients.spawn(client.run());
         }
         Ok(Self { shared, clients })
+    }
+
+    /// Lets the clients rest between their requests, or not any more. A new replica executes the log
+    /// from power-on: on a machine that it shares with all others it would run after a full load
+    /// for longer each time.
+    pub fn ease(&self, eased: bool) {
+        self.shared.eased.store(eased, Ordering::Relaxed);
     }
 
     /// Increments answered so far.
