@@ -215,7 +215,7 @@ impl Host for OfflineHost {
         })
     }
 
-    fn arrival_waits(&mut self) -> bool {
+    fn arrival_waits(&mut self, _: Sources) -> bool {
         !self.replies.is_empty()
     }
 

@@ -88,8 +88,8 @@ impl Host for Edge {
         Ok(())
     }
 
-    fn arrival_waits(&mut self) -> bool {
-        !self.frames.is_empty() || !self.replies.is_empty()
+    fn arrival_waits(&mut self, can_take: Sources) -> bool {
+        (can_take.frame && !self.frames.is_empty()) || !self.replies.is_empty()
     }
 
     fn arrival(&mut self, can_take: Sources) -> Result<Option<FromOutside>, TapeError> {
@@ -318,7 +318,8 @@ impl Vm {
                     brought.executed = Some((executed, self.runner.at()));
                 }
                 // What the own disk has finished is looked at again at once.
-                brought.busy |= replayer.host().arrival_waits() && !replayer.drained();
+                brought.busy |=
+                    replayer.host().arrival_waits(Sources::default()) && !replayer.drained();
             }
             Some(Tape::Recording(recorder)) => {
                 brought.paused = turn == Turn::Paused;

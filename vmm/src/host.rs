@@ -104,8 +104,9 @@ pub trait Host {
     /// Fills `out` with random bytes that nobody can predict.
     fn entropy(&mut self, out: &mut [u8]) -> Result<(), TapeError>;
 
-    /// Whether [`Host::arrival`] may have something. Cheap; asked after every exit.
-    fn arrival_waits(&mut self) -> bool;
+    /// Whether [`Host::arrival`] has something that the machine can take now. Cheap; asked after
+    /// every exit.
+    fn arrival_waits(&mut self, can_take: Sources) -> bool;
 
     /// The next thing for the machine that it can take now. Frames come in order, and those it
     /// cannot take wait here. A disk error ends here, as [`TapeError::Host`].

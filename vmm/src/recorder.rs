@@ -6,11 +6,12 @@
 use std::collections::BTreeMap;
 
 use replay_log::{
-    Answer, Arrival, BatchBuilder, DiskOutcome, Entry, FrameNumber, FrameSource,
+    Answer, Arrival, BatchBuilder, DiskOutcome, EncodeError, Entry, FrameNumber, FrameSource,
     GatewayIncarnation, Group, GroupBody, GuestTime, Header, LogIndex, Mark, MarkDigest, Position,
     Term, TermChange, TimerId,
 };
 
+use crate::devices::layout::MAX_FRAME;
 use crate::host::{DiskData, FromOutside, Host, HostTime, Output, OutputKind, Shipment};
 use crate::tape::{Command, CpuState, Delivery, Next, Pending, Query, Sources, Tape, TapeError};
 
@@ -91,6 +92,7 @@ pub struct Recorder<H> {
     outputs: Vec<(OutputKind, bytes::Bytes)>,
     /// Frames delivered in the batch under construction.
     batch_frames: BTreeMap<GatewayIncarnation, FrameNumber>,
+    overlong: u64,
     last_mark: HostTime,
     marked_at: Option<Position>,
     /// Something was delivered at the marked position after the mark.
@@ -138,6 +140,7 @@ impl<H: Host> Recorder<H> {
             answers: Vec::new(),
             outputs: Vec::new(),
             batch_frames: BTreeMap::new(),
+            overlong: 0,
             last_mark: now,
             marked_at: None,
             stale_mark: true,
@@ -165,6 +168,11 @@ impl<H: Host> Recorder<H> {
     /// What the machine has going on with the outside.
     pub const fn ongoing(&self) -> &Ongoing {
         &self.ongoing
+    }
+
+    /// How many frames came that no guest can take, longer than [`MAX_FRAME`].
+    pub const fn overlong(&self) -> u64 {
+        self.overlong
     }
 
     /// Asks the run loop to leave at the next landmark, everything shipped (`true`), or lets it
@@ -227,7 +235,13 @@ impl<H: Host> Recorder<H> {
         if self.batch_since.is_none() {
             self.batch_since = Some(self.host.now());
         }
-        let end = self.builder.push(entry).map_err(|error| TapeError::Host {
+        let mut pushed = self.builder.push(entry);
+        if pushed == Err(EncodeError::BatchFull) {
+            // An entry is a whole group: the batch may end before it.
+            self.ship()?;
+            pushed = self.builder.push(entry);
+        }
+        let end = pushed.map_err(|error| TapeError::Host {
             reason: format!("an entry cannot be written to the log: {error}"),
         })?;
         self.ongoing.index = end;
@@ -283,8 +297,14 @@ impl<H: Host> Recorder<H> {
 
     fn arrive(&mut self, at: Position, from: FromOutside) -> Result<Next, TapeError> {
         let (arrival, data) = match from {
-            FromOutside::Frame { source, bytes } => {
+            FromOutside::Frame { source, mut bytes } => {
                 self.ongoing.frames.insert(source.gateway, source.number);
+                if bytes.len() > MAX_FRAME {
+                    // Only its number is kept, so that its gateway goes on counting: the network
+                    // device drops what is no frame.
+                    self.overlong += 1;
+                    bytes.clear();
+                }
                 (Arrival::Frame { source, bytes }, None)
             }
             FromOutside::Console(bytes) => (Arrival::Console { bytes }, None),
@@ -348,13 +368,25 @@ pub(crate) fn read_hash(data: &[u8]) -> u64 {
 }
 
 impl<H: Host> Tape for Recorder<H> {
-    fn pending(&mut self, at: Position, cpu: CpuState, _: Sources) -> Result<Pending, TapeError> {
-        if cpu != CpuState::Ready || self.pause || self.throttled || self.host.arrival_waits() {
+    fn pending(
+        &mut self,
+        at: Position,
+        cpu: CpuState,
+        can_take: Sources,
+    ) -> Result<Pending, TapeError> {
+        let held = self.pause || self.throttled;
+        if cpu != CpuState::Ready || held || self.host.arrival_waits(can_take) {
             return Ok(Pending::Act);
         }
         let now = self.host.now();
-        let act = self.due_timer(now).is_some() || self.mark_due(at, now) || self.batch_due(now);
-        Ok(if act { Pending::Act } else { Pending::Nothing })
+        if self.due_timer(now).is_some() || self.mark_due(at, now) {
+            return Ok(Pending::Act);
+        }
+        if self.batch_due(now) {
+            // The exit's group is closed, so nothing needs to be completed first.
+            self.flush()?;
+        }
+        Ok(Pending::Nothing)
     }
 
     fn next(&mut self, at: Position, cpu: CpuState, can_take: Sources) -> Result<Next, TapeError> {

@@ -126,8 +126,10 @@ impl Host for MemoryHost {
         Ok(())
     }
 
-    fn arrival_waits(&mut self) -> bool {
-        !self.quiet()
+    fn arrival_waits(&mut self, can_take: Sources) -> bool {
+        !self.replies.is_empty()
+            || (can_take.console > 0 && !self.console.is_empty())
+            || (can_take.frame && !self.frames.is_empty())
     }
 
     fn arrival(&mut self, can_take: Sources) -> Result<Option<FromOutside>, TapeError> {

@@ -160,9 +160,11 @@ impl Host for ProcessHost {
         })
     }
 
-    fn arrival_waits(&mut self) -> bool {
+    fn arrival_waits(&mut self, can_take: Sources) -> bool {
         self.drain();
-        !(self.disk.is_empty() && self.frames.is_empty() && self.console.is_empty())
+        !self.disk.is_empty()
+            || (can_take.frame && !self.frames.is_empty())
+            || (can_take.console > 0 && !self.console.is_empty())
     }
 
     fn arrival(&mut self, can_take: Sources) -> Result<Option<FromOutside>, TapeError> {
@@ -250,7 +252,7 @@ mod tests {
         host.wait(None).expect("no failure");
         assert!(matches!(host.control(), Some(ToVm::Pause(true))));
         sender.send(Inbox::Lost(None)).expect("sent");
-        assert!(!host.arrival_waits());
+        assert!(!host.arrival_waits(Sources::default()));
         host.wait(None).expect("no failure");
         assert!(host.lost());
     }

@@ -51,6 +51,9 @@ pub const VIRTIO_BASE: u64 = 0xd000_0000;
 pub const VIRTIO_WINDOW: u64 = 0x1000;
 /// Interrupt line of the network device.
 pub const NET_IRQ: u8 = 5;
+/// An MTU of 1,500 with Ethernet header and VLAN tag. Longer frames are dropped, both ways, and so
+/// are those shorter than a header.
+pub const MAX_FRAME: usize = 1518;
 /// Interrupt lines of the disks, in order.
 pub const DISK_IRQS: [u8; MAX_DISKS] = [10, 11, 14, 15];
 /// How many disks a machine can have.

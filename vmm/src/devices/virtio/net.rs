@@ -8,6 +8,7 @@ use bytes::Bytes;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MAC;
 
+use super::super::layout::MAX_FRAME;
 use super::ring::Ring;
 use super::{Device, Outside, Tell, Trouble};
 use crate::GuestMemory;
@@ -22,8 +23,6 @@ pub const SEND: usize = 1;
 const HEADER: usize = 12;
 /// An Ethernet header.
 const MIN_FRAME: usize = 14;
-/// An MTU of 1,500 with Ethernet header and VLAN tag. Longer frames are dropped, both ways.
-pub const MAX_FRAME: usize = 1518;
 
 /// A network device.
 #[derive(Debug)]
@@ -43,7 +42,8 @@ impl Net {
             return Ok(Tell::Nothing);
         };
         let length = HEADER + frame.len();
-        if frame.len() > MAX_FRAME || length > chain.writable.len() as usize {
+        if !(MIN_FRAME..=MAX_FRAME).contains(&frame.len()) || length > chain.writable.len() as usize
+        {
             ring.put_back();
             return Ok(Tell::Nothing);
         }

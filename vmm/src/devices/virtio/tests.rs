@@ -295,6 +295,8 @@ fn a_frame_that_does_not_fit_is_dropped_and_the_buffer_stays() {
     let head = receive.add(&bench.memory, &[Writable(DATA, 12 + 60)]);
     bench.deliver(frame(&[1; 61])).unwrap();
     bench.deliver(frame(&[1; 3000])).unwrap();
+    bench.deliver(frame(&[1; 13])).unwrap();
+    bench.deliver(frame(&[])).unwrap();
     assert_eq!(receive.next_used(&bench.memory), None);
     assert!(!bench.platform.interrupt_waits());
     bench.deliver(frame(&[2; 60])).unwrap();

@@ -1,0 +1,141 @@
+//! The recorder by hand, without a machine: what it writes when much arrives at once, and what it
+//! asks of the run loop.
+
+use bytes::Bytes;
+use replay_log::batch::MAX_BATCH;
+use replay_log::{Arrival, Entry, Group, GroupBody, Header, ImageDigest, Position, Term};
+use vmm::devices::layout::MAX_FRAME;
+use vmm::recorder::{Policy, Recorder};
+use vmm::tape::{CpuState, Next, Pending, Query, Sources, Tape};
+use vmm::testing::MemoryHost;
+
+/// How far the host's clock moves with each look at it.
+const STEP: u64 = 10;
+
+const ALL: Sources = Sources {
+    frame: true,
+    console: 16,
+};
+
+/// A recorder that has to do nothing by itself.
+fn recorder(policy: Policy) -> Recorder<MemoryHost> {
+    let header = Header {
+        machine_model: vmm::MACHINE_MODEL,
+        image: ImageDigest::default(),
+        config: Bytes::new(),
+        disks: Vec::new(),
+        term: Term(1),
+        boot: [0; 16],
+    };
+    let policy = Policy {
+        mark_age: u64::MAX,
+        mark_landmarks: u64::MAX,
+        ..policy
+    };
+    Recorder::start(MemoryHost::new(STEP, &[], 1), policy, header).expect("starts")
+}
+
+/// Lets everything that waits arrive at one landmark.
+fn deliver_all(tape: &mut Recorder<MemoryHost>) -> Vec<Arrival> {
+    let mut arrivals = Vec::new();
+    while let Next::Deliver(delivery) = tape
+        .next(Position(1), CpuState::Ready, ALL)
+        .expect("the recorder takes everything")
+    {
+        arrivals.push(delivery.arrival);
+    }
+    tape.flush().expect("ships");
+    arrivals
+}
+
+/// The arrivals that the log has.
+fn logged(tape: &mut Recorder<MemoryHost>) -> Vec<Arrival> {
+    let entries = tape.host().batches.iter().flat_map(|batch| {
+        assert!(batch.payload().len() <= MAX_BATCH);
+        batch.decode().expect("decodes")
+    });
+    entries
+        .filter_map(|entry| match entry {
+            Entry::Group(Group {
+                body: GroupBody::Arrival(arrival),
+                ..
+            }) => Some(arrival),
+            _ => None,
+        })
+        .collect()
+}
+
+/// More than a batch can hold may wait for one landmark, whatever the policy says of batches.
+#[test]
+fn more_than_a_batch_arrives_at_one_landmark() {
+    for batch_bytes in [Policy::default().batch_bytes, usize::MAX] {
+        let mut tape = recorder(Policy {
+            batch_bytes,
+            batch_age: u64::MAX,
+            ..Policy::default()
+        });
+        for n in 0..1_500_u32 {
+            let frame: Bytes = (0..1_000).map(|i| (i * 7 + n) as u8).collect();
+            tape.host().send_frame(frame);
+        }
+        let delivered = deliver_all(&mut tape);
+        assert_eq!(delivered.len(), 1_500);
+        assert_eq!(logged(&mut tape), delivered);
+    }
+}
+
+/// What no guest can take costs the log nothing but a number, so that no gateway can fill it.
+#[test]
+fn of_frames_that_are_too_long_only_the_number_is_logged() {
+    let mut tape = recorder(Policy::default());
+    for len in [60, MAX_FRAME + 1, 2_048, MAX_FRAME] {
+        tape.host().send_frame(vec![7; len].into());
+    }
+    let delivered = deliver_all(&mut tape);
+    let told: Vec<(u64, usize)> = delivered
+        .iter()
+        .map(|arrival| match arrival {
+            Arrival::Frame { source, bytes } => (source.number.0, bytes.len()),
+            other => panic!("{other:?} was not sent"),
+        })
+        .collect();
+    assert_eq!(told, [(1, 60), (2, 0), (3, 0), (4, MAX_FRAME)]);
+    assert_eq!(logged(&mut tape), delivered);
+    assert_eq!(tape.overlong(), 2);
+}
+
+/// Completing an exit's I/O costs an entry into the kernel: only for what can be done then.
+#[test]
+fn the_machine_is_not_stopped_for_what_it_cannot_take() {
+    let mut tape = recorder(Policy::default());
+    let full = Sources {
+        frame: false,
+        console: 0,
+    };
+    let pending = |tape: &mut Recorder<MemoryHost>, can_take| {
+        tape.pending(Position(1), CpuState::Ready, can_take)
+            .expect("the recorder stands")
+    };
+    tape.host().send_frame(vec![7; 60].into());
+    tape.host().type_console(Bytes::from_static(b"x"));
+    assert_eq!(pending(&mut tape, full), Pending::Nothing);
+    assert_eq!(pending(&mut tape, ALL), Pending::Act);
+}
+
+/// A batch that is old enough leaves without the machine being stopped for it.
+#[test]
+fn a_due_batch_leaves_at_once() {
+    let mut tape = recorder(Policy::default());
+    let shipped = tape.host().batches.len();
+    tape.answer(Query::Clock).expect("answers");
+    tape.close(Position(1)).expect("closes");
+    let pending = |tape: &mut Recorder<MemoryHost>| {
+        tape.pending(Position(1), CpuState::Ready, Sources::default())
+            .expect("the recorder stands")
+    };
+    assert_eq!(pending(&mut tape), Pending::Nothing);
+    assert_eq!(tape.host().batches.len(), shipped);
+    tape.host().advance(Policy::default().batch_age);
+    assert_eq!(pending(&mut tape), Pending::Nothing);
+    assert_eq!(tape.host().batches.len(), shipped + 1);
+}
