@@ -64,7 +64,7 @@ impl OfflineError {
                 | Self::Stopped {
                     source: MachineError::Tape(
                         TapeError::Diverged { .. } | TapeError::DiskDiffers { .. }
-                    ) | MachineError::CannotTake { .. },
+                    ),
                     ..
                 }
         )

@@ -1,5 +1,7 @@
 //! The vocabulary of the log: what can happen to a machine from outside, and how it is written down.
 
+use std::fmt;
+
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
@@ -120,6 +122,24 @@ pub enum Arrival {
         /// What was typed.
         bytes: Bytes,
     },
+}
+
+impl fmt::Display for Arrival {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Frame { bytes, .. } => write!(f, "a frame of {} bytes", bytes.len()),
+            Self::DiskDone { request, outcome } => {
+                let done = match outcome {
+                    DiskOutcome::Written => "a finished write",
+                    DiskOutcome::Flushed => "a finished flush",
+                    DiskOutcome::Read { .. } => "a finished read",
+                };
+                write!(f, "{done}, disk request {}", request.0)
+            }
+            Self::TimerDue { timer } => write!(f, "the deadline of timer {}", timer.0),
+            Self::Console { bytes } => write!(f, "{} console bytes", bytes.len()),
+        }
+    }
 }
 
 /// The reply to something only the outside knows.

@@ -12,6 +12,7 @@ use replay_log::MarkDigest;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::GuestMemory;
+use crate::machine::DigestScope;
 
 /// RFLAGS.RF: set and cleared by how an instruction was interrupted, not by the guest.
 const RESUME_FLAG: u64 = 1 << 16;
@@ -149,13 +150,14 @@ pub(crate) fn model_specific(hasher: &mut blake3::Hasher, msrs: &Msrs) {
     hasher.update(words.bytes());
 }
 
-/// Adds pages of guest memory with their numbers; wraps around at the end of memory.
+/// Adds the scope's pages of guest memory with their numbers; wraps around at the end of memory.
 pub(crate) fn pages(
     hasher: &mut blake3::Hasher,
     memory: &GuestMemory,
     total: u64,
-    (first, count): (u64, u32),
+    scope: &DigestScope,
 ) -> Result<(), vm_memory::GuestMemoryError> {
+    let (first, count) = scope.scrub;
     let mut left = u64::from(count).min(total);
     let mut page = first.checked_rem(total).unwrap_or(0);
     let mut content = vec![0; left.min(RUN_PAGES) as usize * PAGE];
@@ -164,7 +166,7 @@ pub(crate) fn pages(
         let bytes = &mut content[..run as usize * PAGE];
         memory.read_slice(bytes, GuestAddress(page * PAGE as u64))?;
         // Apart from the rest: aligned to its own beginning, a run is hashed many chunks at once.
-        let hash = blake3::hash(bytes);
+        let hash = blake3::keyed_hash(scope.key.bytes(), bytes);
         hasher.update(&page.to_le_bytes());
         hasher.update(&run.to_le_bytes());
         hasher.update(hash.as_bytes());
@@ -339,7 +341,13 @@ mod tests {
         const PAGES: u64 = 40;
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), PAGES as usize * PAGE)])
             .expect("memory can be mapped");
-        let digest = |scrub| of(|hasher| pages(hasher, &memory, PAGES, scrub).expect("inside"));
+        let digest = |scrub| {
+            let scope = DigestScope {
+                scrub,
+                ..DigestScope::default()
+            };
+            of(|hasher| pages(hasher, &memory, PAGES, &scope).expect("inside"))
+        };
         let before = [
             digest((0, 4)),
             digest((38, 4)),

@@ -4,7 +4,7 @@
 use replay_log::MarkDigest;
 use thiserror::Error;
 
-use crate::tape::{CpuState, Delivery, Sources, Tape, TapeError};
+use crate::tape::{CpuState, Delivery, DigestKey, Sources, Tape, TapeError};
 
 /// How far to execute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,13 +29,15 @@ pub enum Entered {
 }
 
 /// How much a digest covers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DigestScope {
     /// FPU and MSRs too, not only general and system registers.
     pub deep: bool,
     /// Which pages of guest memory to add: `(first page, how many)`, in 4-KiB pages, wrapping
     /// around at the end of memory.
     pub scrub: (u64, u32),
+    /// What it is keyed with.
+    pub key: DigestKey,
 }
 
 /// A machine that stops at landmarks.
@@ -79,7 +81,8 @@ pub enum MachineError {
         /// What came back.
         reason: String,
     },
-    /// The log asks for something the machine cannot take at this landmark.
+    /// The log asks for something the machine cannot take at this landmark. The run loop, which
+    /// knows the landmark, makes a divergence of it.
     #[error("the machine cannot take {what} here: the log is not of this machine")]
     CannotTake {
         /// What was to be delivered.

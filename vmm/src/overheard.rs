@@ -4,7 +4,10 @@
 
 use replay_log::{Answer, Arrival, DiskOutcome, MarkDigest, Position};
 
-use crate::tape::{Command, CpuState, DiskOp, Next, Pending, Query, Sources, Tape, TapeError};
+use crate::digest;
+use crate::tape::{
+    Command, CpuState, DigestKey, DiskOp, Next, Pending, Query, Sources, Tape, TapeError,
+};
 
 /// The hash of what was overheard since the last mark.
 #[derive(Debug, Default)]
@@ -22,8 +25,9 @@ impl Ear {
         self.hasher.update(bytes);
     }
 
-    /// Something arrives.
-    pub(crate) fn arrival(&mut self, arrival: &Arrival) {
+    /// Something arrives after this landmark.
+    pub(crate) fn arrival(&mut self, at: Position, arrival: &Arrival) {
+        self.note(0, at.0, &[]);
         match arrival {
             Arrival::Frame { source, bytes } => {
                 self.note(1, source.gateway.0, &source.number.0.to_le_bytes());
@@ -65,13 +69,20 @@ impl Ear {
         }
     }
 
-    /// The digest of a machine's state together with what was overheard, which is forgotten.
-    pub(crate) fn digest(&mut self, state: MarkDigest) -> MarkDigest {
-        self.hasher.update(&state.0.to_le_bytes());
-        let mut first = [0; 8];
-        first.copy_from_slice(&self.hasher.finalize().as_bytes()[..8]);
+    /// The digest of a machine's state at a landmark together with what was overheard, which is
+    /// forgotten.
+    pub(crate) fn digest(
+        &mut self,
+        key: &DigestKey,
+        at: Position,
+        state: MarkDigest,
+    ) -> MarkDigest {
+        let mut hasher = blake3::Hasher::new_keyed(key.bytes());
+        hasher.update(self.hasher.finalize().as_bytes());
+        hasher.update(&at.0.to_le_bytes());
+        hasher.update(&state.0.to_le_bytes());
         self.hasher.reset();
-        MarkDigest(u64::from_le_bytes(first))
+        digest::truncate(&hasher)
     }
 }
 
@@ -82,6 +93,10 @@ pub(crate) struct Overheard<'a> {
 }
 
 impl Tape for Overheard<'_> {
+    fn key(&self) -> DigestKey {
+        self.tape.key()
+    }
+
     fn pending(
         &mut self,
         at: Position,
@@ -112,5 +127,66 @@ impl Tape for Overheard<'_> {
 
     fn mark(&mut self, at: Position, digest: MarkDigest) -> Result<(), TapeError> {
         self.tape.mark(at, digest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use replay_log::{DiskBase, Header, ImageDigest, Term, TimerId};
+
+    use super::*;
+
+    /// What nothing else shows: a device may only note that its timer was due.
+    #[test]
+    fn an_arrival_counts_with_its_place_and_a_digest_with_its_own_and_its_key() {
+        let digest = |key: &DigestKey, arrives: u64, at: u64| {
+            let mut ear = Ear::default();
+            let timer = TimerId(0);
+            ear.arrival(Position(arrives), &Arrival::TimerDue { timer });
+            ear.digest(key, Position(at), MarkDigest(5))
+        };
+        let (key, other) = (DigestKey::default(), DigestKey::of(&header()));
+        let base = digest(&key, 4, 9);
+        assert_eq!(digest(&key, 4, 9), base);
+        assert_ne!(digest(&key, 5, 9), base);
+        assert_ne!(digest(&key, 4, 8), base);
+        assert_ne!(digest(&other, 4, 9), base);
+    }
+
+    fn header() -> Header {
+        Header {
+            machine_model: 1,
+            image: ImageDigest::default(),
+            config: Bytes::new(),
+            disks: Vec::new(),
+            term: Term(1),
+            boot: [1; 16],
+        }
+    }
+
+    #[test]
+    fn a_key_depends_on_all_of_a_header() {
+        let changes: [fn(&mut Header); 6] = [
+            |header| header.machine_model = 2,
+            |header| header.image.0[0] = 1,
+            |header| header.config = Bytes::from_static(&[0]),
+            |header| {
+                header.disks.push(DiskBase {
+                    digest: [0; 32],
+                    size: 512,
+                });
+            },
+            |header| header.term = Term(2),
+            |header| header.boot[15] = 2,
+        ];
+        let mut seen = vec![DigestKey::of(&header())];
+        for change in changes {
+            let mut header = header();
+            change(&mut header);
+            let key = DigestKey::of(&header);
+            assert!(!seen.contains(&key));
+            seen.push(key);
+        }
     }
 }

@@ -13,7 +13,9 @@ use replay_log::{
 
 use crate::devices::layout::MAX_FRAME;
 use crate::host::{DiskData, FromOutside, Host, HostTime, Output, OutputKind, Shipment};
-use crate::tape::{Command, CpuState, Delivery, Next, Pending, Query, Sources, Tape, TapeError};
+use crate::tape::{
+    Command, CpuState, Delivery, DigestKey, Next, Pending, Query, Sources, Tape, TapeError,
+};
 
 /// How many timers a machine can have.
 pub const TIMERS: usize = 4;
@@ -80,6 +82,7 @@ impl Ongoing {
 pub struct Recorder<H> {
     host: H,
     policy: Policy,
+    key: DigestKey,
     term: Term,
     builder: BatchBuilder,
     ongoing: Ongoing,
@@ -106,34 +109,36 @@ pub struct Recorder<H> {
 impl<H: Host> Recorder<H> {
     /// Starts a log with its header: the machine was just powered on.
     pub fn start(host: H, policy: Policy, header: Header) -> Result<Self, TapeError> {
-        let term = header.term;
-        let mut recorder = Self::new(host, policy, term, Ongoing::default());
+        let (key, term) = (DigestKey::of(&header), header.term);
+        let mut recorder = Self::new(host, policy, key, term, Ongoing::default());
         recorder.write(&Entry::Header(header))?;
         recorder.flush()?;
         Ok(recorder)
     }
 
     /// Goes on with a log under a new term, from where the replay has ended.
-    pub fn resume(
+    pub(crate) fn resume(
         host: H,
         policy: Policy,
+        key: DigestKey,
         term: Term,
         ongoing: Ongoing,
     ) -> Result<Self, TapeError> {
         let at = ongoing.at;
-        let mut recorder = Self::new(host, policy, term, ongoing);
+        let mut recorder = Self::new(host, policy, key, term, ongoing);
         recorder.write(&Entry::Term(TermChange { at, term }))?;
         recorder.flush()?;
         Ok(recorder)
     }
 
-    fn new(mut host: H, policy: Policy, term: Term, ongoing: Ongoing) -> Self {
+    fn new(mut host: H, policy: Policy, key: DigestKey, term: Term, ongoing: Ongoing) -> Self {
         let now = host.now();
         Self {
             clock_zero: i128::from(now.0) - i128::from(ongoing.clock_floor.0),
             builder: BatchBuilder::new(term, ongoing.index),
             host,
             policy,
+            key,
             term,
             ongoing,
             batch_since: None,
@@ -368,6 +373,10 @@ pub(crate) fn read_hash(data: &[u8]) -> u64 {
 }
 
 impl<H: Host> Tape for Recorder<H> {
+    fn key(&self) -> DigestKey {
+        self.key
+    }
+
     fn pending(
         &mut self,
         at: Position,

@@ -4,54 +4,29 @@
 //! requests go to this host's own disk; what the disk returns is delivered where the log says so.
 //! Outputs are made again, with the same numbers, for whoever may have to send them once more.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+mod queue;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 
 use replay_log::{
     Answer, Arrival, Batch, DiskOutcome, Entry, FrameNumber, Group, GroupBody, Header, LogIndex,
     Mark, MarkDigest, Position, RequestNumber, Term,
 };
-use thiserror::Error;
 
 use crate::host::{DiskData, FromOutside, Host, Output, OutputKind};
 use crate::recorder::{Ongoing, Policy, Recorder, arm, read_hash};
-use crate::tape::{Command, CpuState, Delivery, Next, Pending, Query, Sources, Tape, TapeError};
-
-/// Why a log cannot be fed to a machine.
-#[derive(Debug, Error)]
-pub enum FeedError {
-    /// A batch does not decode.
-    #[error("the log cannot be read at entry {at}: {source}")]
-    Decode {
-        /// The batch's first entry.
-        at: LogIndex,
-        /// What is wrong with it.
-        source: replay_log::DecodeError,
-    },
-    /// A batch does not follow the one before.
-    #[error("entry {expected} of the log is missing; the next batch begins at {found}")]
-    Gap {
-        /// The entry that was to come.
-        expected: LogIndex,
-        /// The entry that came.
-        found: LogIndex,
-    },
-    /// The log is another machine's.
-    #[error("the log is of another machine: its header differs in {what}")]
-    OtherMachine {
-        /// Which part of the header.
-        what: &'static str,
-    },
-}
+use crate::tape::{
+    Command, CpuState, Delivery, DigestKey, Next, Pending, Query, Sources, Tape, TapeError,
+};
+pub use queue::FeedError;
+use queue::Queue;
 
 /// The tape of a replica.
 pub struct Replayer<H> {
     host: H,
-    header: Header,
-    /// Entries not yet executed, each with the index after it.
-    queue: VecDeque<(LogIndex, Entry)>,
-    fed: LogIndex,
-    executed: LogIndex,
+    key: DigestKey,
+    queue: Queue,
     term: Term,
     ongoing: Ongoing,
     /// The position of the exit being served is one beyond this.
@@ -64,7 +39,6 @@ pub struct Replayer<H> {
     /// What this host's disk has finished and the log has not delivered yet.
     disk: BTreeMap<RequestNumber, DiskData>,
     marks: u64,
-    pause: bool,
 }
 
 impl<H: Host> Replayer<H> {
@@ -72,11 +46,9 @@ impl<H: Host> Replayer<H> {
     pub fn new(host: H, header: Header) -> Self {
         Self {
             host,
+            key: DigestKey::of(&header),
             term: header.term,
-            header,
-            queue: VecDeque::new(),
-            fed: LogIndex::START,
-            executed: LogIndex::START,
+            queue: Queue::new(header),
             ongoing: Ongoing::default(),
             closed: Position::START,
             answered: 0,
@@ -84,49 +56,12 @@ impl<H: Host> Replayer<H> {
             outstanding: BTreeSet::new(),
             disk: BTreeMap::new(),
             marks: 0,
-            pause: false,
         }
     }
 
     /// Adds the next batch of the log.
     pub fn feed(&mut self, batch: &Batch) -> Result<(), FeedError> {
-        if batch.first() != self.fed {
-            return Err(FeedError::Gap {
-                expected: self.fed,
-                found: batch.first(),
-            });
-        }
-        let entries = batch.decode().map_err(|source| FeedError::Decode {
-            at: batch.first(),
-            source,
-        })?;
-        for (number, entry) in entries.into_iter().enumerate() {
-            if let Entry::Header(header) = &entry {
-                self.check_header(header)?;
-            }
-            self.queue
-                .push_back((batch.first().plus(number as u64 + 1), entry));
-        }
-        self.fed = batch.end();
-        Ok(())
-    }
-
-    fn check_header(&self, header: &Header) -> Result<(), FeedError> {
-        let ours = &self.header;
-        let differs = [
-            (
-                header.machine_model != ours.machine_model,
-                "the machine model's version",
-            ),
-            (header.image != ours.image, "the image"),
-            (header.config != ours.config, "the configuration"),
-            (header.disks != ours.disks, "the disk base"),
-            (header.boot != ours.boot, "the boot"),
-        ];
-        match differs.into_iter().find(|(differs, _)| *differs) {
-            Some((_, what)) => Err(FeedError::OtherMachine { what }),
-            None => Ok(()),
-        }
+        self.queue.feed(batch)
     }
 
     /// The host it stands on.
@@ -136,16 +71,16 @@ impl<H: Host> Replayer<H> {
 
     /// How much of the log the machine has executed.
     pub const fn executed(&self) -> LogIndex {
-        self.executed
+        self.queue.executed()
     }
 
     /// How much of the log it was given.
     pub const fn fed(&self) -> LogIndex {
-        self.fed
+        self.queue.fed()
     }
 
     /// Whether everything that was fed is executed.
-    pub fn drained(&self) -> bool {
+    pub const fn drained(&self) -> bool {
         self.queue.is_empty()
     }
 
@@ -164,11 +99,6 @@ impl<H: Host> Replayer<H> {
         &self.ongoing
     }
 
-    /// Asks the run loop to leave at the next landmark, or lets it go on.
-    pub const fn pause(&mut self, pause: bool) {
-        self.pause = pause;
-    }
-
     /// Goes live: the machine goes on from here under a new term, with a recorder. Everything fed
     /// must be executed. Requests that this host's disk has finished and the log has not delivered
     /// are handed over as arrivals; those still under way arrive by themselves.
@@ -185,29 +115,25 @@ impl<H: Host> Replayer<H> {
         );
         let mut host = self.host;
         host.requeue(self.disk);
-        Recorder::resume(host, policy, term, self.ongoing)
+        Recorder::resume(host, policy, self.key, term, self.ongoing)
     }
 
     /// The next entry, if it belongs to `at`.
     fn entry_at(&self, at: Position) -> Option<&Entry> {
-        self.queue
-            .front()
-            .map(|(_, entry)| entry)
-            .filter(|entry| entry.at() == at)
+        self.queue.front().filter(|entry| entry.at() == at)
     }
 
     /// Takes the next entry off: it is executed now.
-    fn take(&mut self) -> Option<(LogIndex, Entry)> {
-        let (end, entry) = self.queue.pop_front()?;
-        self.executed = end;
-        self.ongoing.index = end;
-        Some((end, entry))
+    fn take(&mut self) -> Option<Entry> {
+        let entry = self.queue.pop()?;
+        self.ongoing.index = self.queue.executed();
+        Some(entry)
     }
 
-    /// Entries that ask nothing of the machine.
-    fn skip_notes(&mut self) {
-        while let Some((_, Entry::Header(_) | Entry::Term(_))) = self.queue.front() {
-            if let Some((_, Entry::Term(change))) = self.take() {
+    /// Takes off what asks nothing of the machine but to be here.
+    fn skip_notes(&mut self, at: Position) {
+        while let Some(Entry::Header(_) | Entry::Term(_)) = self.entry_at(at) {
+            if let Some(Entry::Term(change)) = self.take() {
                 self.term = change.term;
             }
         }
@@ -302,33 +228,31 @@ pub trait Requeue {
 }
 
 impl<H: Host> Tape for Replayer<H> {
+    fn key(&self) -> DigestKey {
+        self.key
+    }
+
     fn pending(&mut self, at: Position, cpu: CpuState, _: Sources) -> Result<Pending, TapeError> {
-        self.skip_notes();
+        self.skip_notes(at);
         self.closed = at;
-        if self.pause {
-            return Ok(Pending::Act);
-        }
         match self.queue.front() {
             None => Ok(Pending::Hold),
-            Some((_, entry)) if entry.at() > at && cpu == CpuState::Ready => Ok(Pending::Nothing),
+            Some(entry) if entry.at() > at && cpu == CpuState::Ready => Ok(Pending::Nothing),
             Some(_) => Ok(Pending::Act),
         }
     }
 
     fn next(&mut self, at: Position, cpu: CpuState, _: Sources) -> Result<Next, TapeError> {
-        self.skip_notes();
+        self.skip_notes(at);
         self.closed = at;
-        let Some((_, entry)) = self.queue.front() else {
-            return Ok(if self.pause { Next::Pause } else { Next::Wait });
+        let Some(entry) = self.queue.front() else {
+            return Ok(Next::Wait);
         };
         if entry.at() < at {
             let expected = describe(entry);
             return Err(diverged(entry.at(), expected, format!("passed on to {at}")));
         }
         if entry.at() > at {
-            if self.pause {
-                return Ok(Next::Pause);
-            }
             return match cpu {
                 CpuState::Ready => Ok(Next::Run),
                 state => Err(diverged(
@@ -426,9 +350,8 @@ impl<H: Host> Tape for Replayer<H> {
         if logged.is_none() {
             return Ok(());
         }
-        let Some((needs, _)) = self.take() else {
-            return Ok(());
-        };
+        self.take();
+        let needs = self.queue.executed();
         for (kind, bytes) in made {
             self.ongoing.outputs = FrameNumber(self.ongoing.outputs.0 + 1);
             let number = self.ongoing.outputs;
@@ -487,13 +410,7 @@ fn describe(entry: &Entry) -> String {
             at,
             body: GroupBody::Arrival(arrival),
         }) => {
-            let what = match arrival {
-                Arrival::Frame { bytes, .. } => format!("a frame of {} bytes", bytes.len()),
-                Arrival::DiskDone { request, .. } => format!("disk request {}", request.0),
-                Arrival::TimerDue { timer } => format!("timer {}", timer.0),
-                Arrival::Console { bytes } => format!("{} console bytes", bytes.len()),
-            };
-            format!("the arrival of {what} at position {at}")
+            format!("the arrival of {arrival} at position {at}")
         }
     }
 }

@@ -15,7 +15,7 @@ use replay_log::Position;
 
 use crate::machine::{DigestScope, Enter, Entered, Machine, MachineError};
 use crate::overheard::{Ear, Overheard};
-use crate::tape::{CpuState, GuestEnd, Next, Pending, Tape};
+use crate::tape::{CpuState, GuestEnd, Next, Pending, Tape, TapeError};
 
 /// Every so many marks the digest is deep: FPU and MSRs too.
 const DEEP_EVERY: u64 = 64;
@@ -132,8 +132,9 @@ impl<M: Machine> Runner<M> {
             }
             match tape.next(self.at, self.cpu(), self.machine.can_take())? {
                 Next::Deliver(delivery) => {
-                    self.ear.arrival(&delivery.arrival);
-                    self.machine.deliver(delivery)?;
+                    self.ear.arrival(self.at, &delivery.arrival);
+                    let taken = self.machine.deliver(delivery);
+                    taken.map_err(|error| placed(error, self.at))?;
                 }
                 Next::Mark => self.mark(tape)?,
                 Next::Wait => return Ok(Some(self.rest(Turn::Waiting))),
@@ -189,8 +190,10 @@ impl<M: Machine> Runner<M> {
         let scope = DigestScope {
             deep: self.marks.is_multiple_of(DEEP_EVERY),
             scrub: (self.scrub_page, pages),
+            key: tape.key(),
         };
-        let digest = self.ear.digest(self.machine.digest(scope)?);
+        let state = self.machine.digest(scope)?;
+        let digest = self.ear.digest(&scope.key, self.at, state);
         self.marks += 1;
         self.scrub_page = self.scrub_page.wrapping_add(u64::from(pages));
         tape.mark(self.at, digest)?;
@@ -203,5 +206,17 @@ impl<M: Machine> Runner<M> {
             CpuState::Stopped(end) => Turn::Ended(end),
             _ => turn,
         }
+    }
+}
+
+/// What a machine cannot take at a landmark was not taken there when it was recorded either.
+fn placed(error: MachineError, at: Position) -> MachineError {
+    match error {
+        MachineError::CannotTake { what } => MachineError::Tape(TapeError::Diverged {
+            at,
+            expected: format!("the arrival of {what}"),
+            found: "cannot take it".to_owned(),
+        }),
+        other => other,
     }
 }

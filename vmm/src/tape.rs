@@ -5,7 +5,9 @@
 //! [`Tape::next`]. The recorder asks the host and writes the log; the replayer reads the log.
 
 use bytes::Bytes;
-use replay_log::{Answer, Arrival, GuestTime, MarkDigest, Position, RequestNumber, TimerId};
+use replay_log::{
+    Answer, Arrival, GuestTime, Header, MarkDigest, Position, RequestNumber, TimerId,
+};
 use thiserror::Error;
 
 /// Something only the outside knows.
@@ -145,8 +147,30 @@ pub enum Pending {
     Hold,
 }
 
+/// Keys every digest of one log. It depends on all of the log's header, the boot that was drawn at
+/// power-on included: no guest knows it, so none can choose what it writes so that two states have
+/// one digest; and under a header in which anything was changed, no digest is equal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DigestKey([u8; 32]);
+
+impl DigestKey {
+    /// The key of the log that begins with this header.
+    pub fn of(header: &Header) -> Self {
+        let header = postcard::to_stdvec(header).expect("plain data always encodes");
+        Self(blake3::derive_key("understudy state digests", &header))
+    }
+
+    /// The key itself.
+    pub const fn bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
 /// A tape: where the outside comes from.
 pub trait Tape {
+    /// What the digests of this log are keyed with.
+    fn key(&self) -> DigestKey;
+
     /// Whether there is anything to do at this landmark but execute on. Cheap: it is asked after
     /// every exit, before pending I/O is completed.
     fn pending(

@@ -69,6 +69,7 @@ fn costs() {
         let scope = DigestScope {
             deep,
             scrub: (0x100, scrub),
+            ..DigestScope::default()
         };
         let with = time(Ring::Three, false, |machine| {
             complete(machine);

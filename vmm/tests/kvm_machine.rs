@@ -15,11 +15,6 @@ use vmm::kvm::{KvmError, KvmKind, KvmMachine, host_fingerprint};
 use vmm::machine::{DigestScope, Enter, Entered, Machine, MachineError};
 use vmm::tape::{CpuState, Delivery, GuestEnd};
 
-const SHALLOW: DigestScope = DigestScope {
-    deep: false,
-    scrub: (0, 0),
-};
-
 /// Runs until the vCPU cannot go on by itself; how many exits that took.
 fn run(machine: &mut KvmMachine) -> Result<u32, MachineError> {
     let mut tape = NoTape::default();
@@ -273,25 +268,29 @@ fn digests_see_registers_exits_and_pages() {
     }
     let mut machine = machine(&config(), &guests::floating_point(10));
     let digest = |machine: &mut KvmMachine, scope| machine.digest(scope).expect("it can be read");
-    let start = digest(&mut machine, SHALLOW);
-    assert_eq!(digest(&mut machine, SHALLOW), start, "nothing has happened");
+    let start = digest(&mut machine, DigestScope::default());
+    assert_eq!(
+        digest(&mut machine, DigestScope::default()),
+        start,
+        "nothing has happened"
+    );
     machine
         .enter(Enter::Run, &mut NoTape::default())
         .expect("the guest runs");
     settle(&mut machine).expect("its I/O completes");
-    let with_exits = digest(&mut machine, SHALLOW);
-    let without = digest(&mut machine, SHALLOW);
+    let with_exits = digest(&mut machine, DigestScope::default());
+    let without = digest(&mut machine, DigestScope::default());
     assert_ne!(with_exits, start);
     assert_ne!(with_exits, without, "the exits are forgotten");
     let deep = DigestScope {
         deep: true,
-        ..SHALLOW
+        ..DigestScope::default()
     };
     assert_ne!(digest(&mut machine, deep), without);
 
     let scrub = |first| DigestScope {
-        deep: false,
         scrub: (first, 2),
+        ..DigestScope::default()
     };
     let (near, far) = (
         digest(&mut machine, scrub(10)),
@@ -317,7 +316,11 @@ fn digests_see_a_register_that_nothing_else_shows() {
             let entered = machine.enter(Enter::Run, &mut NoTape::default());
             entered.expect("the guest runs");
             settle(&mut machine).expect("its I/O completes");
-            digests.push(machine.digest(SHALLOW).expect("it can be read"));
+            digests.push(
+                machine
+                    .digest(DigestScope::default())
+                    .expect("it can be read"),
+            );
         }
         digests
     };

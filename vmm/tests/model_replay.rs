@@ -81,7 +81,14 @@ fn record(seed: u64, requests: u64, per_round: u64, kicks: u32) -> Recorded {
 
 /// Replays everything; how the run loop ended.
 fn replay(batches: &[Batch]) -> Result<(Turn, Replayer<MemoryHost>, Runner<Model>), String> {
-    let mut tape = Replayer::new(host(1), header());
+    replay_as(header(), batches)
+}
+
+fn replay_as(
+    header: Header,
+    batches: &[Batch],
+) -> Result<(Turn, Replayer<MemoryHost>, Runner<Model>), String> {
+    let mut tape = Replayer::new(host(1), header);
     let mut runner = Runner::new(Model::new());
     for batch in batches {
         tape.feed(batch).map_err(|error| error.to_string())?;
@@ -118,13 +125,6 @@ fn a_recorded_run_replays_equal() {
 fn kicks_change_nothing() {
     let quiet = record(5, 100, 4, 0);
     let stormy = record(5, 100, 4, 400);
-    let entries = |recorded: &Recorded| {
-        recorded
-            .batches
-            .iter()
-            .flat_map(|b| b.decode().expect("decodes"))
-            .collect::<Vec<_>>()
-    };
     // The host clock of the test moves with each look, so times differ; what the guest did must not.
     let arrivals = |entries: Vec<Entry>| {
         entries
@@ -133,7 +133,7 @@ fn kicks_change_nothing() {
             .count()
             > 100
     };
-    assert!(arrivals(entries(&quiet)) && arrivals(entries(&stormy)));
+    assert!(arrivals(entries(&quiet.batches)) && arrivals(entries(&stormy.batches)));
     assert_eq!(quiet.counters, stormy.counters);
     replay(&stormy.batches).expect("a stormy log replays on a quiet host");
 }
@@ -236,10 +236,92 @@ fn reseal(entries: &[Entry]) -> Vec<Batch> {
     entries
         .iter()
         .filter_map(|entry| {
+            if let Entry::Term(change) = entry {
+                builder.set_term(change.term);
+            }
             builder.push(entry).ok()?;
             builder.finish()
         })
         .collect()
+}
+
+fn entries(batches: &[Batch]) -> Vec<Entry> {
+    let entries = batches.iter().flat_map(|b| b.decode().expect("decodes"));
+    entries.collect()
+}
+
+/// A header that was changed where it is read, too, keys other digests.
+#[test]
+fn a_changed_header_is_found_at_the_first_mark() {
+    let recorded = entries(&record(5, 9, 2, 0).batches);
+    let changes: [fn(&mut Header); 3] = [
+        |header| header.boot[3] ^= 1,
+        |header| header.image.0[9] ^= 1,
+        |header| header.config = Bytes::from_static(b"more"),
+    ];
+    for change in changes {
+        let (mut changed, mut other) = (recorded.clone(), header());
+        change(&mut other);
+        changed[0] = Entry::Header(other.clone());
+        let error = replay_as(other, &reseal(&changed)).err();
+        let error = error.expect("no digest is equal");
+        assert!(error.contains("diverged at position"), "{error}");
+    }
+}
+
+/// A log of two terms: the second primary took over half way.
+fn two_terms() -> Vec<Entry> {
+    let first = record(11, 20, 3, 0);
+    let half = &first.batches[..first.batches.len() / 2];
+    let (_, tape, mut runner) = replay(half).expect("replays");
+    let mut live = tape.go_live(Policy::default(), Term(4)).expect("goes live");
+    live.host().skip_frames(1_000);
+    live.host().send_frame(Model::request(777, 3));
+    for _ in 0..40 {
+        if runner.turn(&mut live, 50).expect("runs") == Turn::Waiting {
+            live.host().advance(700_000);
+        }
+    }
+    live.flush().expect("ships");
+    let mut whole = entries(half);
+    whole.append(&mut entries(&live.host().batches));
+    whole
+}
+
+#[test]
+fn a_term_begins_where_its_primary_went_live() {
+    let whole = two_terms();
+    replay(&reseal(&whole)).expect("replays");
+    let change = |entry: &Entry| matches!(entry, Entry::Term(_));
+    let at = whole.iter().position(change).expect("there is one");
+    for moved in [-1_i64, 1] {
+        let mut changed = whole.clone();
+        if let Entry::Term(change) = &mut changed[at] {
+            change.at.0 = change.at.0.checked_add_signed(moved).expect("inside");
+        }
+        let error = replay(&reseal(&changed)).err().expect("is found");
+        assert!(error.contains("diverged at position"), "{error}");
+    }
+}
+
+/// What the machine had no room for when it is said to have arrived.
+#[test]
+fn an_arrival_that_cannot_be_taken_is_reported_with_its_position() {
+    let recorded = entries(&record(5, 9, 2, 0).batches);
+    let frame = |entry: &Entry| {
+        matches!(
+            entry,
+            Entry::Group(group) if matches!(group.body, GroupBody::Arrival(Arrival::Frame { .. }))
+        )
+    };
+    let which = recorded.iter().position(frame).expect("there is one");
+    let mut changed = recorded.clone();
+    for _ in 0..20 {
+        changed.insert(which, recorded[which].clone());
+    }
+    let error = replay(&reseal(&changed)).err().expect("is found");
+    assert!(error.contains("diverged at position"), "{error}");
+    assert!(error.contains("cannot take it"), "{error}");
 }
 
 proptest! {
@@ -250,8 +332,8 @@ proptest! {
     #[test]
     fn a_changed_log_is_reported(which in 1_usize..400, how in 0_u8..4) {
         let recorded = record(21, 60, 5, 0);
-        let mut entries: Vec<Entry> =
-            recorded.batches.iter().flat_map(|b| b.decode().expect("decodes")).collect();
+        let before = entries(&recorded.batches);
+        let mut entries = before.clone();
         let which = which % entries.len();
         prop_assume!(which > 0);
         match (how, &mut entries[which]) {
@@ -269,8 +351,6 @@ proptest! {
             },
             _ => return Ok(()),
         }
-        let before: Vec<Entry> =
-            recorded.batches.iter().flat_map(|b| b.decode().expect("decodes")).collect();
         match replay(&reseal(&entries)) {
             Err(_) => {}
             Ok((_, mut tape, runner)) => {

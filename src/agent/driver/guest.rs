@@ -17,7 +17,7 @@ use crate::agent::vm_process::{
 use crate::protocol::VmRun;
 
 /// So many bytes of log may be with the VMM process and not executed.
-const WINDOW: usize = 16 << 20;
+const WINDOW: usize = 4 << 20;
 
 /// So many bytes of frames may be with the VMM process and in no log; more wait in the port, and
 /// with it at the gateways.

@@ -68,9 +68,7 @@ impl From<TapeError> for ChildError {
 impl ChildError {
     const fn kind(&self) -> FailureKind {
         match self {
-            Self::Machine(
-                MachineError::Tape(TapeError::Diverged { .. }) | MachineError::CannotTake { .. },
-            ) => FailureKind::Diverged,
+            Self::Machine(MachineError::Tape(TapeError::Diverged { .. })) => FailureKind::Diverged,
             Self::Machine(MachineError::Tape(TapeError::DiskDiffers { .. })) => {
                 FailureKind::DiskDiffers
             }

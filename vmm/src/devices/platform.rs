@@ -292,7 +292,7 @@ impl Platform {
         };
         if !taken {
             return Err(MachineError::CannotTake {
-                what: describe(&arrival),
+                what: arrival.to_string(),
             });
         }
         self.power.arrival();
@@ -412,17 +412,6 @@ fn serial_register(port: u16) -> Option<u8> {
     port.checked_sub(layout::SERIAL)
         .filter(|offset| *offset < 8)
         .map(|offset| offset as u8)
-}
-
-fn describe(arrival: &Arrival) -> String {
-    match arrival {
-        Arrival::Frame { bytes, .. } => format!("a frame of {} bytes", bytes.len()),
-        Arrival::DiskDone { request, outcome } => {
-            format!("the completion {outcome:?} of disk request {}", request.0)
-        }
-        Arrival::TimerDue { timer } => format!("the deadline of timer {}", timer.0),
-        Arrival::Console { bytes } => format!("{} console bytes", bytes.len()),
-    }
 }
 
 #[cfg(test)]

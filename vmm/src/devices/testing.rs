@@ -13,7 +13,8 @@ use crate::GuestMemory;
 use crate::config::MachineConfig;
 use crate::machine::MachineError;
 use crate::tape::{
-    Command, CpuState, Delivery, DiskRequest, Next, Pending, Query, Sources, Tape, TapeError,
+    Command, CpuState, Delivery, DigestKey, DiskRequest, Next, Pending, Query, Sources, Tape,
+    TapeError,
 };
 
 /// Answers with a clock that advances by a second per question and with counted bytes; keeps
@@ -27,6 +28,10 @@ pub struct FakeTape {
 }
 
 impl Tape for FakeTape {
+    fn key(&self) -> DigestKey {
+        unreachable!("devices never ask this")
+    }
+
     fn pending(&mut self, _: Position, _: CpuState, _: Sources) -> Result<Pending, TapeError> {
         unreachable!("devices never ask this")
     }

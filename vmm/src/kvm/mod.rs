@@ -220,7 +220,7 @@ impl Machine for KvmMachine {
 
     fn digest(&mut self, scope: DigestScope) -> Result<MarkDigest, MachineError> {
         let (regs, sregs) = self.vcpu.registers()?;
-        let mut hasher = blake3::Hasher::new();
+        let mut hasher = blake3::Hasher::new_keyed(scope.key.bytes());
         digest::registers(&mut hasher, &regs, &sregs);
         hasher.update(&[
             u8::from(self.halted),
@@ -236,7 +236,7 @@ impl Machine for KvmMachine {
                 .map_err(|e| refused("KVM_GET_MSRS", e))?;
             digest::model_specific(&mut hasher, &self.msrs);
         }
-        digest::pages(&mut hasher, &self.memory, self.pages, scope.scrub).map_err(|e| {
+        digest::pages(&mut hasher, &self.memory, self.pages, &scope).map_err(|e| {
             MachineError::Host {
                 doing: "reading guest memory",
                 reason: e.to_string(),

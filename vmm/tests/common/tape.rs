@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 use replay_log::{Answer, GuestTime, MarkDigest, Position};
-use vmm::tape::{Command, CpuState, Next, Pending, Query, Sources, Tape, TapeError};
+use vmm::tape::{Command, CpuState, DigestKey, Next, Pending, Query, Sources, Tape, TapeError};
 
 #[derive(Debug, Default)]
 pub struct NoTape {
@@ -12,6 +12,10 @@ pub struct NoTape {
 }
 
 impl Tape for NoTape {
+    fn key(&self) -> DigestKey {
+        DigestKey::default()
+    }
+
     fn pending(&mut self, _: Position, _: CpuState, _: Sources) -> Result<Pending, TapeError> {
         Ok(Pending::Nothing)
     }
