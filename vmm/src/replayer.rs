@@ -166,10 +166,12 @@ impl<H: Host> Replayer<H> {
                 None
             }
             Arrival::TimerDue { timer } => {
-                let armed = self.ongoing.timers.get(usize::from(timer.0));
-                let due = armed.copied().flatten();
+                let slot = self.ongoing.timers.get_mut(usize::from(timer.0));
+                let due = slot.and_then(Option::take);
+                if due.is_none() {
+                    return Err(diverged(at, &arrival, "has not armed that timer"));
+                }
                 self.ongoing.pass(due);
-                arm(&mut self.ongoing.timers, *timer, None)?;
                 None
             }
             Arrival::Console { .. } => None,

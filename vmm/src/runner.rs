@@ -47,6 +47,7 @@ pub struct Runner<M> {
     injected: bool,
     /// A kick took the vCPU out between two landmarks: nothing may be done but to go back in.
     in_slice: bool,
+    kicks: u64,
     marks: u64,
     scrub_page: u64,
     ear: Ear,
@@ -61,6 +62,7 @@ impl<M: Machine> Runner<M> {
             unsettled: false,
             injected: false,
             in_slice: false,
+            kicks: 0,
             marks: 0,
             scrub_page: 0,
             ear: Ear::default(),
@@ -70,6 +72,11 @@ impl<M: Machine> Runner<M> {
     /// The last landmark passed.
     pub const fn at(&self) -> Position {
         self.at
+    }
+
+    /// How often a kick took the vCPU out.
+    pub const fn kicks(&self) -> u64 {
+        self.kicks
     }
 
     /// The machine.
@@ -176,7 +183,10 @@ impl<M: Machine> Runner<M> {
                 tape.close(self.at)?;
             }
             Entered::Settled => self.unsettled = false,
-            Entered::Kicked => self.in_slice |= how == Enter::Run,
+            Entered::Kicked => {
+                self.kicks += 1;
+                self.in_slice |= how == Enter::Run;
+            }
         }
         Ok(entered)
     }

@@ -1,20 +1,22 @@
 //! Recording and replaying a guest on KVM, under a storm of kicks.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
 use replay_log::{Batch, Header, ImageDigest, Position, Term};
+use thiserror::Error;
 use vmm::boot::BootImage;
 use vmm::config::MachineConfig;
 use vmm::host::Output;
 use vmm::kvm::{Kicker, KvmMachine};
+use vmm::machine::MachineError;
 use vmm::recorder::{Policy, Recorder};
-use vmm::replayer::Replayer;
+use vmm::replayer::{FeedError, Replayer};
 use vmm::runner::{Runner, Turn};
-use vmm::tape::GuestEnd;
+use vmm::tape::{GuestEnd, TapeError};
 use vmm::testing::MemoryHost;
 
 use super::{all_memory, config, machine};
@@ -61,6 +63,7 @@ pub struct Replayed {
     pub at: Position,
     pub memory: Vec<u8>,
     pub marks: u64,
+    pub kicks: u64,
 }
 
 impl Scenario {
@@ -109,6 +112,18 @@ impl Scenario {
         MemoryHost::new(STEP, &self.config.disks, seed)
     }
 
+    /// The storm over a machine, if there is to be one.
+    pub fn storm(&self, machine: &KvmMachine) -> Option<Storm> {
+        self.storm.then(|| Storm::start(machine.kicker()))
+    }
+
+    /// The same without a storm.
+    #[must_use]
+    pub fn quiet(mut self) -> Self {
+        self.storm = false;
+        self
+    }
+
     pub fn machine(&self) -> KvmMachine {
         machine(&self.config, &self.image)
     }
@@ -134,29 +149,13 @@ pub fn record(scenario: &Scenario) -> Recorded {
     let mut tape = Recorder::start(scenario.host(3), scenario.policy(), scenario.header())
         .expect("the recorder starts");
     let machine = scenario.machine();
-    let storm = scenario.storm.then(|| Storm::start(machine.kicker()));
+    let storm = scenario.storm(&machine);
     let mut runner = Runner::new(machine);
-    let mut sent = 0;
-    loop {
-        // Frames come by threes, so that some wait.
-        if tape.host().quiet() {
-            for _ in 0..3.min(scenario.frames - sent) {
-                tape.host().send_frame(Scenario::frame(sent));
-                sent += 1;
-            }
-        }
-        match runner.turn(&mut tape, 64).expect("the primary runs") {
-            Turn::Ran | Turn::Paused => {}
-            Turn::Waiting => tape.host().advance(PATIENCE),
-            Turn::Ended(end) => {
-                assert_eq!(end, GuestEnd::PowerOff, "the guest found something wrong");
-                break;
-            }
-        }
-    }
-    tape.flush().expect("the rest is shipped");
+    let end = run_live(&mut runner, &mut tape, scenario, 0);
+    assert_eq!(end, GuestEnd::PowerOff, "the guest found something wrong");
+    drop(storm);
     Recorded {
-        kicks: storm.map_or(0, Storm::stop),
+        kicks: runner.kicks(),
         at: runner.at(),
         memory: all_memory(runner.machine()),
         batches: std::mem::take(&mut tape.host().batches),
@@ -164,30 +163,73 @@ pub fn record(scenario: &Scenario) -> Recorded {
     }
 }
 
-/// Replays a whole log on a fresh machine.
-pub fn replay(scenario: &Scenario, batches: &[Batch]) -> Result<Replayed, String> {
-    let mut tape = Replayer::new(scenario.host(99), scenario.header());
-    let machine = scenario.machine();
-    let storm = scenario.storm.then(|| Storm::start(machine.kicker()));
-    let mut runner = Runner::new(machine);
-    for batch in batches {
-        tape.feed(batch).map_err(|e| e.to_string())?;
-    }
-    let mut waits = 0;
+/// Runs a primary until its guest has ended and everything is shipped. The gateway sent the first
+/// `sent` frames before.
+pub fn run_live(
+    runner: &mut Runner<KvmMachine>,
+    tape: &mut Recorder<MemoryHost>,
+    scenario: &Scenario,
+    mut sent: u32,
+) -> GuestEnd {
     let end = loop {
-        match runner.turn(&mut tape, 64).map_err(|e| e.to_string())? {
-            Turn::Ran | Turn::Paused => waits = 0,
-            turn if tape.drained() => break turn,
-            // Its own disk has not finished yet.
-            Turn::Waiting if waits < WAITS_MAX => waits += 1,
-            turn => return Err(format!("the replay stands at {turn:?} before the log ends")),
+        // Frames come by threes, so that some wait.
+        if tape.host().quiet() {
+            for _ in 0..3.min(scenario.frames - sent) {
+                tape.host().send_frame(Scenario::frame(sent));
+                sent += 1;
+            }
+        }
+        match runner.turn(tape, 64).expect("the primary runs") {
+            Turn::Ran | Turn::Paused => {}
+            Turn::Waiting => tape.host().advance(PATIENCE),
+            Turn::Ended(end) => break end,
         }
     };
-    storm.map(Storm::stop);
+    tape.flush().expect("the rest is shipped");
+    end
+}
+
+/// Why a log does not replay to its end.
+#[derive(Debug, Error)]
+pub enum NoReplay {
+    /// It was refused.
+    #[error(transparent)]
+    Refused(#[from] FeedError),
+    /// The replay could not go on.
+    #[error(transparent)]
+    Stopped(#[from] MachineError),
+    /// The replay waits for what does not come, or has ended in another way.
+    #[error("the replay stands at {0:?} and the log goes on")]
+    Stuck(Turn),
+}
+
+impl NoReplay {
+    /// Whether somebody who changed the log is found out as he has to be: refused, or by a
+    /// divergence that names its position.
+    pub fn is_found_out(&self) -> bool {
+        matches!(
+            self,
+            Self::Refused(_)
+                | Self::Stopped(MachineError::Tape(
+                    TapeError::Diverged { .. } | TapeError::DiskDiffers { .. }
+                ))
+        )
+    }
+}
+
+/// Replays a whole log on a fresh machine.
+pub fn replay(scenario: &Scenario, batches: &[Batch]) -> Result<Replayed, NoReplay> {
+    let mut tape = Replayer::new(scenario.host(99), scenario.header());
+    let machine = scenario.machine();
+    let storm = scenario.storm(&machine);
+    let mut runner = Runner::new(machine);
+    let end = replay_on(&mut runner, &mut tape, batches)?;
+    drop(storm);
     if end != Turn::Ended(GuestEnd::PowerOff) {
-        return Err(format!("the replay ends with {end:?}"));
+        return Err(NoReplay::Stuck(end));
     }
     Ok(Replayed {
+        kicks: runner.kicks(),
         at: runner.at(),
         memory: all_memory(runner.machine()),
         marks: tape.marks(),
@@ -195,24 +237,45 @@ pub fn replay(scenario: &Scenario, batches: &[Batch]) -> Result<Replayed, String
     })
 }
 
-/// Kicks a vCPU at uneven intervals.
+/// Replays these batches to their end.
+pub fn replay_on(
+    runner: &mut Runner<KvmMachine>,
+    tape: &mut Replayer<MemoryHost>,
+    batches: &[Batch],
+) -> Result<Turn, NoReplay> {
+    for batch in batches {
+        tape.feed(batch)?;
+    }
+    let mut waits = 0;
+    loop {
+        match runner.turn(tape, 64)? {
+            Turn::Ran | Turn::Paused => waits = 0,
+            turn if tape.drained() => return Ok(turn),
+            // Its own disk has not finished yet.
+            Turn::Waiting if waits < WAITS_MAX => waits += 1,
+            turn => return Err(NoReplay::Stuck(turn)),
+        }
+    }
+}
+
+/// Kicks a vCPU at uneven intervals until it is dropped.
 pub struct Storm {
     stop: Arc<AtomicBool>,
-    kicks: Arc<AtomicU64>,
-    thread: JoinHandle<()>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Storm {
+    /// Begins; the first kick has come when this returns, so that the machine is kicked at least
+    /// once.
     pub fn start(kicker: Kicker) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let kicks = Arc::new(AtomicU64::new(0));
+        kicker.kick();
         let thread = std::thread::spawn({
-            let (stop, kicks) = (Arc::clone(&stop), Arc::clone(&kicks));
+            let stop = Arc::clone(&stop);
             move || {
                 let mut pause = 1u64;
                 while !stop.load(Ordering::Relaxed) {
                     kicker.kick();
-                    kicks.fetch_add(1, Ordering::Relaxed);
                     pause = pause * 5 % 397;
                     // The pace of the storm, not a wait for anything.
                     std::thread::sleep(Duration::from_micros(pause));
@@ -221,15 +284,18 @@ impl Storm {
         });
         Self {
             stop,
-            kicks,
-            thread,
+            thread: Some(thread),
         }
     }
+}
 
-    /// Ends it; how many kicks there were.
-    pub fn stop(self) -> u64 {
+impl Drop for Storm {
+    fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().expect("the storm does not panic");
-        self.kicks.load(Ordering::Relaxed)
+        let ended = self.thread.take().map(JoinHandle::join);
+        assert!(
+            ended.is_some_and(|ended| ended.is_ok()),
+            "the storm panicked"
+        );
     }
 }
