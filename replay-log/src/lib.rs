@@ -10,6 +10,7 @@ pub mod codec;
 mod compress;
 pub mod conformance;
 pub mod entry;
+pub mod folder;
 pub mod position;
 pub mod store;
 mod store_file;

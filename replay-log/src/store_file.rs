@@ -28,6 +28,7 @@ use std::time::{Duration, Instant};
 
 use crate::batch::Batch;
 use crate::compress::Compressor;
+use crate::folder;
 use crate::position::{LogIndex, LogTip};
 use crate::store::{
     AppendError, Dropped, IoFailure, LogReader, OpenError, Poisoned, ReadError, Store, SyncError,
@@ -134,7 +135,7 @@ impl FileStore {
     }
 
     fn open_with(dir: &Path, options: FileOptions, wrap: Wrap) -> Result<Self, OpenError> {
-        fs::create_dir_all(dir).map_err(IoFailure::new("make the folder", dir))?;
+        folder::make(dir).map_err(IoFailure::new("make the folder", dir))?;
         let dir_file = File::open(dir).map_err(IoFailure::new("open", dir))?;
         match dir_file.try_lock() {
             Ok(()) => {}
@@ -147,7 +148,8 @@ impl FileStore {
                 return Err(IoFailure::new("lock", dir)(error).into());
             }
         }
-        let Survey { index, repairs } = survey::survey(dir)?;
+        let unsynced = options.sync == SyncPolicy::Never;
+        let Survey { index, repairs } = survey::survey(dir, unsynced)?;
         let mut store = Self {
             dir: dir.to_owned(),
             dir_file,
@@ -170,28 +172,33 @@ impl FileStore {
         for path in &repairs.remove {
             fs::remove_file(path).map_err(IoFailure::new("remove", path))?;
         }
-        if repairs.finish_seal {
+        let mut segments = Vec::new();
+        {
             let mut index = self.index.lock();
             if let Some(last) = index.segments.last_mut() {
-                rename_to(&self.dir, last, SEALED)?;
+                // It may have got its trailer and not its name, or its name and not its trailer.
+                let ending = if last.sealed { SEALED } else { OPEN };
+                rename_to(&self.dir, last, ending)?;
             }
+            segments.extend(index.segments.iter().map(|s| (s.path.clone(), s.sealed)));
         }
-        let open = self
-            .index
-            .lock()
-            .segments
-            .last()
-            .map(|s| (s.path.clone(), s.sealed));
-        if let Some((path, false)) = open {
+        for (path, sealed) in segments {
+            // Under another policy, or by a process that was ended, any of them may have been
+            // left unsynced.
+            if sealed && !self.syncs() {
+                continue;
+            }
             let mut writing = self.open_for_writing(&path)?;
-            if let Some((path, len)) = &repairs.cut {
-                let cut = writing.io.set_len(*len);
-                cut.map_err(IoFailure::new("cut the torn end off", path))?;
+            if let Some(len) = repairs.cut.filter(|_| !sealed) {
+                let cut = writing.io.set_len(len);
+                cut.map_err(IoFailure::new("cut the torn end off", &path))?;
             }
             if self.syncs() {
-                writing.io.sync().map_err(IoFailure::new("sync", path))?;
+                writing.io.sync().map_err(IoFailure::new("sync", &path))?;
             }
-            self.writing = Some(writing);
+            if !sealed {
+                self.writing = Some(writing);
+            }
         }
         self.sync_names()?;
         if self.syncs() {
@@ -299,7 +306,8 @@ impl FileStore {
         let trailer = format::trailer(len, tip);
         let write = writing.io.write_all(&trailer);
         write.map_err(IoFailure::new("write to", &path))?;
-        // A sealed segment is never looked at for a torn end, so it must not have one.
+        // Only where nothing is ever synced is a sealed segment looked at for a torn end: waiting
+        // for a whole segment to reach the disk would hold up whoever appends.
         if self.syncs() {
             writing.io.sync().map_err(IoFailure::new("sync", &path))?;
         }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::vec;
 
 use super::scan::{Found, Scanner};
-use super::survey::{Listed, check_place, list};
+use super::survey::{Listed, check_place, is_unborn, list};
 use crate::batch::Batch;
 use crate::position::LogTip;
 use crate::store::{DamageReason, OpenError, ReadError};
@@ -103,9 +103,7 @@ impl Inspector {
         let scanner = match Scanner::open(&next.path) {
             Ok(scanner) => scanner,
             Err(ReadError::Damaged(damage))
-                if self.is_last()
-                    && !next.sealed
-                    && matches!(damage.reason, DamageReason::CutOff) =>
+                if self.is_last() && !next.sealed && is_unborn(&damage) =>
             {
                 self.torn = Some(TornEnd {
                     bytes: next.path.metadata().map_or(0, |data| data.len()),

@@ -30,9 +30,7 @@ pub(super) struct Repairs {
     /// Files that were being made.
     pub(super) remove: Vec<PathBuf>,
     /// The last segment's end was torn: cut the file to this length.
-    pub(super) cut: Option<(PathBuf, u64)>,
-    /// The last segment has its trailer and not yet its name.
-    pub(super) finish_seal: bool,
+    pub(super) cut: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -101,39 +99,62 @@ pub(super) fn check_place(
 }
 
 /// Looks at every segment: those before the last by header and trailer, the last one wholly.
-pub(super) fn survey(dir: &Path) -> Result<Survey, OpenError> {
+///
+/// Where nothing is ever synced, a host that lost power may have kept the name of the newest sealed
+/// segment and not all of its bytes: `unsynced` lets the log end there, as in an open segment.
+pub(super) fn survey(dir: &Path, unsynced: bool) -> Result<Survey, OpenError> {
     let (listed, leftovers) = list(dir)?;
     let mut index = Index::default();
     let mut repairs = Repairs {
         remove: leftovers,
         ..Repairs::default()
     };
+    let newest_sealed = listed.iter().rposition(|segment| segment.sealed);
     let mut before = None;
     for (i, segment) in listed.iter().enumerate() {
         let last = i + 1 == listed.len();
+        let may_be_torn = if segment.sealed {
+            unsynced && newest_sealed == Some(i)
+        } else {
+            last
+        };
         let mut scanner = match Scanner::open(&segment.path) {
             Ok(scanner) => scanner,
-            Err(ReadError::Damaged(damage)) if last && is_unborn(segment, &damage) => {
-                repairs.remove.push(segment.path.clone());
-                continue;
+            Err(ReadError::Damaged(damage)) if may_be_torn && is_unborn(&damage) => {
+                repairs.remove.extend(paths(&listed[i..]));
+                break;
             }
             Err(error) => return Err(error.into()),
         };
         check_place(&scanner, segment, before)?;
-        let seen = if last {
-            scan_last(&mut scanner, segment.sealed, &mut repairs)?
-        } else {
-            by_trailer(&mut scanner)?
+        let start = scanner.here();
+        let seen = match (!last).then(|| by_trailer(&mut scanner)) {
+            Some(Ok(seen)) => seen,
+            Some(Err(error)) if !may_be_torn => return Err(error),
+            Some(Err(_)) | None => {
+                scanner.seek(start);
+                scan_last(&mut scanner, may_be_torn, &mut repairs)?
+            }
         };
         before = Some(seen.tip);
+        let ends = !seen.sealed;
         index.segments.push(seen);
+        if ends {
+            // Nothing can follow what was lost.
+            repairs.remove.extend(paths(&listed[i + 1..]));
+            break;
+        }
     }
     Ok(Survey { index, repairs })
 }
 
-/// A last segment that ends within its header holds nothing that could be lost.
-fn is_unborn(segment: &Listed, damage: &Damage) -> bool {
-    !segment.sealed && matches!(damage.reason, DamageReason::CutOff)
+fn paths(segments: &[Listed]) -> impl Iterator<Item = PathBuf> {
+    segments.iter().map(|segment| segment.path.clone())
+}
+
+/// A segment that ends within its header holds nothing that could be lost.
+pub(super) fn is_unborn(damage: &Damage) -> bool {
+    matches!(damage.reason, DamageReason::CutOff)
 }
 
 /// Believes a segment's trailer; what is before it is checked when it is read.
@@ -158,7 +179,7 @@ fn by_trailer(scanner: &mut Scanner) -> Result<Segment, OpenError> {
 
 fn scan_last(
     scanner: &mut Scanner,
-    sealed: bool,
+    may_be_torn: bool,
     repairs: &mut Repairs,
 ) -> Result<Segment, OpenError> {
     let mut checkpoints: Vec<Checkpoint> = vec![scanner.here()];
@@ -168,19 +189,17 @@ fn scan_last(
             Ok(Found::Checkpoint) => checkpoints.push(scanner.here()),
             Ok(Found::Trailer) => break true,
             Ok(Found::End) => break false,
-            Err(ReadError::Damaged(damage)) if !sealed && scanner.is_torn(&damage)? => {
-                let cut = (scanner.path().to_owned(), scanner.offset());
-                repairs.cut = Some(cut);
+            Err(ReadError::Damaged(damage)) if may_be_torn && scanner.is_torn(&damage)? => {
+                repairs.cut = Some(scanner.offset());
                 break false;
             }
             Err(error) => return Err(error.into()),
         }
     };
-    if sealed && !complete {
+    if !may_be_torn && !complete {
         let end = scanner.offset();
         return Err(scanner.damage(end, DamageReason::NoTrailer).into());
     }
-    repairs.finish_seal = complete && !sealed;
     Ok(Segment {
         path: scanner.path().to_owned(),
         base: scanner.base(),

@@ -407,6 +407,7 @@ struct Faults {
     /// How many bytes more it takes before a write stops in the middle.
     room: Option<AtomicU32>,
     fail_syncs: AtomicU32,
+    syncs: AtomicU32,
 }
 
 struct Faulty(File, Arc<Faults>);
@@ -430,6 +431,7 @@ impl SegmentIo for Faulty {
         if self.1.fail_syncs.load(Ordering::Relaxed) > 0 {
             return Err(io::Error::other("the disk is gone"));
         }
+        self.1.syncs.fetch_add(1, Ordering::Relaxed);
         self.0.sync()
     }
 
@@ -509,4 +511,86 @@ fn a_failed_sync_is_not_acknowledged() {
         let acknowledged = 1 + usize::from(appended.is_ok());
         assert_eq!(read_all(&store).unwrap(), batches[..acknowledged]);
     }
+}
+
+/// What an earlier process wrote and did not sync is not durable because another one opens it.
+#[test]
+fn what_is_found_on_opening_is_durable_once_it_is_synced() {
+    let dir = TempDir::new().unwrap();
+    fill(dir.path(), UNSYNCED, 40);
+    let segments = contents(dir.path()).len() as u32;
+    assert!(segments > 2);
+    let faults = Arc::new(Faults::default());
+    let store = open_faulty(dir.path(), SMALL, &faults);
+    assert_eq!(store.durable_tip(), store.tip());
+    assert_eq!(faults.syncs.load(Ordering::Relaxed), segments);
+    drop(store);
+
+    // Ended between the trailer and the sync before the new name: it is complete by its bytes.
+    let (open, before) = last_two(dir.path());
+    fs::remove_file(open).unwrap();
+    fs::rename(&before, before.with_extension("open")).unwrap();
+    let faults = Arc::new(Faults::default());
+    let store = open_faulty(dir.path(), SMALL, &faults);
+    assert!(before.exists(), "it got its name");
+    assert_eq!(store.durable_tip(), store.tip());
+    assert_eq!(faults.syncs.load(Ordering::Relaxed), segments - 1);
+}
+
+/// The newest file of a folder and the one before it.
+fn last_two(dir: &Path) -> (PathBuf, PathBuf) {
+    let mut files = contents(dir).into_keys();
+    let newest = files.next_back().unwrap();
+    (newest, files.next_back().unwrap())
+}
+
+/// Where nothing is synced, a loss of power may leave the newest sealed segment its name and a part
+/// of its bytes. That ends the log there; where segments are synced first it is damage.
+#[test]
+fn a_sealed_segment_that_was_never_synced_may_be_torn() {
+    let original = TempDir::new().unwrap();
+    let batches = fill(original.path(), UNSYNCED, 40);
+    let (_, before) = last_two(original.path());
+    let whole = fs::read(&before).unwrap();
+    for (len, followed) in [
+        (whole.len() - 1, true),
+        (whole.len() - 1, false),
+        (whole.len() / 2, true),
+        (format::HEADER_LEN, false),
+        (30, true),
+        (0, true),
+        (0, false),
+    ] {
+        let dir = TempDir::new().unwrap();
+        for (path, bytes) in contents(original.path()) {
+            fs::write(dir.path().join(path.file_name().unwrap()), bytes).unwrap();
+        }
+        let (open, before) = last_two(dir.path());
+        fs::write(&before, &whole[..len]).unwrap();
+        if !followed {
+            fs::remove_file(&open).unwrap();
+        }
+        let found = contents(dir.path());
+        FileStore::open(dir.path(), SMALL).unwrap_err();
+        assert_eq!(contents(dir.path()), found, "refusing writes nothing");
+
+        let mut store = FileStore::open(dir.path(), UNSYNCED).unwrap();
+        let kept = read_all(&store).unwrap();
+        assert_eq!(kept, batches[..kept.len()], "cut at {len}");
+        let first = before.file_stem().unwrap().to_str().unwrap();
+        let first: u64 = first.parse().unwrap();
+        assert!(store.tip().index >= LogIndex(first), "cut at {len}");
+        for batch in &batches[kept.len()..] {
+            store.append(batch).unwrap();
+        }
+        drop(store);
+        let store = FileStore::open(dir.path(), SMALL).unwrap();
+        assert_eq!(read_all(&store).unwrap(), batches);
+    }
+    // An older one was sealed long before.
+    let oldest = contents(original.path()).into_keys().next().unwrap();
+    let whole = fs::read(&oldest).unwrap();
+    fs::write(&oldest, &whole[..whole.len() - 1]).unwrap();
+    let error = FileStore::open(original.path(), UNSYNCED).unwrap_err();
+    assert!(matches!(damage(error).reason, DamageReason::NoTrailer));
 }

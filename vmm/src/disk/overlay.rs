@@ -95,7 +95,7 @@ pub struct Overlay<F = File> {
 impl Overlay {
     /// Opens the overlay in `folder`, or makes one there.
     pub fn open(folder: &Path, base: Base, durability: Durability) -> Result<Self, OverlayError> {
-        fs::create_dir_all(folder).map_err(file("create the folder", folder))?;
+        replay_log::folder::make(folder).map_err(file("create the folder", folder))?;
         let (data_path, map_path) = (folder.join("data"), folder.join("map"));
         let mut options = File::options();
         options.read(true).write(true);
