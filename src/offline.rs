@@ -131,7 +131,7 @@ pub fn replay(
     until: Option<Position>,
     watch: &mut dyn Watch,
 ) -> Result<Replayed, OfflineError> {
-    let config = MachineConfig::from_bytes(&header.config)?;
+    let config = MachineConfig::of(&header)?;
     let machine = KvmMachine::new(&config, &BootImage::new(setup.kernel))?;
     let mut runner = Runner::new(machine);
     let mut tape = Replayer::new(OfflineHost::new(setup.disks), header);

@@ -184,7 +184,7 @@ fn build(
     for_disk: Sender<Inbox>,
 ) -> Result<KvmMachine, ChildError> {
     let build_error = |error: &dyn std::error::Error| ChildError::Build(error.to_string());
-    let config = MachineConfig::from_bytes(&start.header.config).map_err(|e| build_error(&e))?;
+    let config = MachineConfig::of(&start.header).map_err(|e| build_error(&e))?;
     let disks = open_disks(&start.header, &start.disks).map_err(|e| build_error(&e))?;
     let notify = move |completion| {
         // The vCPU thread outlives the worker; if it is gone, so is the process.

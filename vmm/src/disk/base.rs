@@ -12,6 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use replay_log::DiskBase;
 use thiserror::Error;
 
+use crate::config::DISK_MAX;
+
 /// How much is read, hashed and written at a time.
 const BLOCK: usize = 64 << 10;
 const SECTOR: u64 = 512;
@@ -63,6 +65,12 @@ pub enum BaseError {
         /// The size found.
         found: u64,
     },
+    /// No disk is as large.
+    #[error("a disk has at most 64 GiB, not {found} bytes: it is not a machine of this version")]
+    TooLarge {
+        /// The size asked for.
+        found: u64,
+    },
 }
 
 #[derive(Clone, Debug)]
@@ -93,6 +101,9 @@ impl Base {
     /// Opens the base of that name in `folder`. A base of zeros needs no file there. The content
     /// is not read: see [`Base::verify`].
     pub fn open(folder: &Path, name: DiskBase) -> Result<Self, BaseError> {
+        if name.size > DISK_MAX {
+            return Err(BaseError::TooLarge { found: name.size });
+        }
         let path = Self::path(folder, name);
         let file = match File::open(&path) {
             Ok(file) => file,
@@ -326,6 +337,18 @@ mod tests {
         let sealed = Base::seal(folder.path(), &mut zeros.as_slice()).unwrap();
         assert_eq!(sealed.name(), empty.name());
         sealed.verify().unwrap();
+    }
+
+    /// To find out whether so many zeros are meant would take for ever.
+    #[test]
+    fn a_size_is_not_believed_beyond_what_a_disk_can_have() {
+        let folder = tempfile::tempdir().unwrap();
+        let name = DiskBase {
+            digest: [0; 32],
+            size: 1 << 60,
+        };
+        let opened = Base::open(folder.path(), name);
+        assert!(matches!(opened, Err(BaseError::TooLarge { found }) if found == name.size));
     }
 
     #[test]

@@ -9,20 +9,13 @@ use crate::GuestMemory;
 
 /// The size of a page of guest memory.
 pub const PAGE: u64 = 4096;
-/// The least guest memory: the first MiB belongs to the boot data, the next to the kernel.
-pub const MEMORY_MIN: u64 = 2 << 20;
-/// The most guest memory: above begin the MMIO windows.
-pub const MEMORY_MAX: u64 = 3 << 30;
 
 /// The only memory slot.
 const SLOT: u32 = 0;
 
-/// Maps `bytes` of zeroed memory.
+/// Maps `bytes` of zeroed memory; the configuration they are from was checked.
 pub(super) fn allocate(bytes: u64) -> Result<GuestMemory, KvmError> {
-    if !(MEMORY_MIN..=MEMORY_MAX).contains(&bytes) || !bytes.is_multiple_of(PAGE) {
-        return Err(KvmError::MemorySize { bytes });
-    }
-    // MEMORY_MAX fits a usize on x86-64. The mapping is private, anonymous and not reserved.
+    // Its bounds fit a usize on x86-64. The mapping is private, anonymous and not reserved.
     GuestMemory::from_ranges(&[(GuestAddress(0), bytes as usize)])
         .map_err(|source| KvmError::Memory { bytes, source })
 }

@@ -21,7 +21,7 @@ mod vm;
 pub use cpuid::Leaf;
 pub use fingerprint::{HostFingerprint, KvmKind, Reason, Severity, host_fingerprint};
 pub use kick::Kicker;
-pub use memory::{MEMORY_MAX, MEMORY_MIN, PAGE};
+pub use memory::PAGE;
 pub use vm::Capabilities;
 
 use kvm_bindings::Msrs;
@@ -296,14 +296,6 @@ pub enum KvmError {
         doing: &'static str,
         /// What came back.
         source: errno::Error,
-    },
-    /// A size that a machine cannot have.
-    #[error(
-        "guest memory of {bytes} bytes is not possible: give a multiple of 4096 between 2 MiB and 3 GiB"
-    )]
-    MemorySize {
-        /// What was asked for.
-        bytes: u64,
     },
     /// No memory.
     #[error("{bytes} bytes of guest memory cannot be mapped: give the guest less or the host more")]
