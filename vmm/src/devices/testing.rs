@@ -80,11 +80,15 @@ pub struct Bench {
 
 impl Bench {
     pub fn new() -> Self {
+        Self::with_disks(&[DISK_SIZE, DISK_SIZE])
+    }
+
+    pub fn with_disks(disks: &[u64]) -> Self {
         let config = MachineConfig {
             memory: MEMORY as u64,
             command_line: String::new(),
             mac: Some(MAC),
-            disks: vec![DISK_SIZE, DISK_SIZE],
+            disks: disks.to_vec(),
         };
         Self {
             platform: Platform::new(&config),

@@ -10,7 +10,7 @@
 //! Write data is copied out at submission: what the guest does to its buffer afterwards changes
 //! nothing on any copy's disk.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use replay_log::{DiskOutcome, RequestNumber};
@@ -42,6 +42,10 @@ const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Requests that the outside has not finished, those of drivers before a reset included. More are
 /// refused: a driver that resets its device in a loop must not make us keep ever more.
 const MAX_OUTSTANDING: usize = 512;
+/// Bytes that outstanding reads may ask for, because a host keeps what it has read until it is
+/// delivered. A driver that keeps to its queue stays below: a chain that reads [`MAX_REQUEST`] has
+/// a header and a status beside it, and the queue 64 descriptors.
+const MAX_READING: u64 = 24 << 20;
 
 /// What becomes of a request when the outside has finished it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +53,16 @@ enum Kind {
     Read(Segments),
     Write,
     Flush,
+}
+
+impl Kind {
+    /// How many bytes the host will have to keep for it.
+    fn reads(&self) -> u32 {
+        match self {
+            Self::Read(into) => into.len(),
+            Self::Write | Self::Flush => 0,
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,7 +79,10 @@ pub struct Block {
     size: u64,
     config: [u8; 24],
     in_flight: BTreeMap<RequestNumber, InFlight>,
-    orphans: BTreeSet<RequestNumber>,
+    /// Requests of drivers that are gone, with the bytes they read.
+    orphans: BTreeMap<RequestNumber, u32>,
+    /// The bytes that all of them read together.
+    reading: u64,
 }
 
 /// What the device does with a chain.
@@ -94,13 +111,14 @@ impl Block {
             size: sectors * u64::from(SECTOR),
             config,
             in_flight: BTreeMap::new(),
-            orphans: BTreeSet::new(),
+            orphans: BTreeMap::new(),
+            reading: 0,
         }
     }
 
     /// Whether this request is outstanding here.
     pub fn knows(&self, number: RequestNumber) -> bool {
-        self.in_flight.contains_key(&number) || self.orphans.contains(&number)
+        self.in_flight.contains_key(&number) || self.orphans.contains_key(&number)
     }
 
     /// Takes the request off the list if its completion is one that it can have. `None`: its
@@ -111,7 +129,8 @@ impl Block {
         outcome: DiskOutcome,
         data: Option<&[u8]>,
     ) -> Result<Option<Finished>, Mismatch> {
-        if self.orphans.remove(&number) {
+        if let Some(reads) = self.orphans.remove(&number) {
+            self.reading -= u64::from(reads);
             return Ok(None);
         }
         let matches = match (
@@ -128,7 +147,11 @@ impl Block {
         if !matches {
             return Err(Mismatch);
         }
-        Ok(self.in_flight.remove(&number).map(Finished))
+        let finished = self.in_flight.remove(&number);
+        self.reading -= finished
+            .as_ref()
+            .map_or(0, |request| u64::from(request.kind.reads()));
+        Ok(finished.map(Finished))
     }
 
     fn submit(&mut self, chain: Chain, ring: &mut Ring, outside: &mut Outside<'_>) -> Served {
@@ -146,6 +169,7 @@ impl Block {
         match self.judge(header, &readable, writable.clone(), outside.memory)? {
             Verdict::Submit(kind, op) => {
                 let number = outside.requests.draw();
+                self.reading += u64::from(kind.reads());
                 let request = InFlight { head, status, kind };
                 self.in_flight.insert(number, request);
                 outside.tape.command(Command::Disk(DiskRequest {
@@ -184,6 +208,9 @@ impl Block {
                 Verdict::Refuse(VIRTIO_BLK_S_IOERR)
             }
             VIRTIO_BLK_T_IN => match self.place(sector, writable.len()) {
+                Some(_) if self.reading + u64::from(writable.len()) > MAX_READING => {
+                    Verdict::Refuse(VIRTIO_BLK_S_IOERR)
+                }
                 Some(offset) => {
                     let len = writable.len();
                     Verdict::Submit(Kind::Read(writable), DiskOp::Read { offset, len })
@@ -297,7 +324,10 @@ impl Device for Block {
 
     fn reset(&mut self) {
         let requests = std::mem::take(&mut self.in_flight);
-        self.orphans.extend(requests.into_keys());
+        let orphans = requests
+            .into_iter()
+            .map(|(number, request)| (number, request.kind.reads()));
+        self.orphans.extend(orphans);
     }
 
     fn digest(&self, hasher: &mut blake3::Hasher) {
@@ -320,8 +350,9 @@ impl Device for Block {
             }
         }
         hasher.update(&(self.orphans.len() as u64).to_le_bytes());
-        for number in &self.orphans {
+        for (number, reads) in &self.orphans {
             hasher.update(&number.0.to_le_bytes());
+            hasher.update(&reads.to_le_bytes());
         }
     }
 }

@@ -8,6 +8,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 
 use crate::devices::layout;
 use crate::devices::platform::Space;
+use crate::devices::testing::Part::{Readable, Writable};
 use crate::devices::testing::{
     Bench, DISK_SIZE, DriverQueue, MEMORY, frame, go_live, negotiate, timer_due,
 };
@@ -305,4 +306,49 @@ proptest! {
             }
         }
     }
+}
+
+/// A driver that reads as much as it can and resets its device before anything has come back.
+#[test]
+fn what_a_host_has_to_keep_for_a_driver_is_bounded() {
+    const DISK: u64 = 1;
+    const MIB: u64 = 1 << 20;
+    let mut bench = Bench::with_disks(&[64 * MIB]);
+    let request = |bench: &mut Bench| {
+        negotiate(bench, DISK, 1 << 9);
+        bench
+            .memory
+            .write_slice(&[0; 0x800], GuestAddress(RINGS[0]))
+            .unwrap();
+        let mut queue = DriverQueue::new(RINGS[0], 64);
+        queue.set_up(bench, DISK, 0);
+        go_live(bench, DISK);
+        bench
+            .memory
+            .write_slice(&[0; 16], GuestAddress(HEADERS))
+            .unwrap();
+        let mut parts = vec![Readable(HEADERS, 16)];
+        // All sixteen over each other: a device must not care.
+        parts.extend([Writable(0x1_0000, 64 << 10); 16]);
+        parts.push(Writable(BUFFERS, 1));
+        queue.add(&bench.memory, &parts);
+        bench.set_reg(DISK, 0x50, 0);
+        queue.next_used(&bench.memory).is_none()
+    };
+    let taken = (0..100).filter(|_| request(&mut bench)).count();
+    assert_eq!(taken, 24);
+    // One that is finished makes room for another, whoever asked for it.
+    let numbers: Vec<_> = bench
+        .take_disk_requests()
+        .iter()
+        .map(|it| it.number)
+        .collect();
+    for request in [numbers[3], numbers[23]] {
+        let data = Some(Bytes::from(vec![0; MIB as usize]));
+        let outcome = DiskOutcome::Read { hash: 0 };
+        let done = Arrival::DiskDone { request, outcome };
+        bench.deliver_with(done, data).unwrap();
+    }
+    let taken = (0..100).filter(|_| request(&mut bench)).count();
+    assert_eq!(taken, 2);
 }
