@@ -3,6 +3,10 @@
 //! One run loop ([`runner`]) drives a [`machine::Machine`] and asks a [`tape::Tape`] for everything
 //! that is not a function of the machine's own state. The recorder answers from the host and writes
 //! the log, the replayer answers from the log; the machine cannot tell them apart.
+//!
+//! Arrivals wait for the guest's next exit. Cuts, which will end that wait, are not there yet: until
+//! then a guest that computes without exits delays whatever arrives, its timers included, for as
+//! long as it computes, and nothing can be paused or moved while it does.
 
 pub mod boot;
 pub mod config;

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use replay_log::RequestNumber;
+use ring::rand::{SecureRandom, SystemRandom};
 use vmm::disk::{DiskCompletion, DiskWorker};
 use vmm::host::{DiskData, DiskReply, FromOutside, Host, HostTime, Output, Shipment};
 use vmm::replayer::Requeue;
@@ -153,10 +154,8 @@ impl Host for ProcessHost {
     }
 
     fn entropy(&mut self, out: &mut [u8]) -> Result<(), TapeError> {
-        let filled = std::fs::File::open("/dev/urandom")
-            .and_then(|mut random| std::io::Read::read_exact(&mut random, out));
-        filled.map_err(|error| TapeError::Host {
-            reason: format!("/dev/urandom gives no entropy: {error}"),
+        SystemRandom::new().fill(out).map_err(|_| TapeError::Host {
+            reason: "the kernel gives no entropy".into(),
         })
     }
 

@@ -155,6 +155,16 @@ fn typed_bytes_interrupt_and_are_read() {
     let bytes = Bytes::from(vec![0; room + 1]);
     assert!(bench.deliver(Arrival::Console { bytes }).is_err());
     assert_eq!(bench.can_take().console, room);
+
+    // The line went down when the last byte was read, so that this is another edge.
+    let bytes = Bytes::from_static(b"!");
+    bench.deliver(Arrival::Console { bytes }).unwrap();
+    assert!(bench.platform.interrupt_waits());
+    // In loopback what is typed waits outside.
+    bench.outb(layout::SERIAL + 4, 0x10);
+    assert_eq!(bench.can_take().console, 0);
+    bench.outb(layout::SERIAL + 4, 0);
+    assert_eq!(bench.can_take().console, room - 1);
 }
 
 #[test]

@@ -25,32 +25,52 @@ impl Trigger for LevelIsRead {
 }
 
 /// A 16550 whose other end is the console.
+///
+/// The crate shows its registers only together with a copy of its queue, and the run loop asks for
+/// line and room at every landmark: both are looked up once an access is done instead.
 pub struct Serial {
     uart: Uart<LevelIsRead, NoEvents, Vec<u8>>,
+    line: bool,
+    loopback: bool,
 }
 
 impl Serial {
     /// As at power-on.
     pub fn new() -> Self {
-        Self {
+        let mut serial = Self {
             uart: Uart::new(LevelIsRead, Vec::new()),
-        }
+            line: false,
+            loopback: false,
+        };
+        serial.look();
+        serial
     }
 
     /// The guest reads register `offset` (0 to 7).
     pub fn read(&mut self, offset: u8) -> u8 {
-        self.uart.read(offset)
+        let value = self.uart.read(offset);
+        self.look();
+        value
     }
 
-    /// The guest writes register `offset` (0 to 7). Output is kept until [`Serial::flush`].
+    /// The guest writes register `offset` (0 to 7). Output is kept until [`Serial::flush`], and what
+    /// it does to line and room shows then: one exit may write hundreds of bytes.
     pub fn write(&mut self, offset: u8, value: u8) {
         // A Vec takes every byte and the trigger cannot fail; the receive queue of a loopback
         // drops what does not fit, like the real one.
         let _ = self.uart.write(offset, value);
     }
 
+    /// Notes what the last access has left.
+    fn look(&mut self) {
+        let state = self.uart.state();
+        self.line = state.interrupt_identification & NOTHING_PENDING == 0;
+        self.loopback = state.modem_control & LOOPBACK != 0;
+    }
+
     /// Hands on what the guest wrote during this exit.
     pub fn flush(&mut self, tape: &mut dyn Tape) -> Result<(), TapeError> {
+        self.look();
         let written = self.uart.writer_mut();
         if written.is_empty() {
             return Ok(());
@@ -60,22 +80,24 @@ impl Serial {
 
     /// How many typed bytes fit the receive queue now.
     pub fn room(&self) -> usize {
-        if self.uart.state().modem_control & LOOPBACK == 0 {
-            self.uart.fifo_capacity()
-        } else {
+        if self.loopback {
             0
+        } else {
+            self.uart.fifo_capacity()
         }
     }
 
     /// Takes typed bytes; false, and nothing taken, when there is no room for all of them.
     #[must_use]
     pub fn receive(&mut self, bytes: &[u8]) -> bool {
-        bytes.len() <= self.room() && self.uart.enqueue_raw_bytes(bytes).is_ok()
+        let taken = bytes.len() <= self.room() && self.uart.enqueue_raw_bytes(bytes).is_ok();
+        self.look();
+        taken
     }
 
     /// The level of the interrupt line.
-    pub fn line(&self) -> bool {
-        self.uart.state().interrupt_identification & NOTHING_PENDING == 0
+    pub const fn line(&self) -> bool {
+        self.line
     }
 
     /// Adds the registers and the receive queue.

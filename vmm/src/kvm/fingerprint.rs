@@ -208,7 +208,7 @@ fn kernel() -> String {
 }
 
 /// The kernel's name for a capability that must be there, and whether it is.
-pub(super) fn required(kvm: &Kvm) -> [(&'static str, bool); 4] {
+pub(super) fn required(kvm: &Kvm) -> [(&'static str, bool); 5] {
     [
         ("KVM_CAP_USER_MEMORY", kvm.check_extension(Cap::UserMemory)),
         ("KVM_CAP_EXT_CPUID", kvm.check_extension(Cap::ExtCpuid)),
@@ -217,6 +217,11 @@ pub(super) fn required(kvm: &Kvm) -> [(&'static str, bool); 4] {
             kvm.check_extension(Cap::ImmediateExit),
         ),
         ("KVM_CAP_XSAVE", kvm.check_extension(Cap::Xsave)),
+        // Without it the guest could read clocks and counters that no log has.
+        (
+            "KVM_CAP_X86_MSR_FILTER",
+            kvm.check_extension(Cap::X86MsrFilter),
+        ),
     ]
 }
 

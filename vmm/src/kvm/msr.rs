@@ -38,22 +38,11 @@ const STATE: [u32; 9] = [
     FS_BASE + 2,
 ];
 
-/// What of the protection a host offers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct MsrControl {
-    /// Unlisted registers are denied.
-    pub(super) filter: bool,
-    /// Denied accesses are exits; otherwise KVM raises #GP by itself.
-    pub(super) exits: bool,
-}
-
-/// Denies every register that is not listed, as far as this KVM can.
-pub(super) fn restrict(kvm: &Kvm, vm: &VmFd) -> Result<MsrControl, KvmError> {
-    let control = MsrControl {
-        filter: kvm.check_extension(Cap::X86MsrFilter),
-        exits: kvm.check_extension(Cap::X86UserSpaceMsr),
-    };
-    if control.exits {
+/// Denies every register that is not listed; that KVM can do so was checked. Says whether denied
+/// accesses are exits: otherwise KVM raises #GP by itself.
+pub(super) fn restrict(kvm: &Kvm, vm: &VmFd) -> Result<bool, KvmError> {
+    let exits = kvm.check_extension(Cap::X86UserSpaceMsr);
+    if exits {
         let mut cap = kvm_enable_cap {
             cap: Cap::X86UserSpaceMsr as u32,
             ..Default::default()
@@ -62,17 +51,15 @@ pub(super) fn restrict(kvm: &Kvm, vm: &VmFd) -> Result<MsrControl, KvmError> {
         vm.enable_cap(&cap)
             .map_err(KvmError::ioctl("turning denied MSR accesses into exits"))?;
     }
-    if control.filter {
-        let ranges = ALLOWED.map(|(base, count)| MsrFilterRange {
-            flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
-            base,
-            msr_count: count,
-            bitmap: &[0xff],
-        });
-        vm.set_msr_filter(MsrFilterDefaultAction::DENY, &ranges)
-            .map_err(KvmError::ioctl("setting the MSR filter"))?;
-    }
-    Ok(control)
+    let ranges = ALLOWED.map(|(base, count)| MsrFilterRange {
+        flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
+        base,
+        msr_count: count,
+        bitmap: &[0xff],
+    });
+    vm.set_msr_filter(MsrFilterDefaultAction::DENY, &ranges)
+        .map_err(KvmError::ioctl("setting the MSR filter"))?;
+    Ok(exits)
 }
 
 /// The registers of the state that this KVM lets us read, with room for their values.

@@ -33,7 +33,7 @@ pub(super) fn power_on(
     let memory = memory::allocate(config.memory)?;
     let entry = boot::load(&memory, config, image)?;
     let vm = vm::create(&kvm)?;
-    let control = msr::restrict(&kvm, &vm)?;
+    let msr_exits = msr::restrict(&kvm, &vm)?;
     memory::register(&vm, &memory, log_dirty)?;
     let fd = vm
         .create_vcpu(0)
@@ -44,8 +44,7 @@ pub(super) fn power_on(
     let msrs = msr::readable_state(&fd)?;
     let capabilities = Capabilities {
         sync_regs: has_sync_regs(&kvm),
-        msr_filter: control.filter,
-        msr_exits: control.exits,
+        msr_exits,
     };
     let run_size = kvm
         .get_vcpu_mmap_size()

@@ -15,8 +15,6 @@ const TSS_ADDRESS: usize = 0xfffb_d000;
 pub struct Capabilities {
     /// Registers come with `KVM_RUN` (`KVM_CAP_SYNC_REGS`).
     pub sync_regs: bool,
-    /// Unlisted MSRs are denied (`KVM_CAP_X86_MSR_FILTER`).
-    pub msr_filter: bool,
     /// Denied MSR accesses are exits (`KVM_CAP_X86_USER_SPACE_MSR`).
     pub msr_exits: bool,
 }
