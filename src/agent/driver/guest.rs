@@ -23,6 +23,9 @@ const WINDOW: usize = 4 << 20;
 /// with it at the gateways.
 const FRAMES_WINDOW: usize = 1 << 20;
 
+/// What a frame takes beside its bytes: many empty ones are not nothing.
+const FRAME_COST: usize = 64;
+
 /// What the process is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Doing {
@@ -159,8 +162,9 @@ impl Guest {
 
     /// Gives it a frame.
     pub fn frame(&mut self, source: FrameSource, bytes: Bytes) -> Result<(), GuestError> {
-        self.frames.push_back((source, bytes.len()));
-        self.frame_bytes += bytes.len();
+        let room = bytes.len() + FRAME_COST;
+        self.frames.push_back((source, room));
+        self.frame_bytes += room;
         self.tell(&ToVm::Frame { source, bytes })
     }
 
