@@ -34,6 +34,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(25);
 const KEEPS_UP: Duration = Duration::from_millis(100);
 /// How long each step may take before the demo gives up.
 const PATIENCE: Duration = Duration::from_mins(1);
+/// How long a new replica may take in all until it keeps up.
+const HEALING: Duration = Duration::from_mins(10);
 
 /// What the demo is told.
 #[derive(Clone, Debug)]
@@ -299,11 +301,30 @@ impl Stage {
         }
         self.cluster.start_process(&who)?;
         self.all_copies().await?;
-        self.until("the new replica's keeping up", async |stage| {
+        let executed = |hosts: &Hosts, vm: &VmName| {
+            let status = hosts.get(host)?.as_ref().ok()?;
+            let vm = status.vms.iter().find(|known| known.vm == *vm)?;
+            Some(vm.node.executed)
+        };
+        // It executes the log from power-on, which takes as long as it takes: what runs out is the
+        // patience with one that comes no further.
+        let (mut furthest, mut since) = (None, Instant::now());
+        self.until_in("the new replica's keeping up", HEALING, async |stage| {
             let hosts = stage.client.status_of_all().await;
+            let now = executed(&hosts, &stage.vm);
+            if now > furthest {
+                (furthest, since) = (now, Instant::now());
+            }
             let lag = lag_of(&hosts, &stage.vm, host);
             Ok(match lag {
                 Some(lag) if lag <= KEEPS_UP => Ok(()),
+                _ if since.elapsed() > PATIENCE => {
+                    return Err(PlayError::TimedOut {
+                        what: "the new replica's coming further".to_owned(),
+                        after: PATIENCE,
+                        saw: tell(&hosts),
+                    });
+                }
                 Some(lag) => Err(format!("{host} is {} ms behind", lag.as_millis())),
                 None => Err(tell(&hosts)),
             })
@@ -317,6 +338,16 @@ impl Stage {
     async fn until<T>(
         &mut self,
         what: &str,
+        look: impl AsyncFnMut(&mut Self) -> Result<Result<T, String>, PlayError>,
+    ) -> Result<T, PlayError> {
+        self.until_in(what, PATIENCE, look).await
+    }
+
+    /// The same with another patience.
+    async fn until_in<T>(
+        &mut self,
+        what: &str,
+        patience: Duration,
         mut look: impl AsyncFnMut(&mut Self) -> Result<Result<T, String>, PlayError>,
     ) -> Result<T, PlayError> {
         let began = Instant::now();
@@ -326,10 +357,10 @@ impl Stage {
                 Ok(happened) => return Ok(happened),
                 Err(saw) => saw,
             };
-            if began.elapsed() > PATIENCE {
+            if began.elapsed() > patience {
                 return Err(PlayError::TimedOut {
                     what: what.to_owned(),
-                    after: PATIENCE,
+                    after: patience,
                     saw,
                 });
             }

@@ -67,7 +67,7 @@ pub struct LoadError {
 }
 
 /// How long each client rests after an answer while the load is eased.
-const EASED: Duration = Duration::from_millis(20);
+const EASED: Duration = Duration::from_millis(100);
 
 /// What the clients have in common.
 #[derive(Debug)]
