@@ -8,7 +8,7 @@
 )]
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -146,9 +146,4 @@ pub fn await_answer(address: SocketAddr) {
         }
     }
     panic!("the guest does not answer");
-}
-
-/// Whether a path is there; for what only some kernels have.
-pub fn there(path: &str) -> bool {
-    Path::new(path).exists()
 }

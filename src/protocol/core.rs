@@ -245,6 +245,7 @@ impl Core {
                 self.position = Position::START;
                 // The next log may be another machine's, with outputs counted anew.
                 self.committed = LogIndex::START;
+                self.let_out = LogIndex::START;
                 self.forgotten = FrameNumber(0);
                 self.do_(Action::DropLog {
                     incarnation: self.durable.incarnation,

@@ -537,6 +537,16 @@ fn the_guest_is_slowed_for_a_replica_that_lags_and_not_for_one_that_begins() {
     // A guest that is held back records nothing, and still c does not come nearer.
     trio.pass(6_000);
     assert!(!throttled(&mut trio), "the guest goes on");
+    let why = trio
+        .host("a")
+        .events
+        .iter()
+        .rev()
+        .find_map(|event| match event {
+            Event::Throttled { on: false, why } => Some(why.clone()),
+            _ => None,
+        });
+    assert!(why.expect("a line").contains("waited for no more"));
 }
 
 /// An operator who accepts loss is told how much: what the primary had let out beyond what is held

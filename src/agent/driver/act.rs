@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use replay_log::{Entry, FrameNumber, Header, LogIndex, Term};
+use replay_log::{FrameNumber, Header, LogIndex, Term};
 use vmm::host::OutputKind;
 use vmm::outbox::Outbox;
 
@@ -243,6 +243,8 @@ impl VmDriver {
         self.streams.clear();
         self.header = None;
         if let Err(error) = self.log.drop_log(incarnation) {
+            // The protocol gives up this holding, too, and comes back to it by way of the disk.
+            self.persist_failed = true;
             self.inputs.push_back(Input::StoreFailed {
                 reason: error.to_string(),
             });
@@ -297,22 +299,13 @@ impl VmDriver {
             return;
         };
         if self.header.is_none() {
-            self.header = self.read_header();
+            self.header = self.log.header();
         }
         let Some(header) = self.header.clone() else {
             return;
         };
         self.awaiting_header = None;
         self.fetch_parts(run, header);
-    }
-
-    fn read_header(&self) -> Option<Header> {
-        let batch = self.log.first_batch().ok()??;
-        let entries = batch.decode().ok()?;
-        match entries.into_iter().next() {
-            Some(Entry::Header(header)) => Some(header),
-            _ => None,
-        }
     }
 
     /// Gets the image and the disk bases that a log names, from this host or another.

@@ -104,6 +104,8 @@ impl VmDriver {
     }
 
     fn guest_failed(&mut self, run: crate::protocol::VmRun, reason: String) {
+        // Whom a guest that is gone kept waiting waits no more.
+        self.holds_arrivals();
         self.last_word = Some(reason.clone());
         self.inputs.push_back(Input::VmFailed { run, reason });
     }

@@ -13,8 +13,8 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
 use replay_log::{
-    Batch, FileOptions, FileStore, IoFailure, LogIndex, LogReader, LogTip, OpenError, ReadError,
-    Store, SyncPolicy,
+    Batch, Entry, FileOptions, FileStore, Header, IoFailure, LogIndex, LogReader, LogTip,
+    OpenError, ReadError, Store, SyncPolicy,
 };
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -58,7 +58,9 @@ pub struct Returned {
 pub struct LogKeeper {
     dir: PathBuf,
     options: FileOptions,
+    /// `None` while it is away, and after it could not be opened.
     store: Option<FileStore>,
+    away: bool,
     waiting: VecDeque<Work>,
     recent: VecDeque<Batch>,
     recent_bytes: usize,
@@ -87,6 +89,7 @@ impl LogKeeper {
             options,
             tip: store.tip(),
             store: Some(store),
+            away: false,
             waiting: VecDeque::new(),
             recent: VecDeque::new(),
             recent_bytes: 0,
@@ -124,7 +127,7 @@ impl LogKeeper {
     }
 
     /// The first batch that is kept.
-    pub fn first_batch(&self) -> Result<Option<Batch>, ReadError> {
+    fn first_batch(&self) -> Result<Option<Batch>, ReadError> {
         if let Some(batch) = self
             .recent
             .front()
@@ -135,6 +138,15 @@ impl LogKeeper {
         match &self.store {
             Some(store) => store.read_from(LogIndex::START)?.next_batch(),
             None => Ok(None),
+        }
+    }
+
+    /// The header that the log begins with; `None` while it is empty, or when its beginning is gone.
+    pub fn header(&self) -> Option<Header> {
+        let entries = self.first_batch().ok()??.decode().ok()?;
+        match entries.into_iter().next() {
+            Some(Entry::Header(header)) => Some(header),
+            _ => None,
         }
     }
 
@@ -191,7 +203,7 @@ impl LogKeeper {
         self.recent_bytes = 0;
         self.incarnation = incarnation;
         self.tip = LogTip::default();
-        if self.store.is_none() {
+        if self.away {
             self.drop_when_back = true;
             return Ok(());
         }
@@ -222,6 +234,7 @@ impl LogKeeper {
 
     /// A store is back.
     pub fn returned(&mut self, returned: Returned, news: &mut Vec<LogNews>) {
+        self.away = false;
         self.store = Some(returned.store);
         if self.drop_when_back {
             // What it reports is about the log that is given up.
@@ -262,6 +275,7 @@ impl LogKeeper {
         let Some(mut store) = self.store.take() else {
             return;
         };
+        self.away = true;
         let work = std::mem::take(&mut self.waiting);
         let returns = self.returns.clone();
         tokio::task::spawn_blocking(move || {
@@ -367,7 +381,7 @@ impl Cursor {
 
 #[cfg(test)]
 mod tests {
-    use replay_log::{BatchBuilder, Entry, Mark, MarkDigest, Position, Term};
+    use replay_log::{BatchBuilder, Mark, MarkDigest, Position, Term};
     use tokio::sync::mpsc::unbounded_channel;
 
     use super::*;
@@ -420,6 +434,33 @@ mod tests {
         drop(log);
         let store = FileStore::open(&dir, DURABLE).expect("a log");
         assert_eq!(store.tip(), tip);
+    }
+
+    /// A log that could not begin is asked for again, not waited for.
+    #[tokio::test]
+    async fn a_log_that_cannot_begin_is_tried_again() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (parent, hidden) = (folder.path().join("vm"), folder.path().join("hidden"));
+        let dir = parent.join("log");
+        let (to_returns, mut returns) = unbounded_channel();
+        let mut log = LogKeeper::open(&dir, DURABLE, Incarnation(1), to_returns).expect("a log");
+        std::fs::rename(&parent, &hidden).expect("moved");
+        std::fs::write(&parent, b"in the way").expect("written");
+        log.drop_log(Incarnation(2)).expect_err("nowhere to begin");
+        std::fs::remove_file(&parent).expect("removed");
+        std::fs::rename(&hidden, &parent).expect("moved back");
+        log.drop_log(Incarnation(3)).expect("begins");
+        let mut news = Vec::new();
+        log.append(batch(log.tip(), 1), &mut news);
+        // Only keeps a broken keeper from hanging.
+        let patience = std::time::Duration::from_secs(10);
+        let returned = tokio::time::timeout(patience, returns.recv()).await;
+        let returned = returned.expect("the store is at work").expect("a store");
+        log.returned(returned, &mut news);
+        assert!(
+            matches!(news[..], [LogNews::Stored(Incarnation(3), _)]),
+            "{news:?}"
+        );
     }
 
     #[test]

@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use replay_log::{FrameNumber, Header, LogIndex, LogTip, OpenError, Term};
+use replay_log::{FrameNumber, Header, LogTip, OpenError, Term};
 use thiserror::Error;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender, unbounded_channel};
 use vmm::outbox::Outbox;
@@ -204,9 +204,8 @@ impl VmDriver {
         };
         let config = protocol::Config::new(env.host.clone(), vm.clone());
         let node = Node::new(config, restored, now());
-        // That of another log is none: it is kept for a cold boot alone.
-        let held = log.tip().index > LogIndex::START;
-        let header = home.header()?.filter(|_| held);
+        // The one beside the log may be that of the log before: it is for a cold boot alone.
+        let header = log.header();
         let boot = Boot(header.as_ref().map_or([0; 16], |header| header.boot));
         let (to_back, back) = unbounded_channel();
         Ok(Self {

@@ -53,6 +53,14 @@ impl Primary {
     }
 
     pub(super) fn watch_pace(&mut self, core: &mut Core) {
+        let in_vain = self.throttled && self.slowed_in_vain(core);
+        if in_vain {
+            // Whoever has not come nearer while the guest stood still will not: the guest goes on,
+            // and the replica is let to catch up as one that is new.
+            for follower in self.followers.values_mut() {
+                follower.has_kept_up = false;
+            }
+        }
         let bounds = core.config.bounds;
         let limit = core.config.timing.lag_limit;
         let lag = self.worst_lag(core);
@@ -68,20 +76,14 @@ impl Primary {
             String::new()
         };
         let on = !why.is_empty();
-        if on && self.throttled && self.slowed_in_vain(core) {
-            // Whoever has not come nearer while the guest stood still will not: the guest goes on,
-            // and the replica is let to catch up as one that is new.
-            for follower in self.followers.values_mut() {
-                follower.has_kept_up = false;
-            }
-            return self.watch_pace(core);
-        }
         if on != self.throttled {
             self.throttled_at = core.now;
             self.throttled = on;
             core.do_(Action::Throttle { on });
             let why = if on {
                 why
+            } else if in_vain {
+                "a replica comes no nearer, and is waited for no more".to_owned()
             } else {
                 "everybody keeps up".to_owned()
             };
