@@ -14,6 +14,7 @@ pub mod introduction;
 pub mod journal;
 pub mod library;
 pub mod link;
+mod listen;
 pub mod metrics;
 pub mod operator;
 pub mod thread;

@@ -19,6 +19,7 @@ use tokio::time::timeout;
 
 use super::close::{CloseReason, Ended};
 use super::counters::LinkCounters;
+use super::socket::QuietRuntime;
 use super::tls::{self, Purpose, TlsError};
 use crate::agent::certs::{Credentials, Identity};
 
@@ -399,9 +400,8 @@ fn open_socket(
     // A smaller buffer than asked for is no error: the kernel's limit holds.
     let _ = setsockopt(&socket, sockopt::RcvBuf, &SOCKET_BUFFER);
     let _ = setsockopt(&socket, sockopt::SndBuf, &SOCKET_BUFFER);
-    let runtime = quinn::default_runtime()
-        .ok_or_else(|| io::Error::other("an endpoint is opened on a tokio runtime only"))?;
-    quinn::Endpoint::new(endpoint_config(credentials)?, server, socket, runtime)
+    let config = endpoint_config(credentials)?;
+    quinn::Endpoint::new(config, server, socket, Arc::new(QuietRuntime))
 }
 
 /// A key that is the same after a restart lets our new process tell peers at once that their

@@ -13,6 +13,7 @@ pub mod frame;
 mod lanes;
 mod request;
 mod session;
+mod socket;
 mod tls;
 
 #[cfg(test)]
