@@ -114,7 +114,7 @@ impl LocalMachine {
         let header = header_of(&run.image)?;
         let gateway = gateway_of(&run).await?;
         let start_as = if run.recorder {
-            StartAs::Primary
+            StartAs::Recorded
         } else {
             StartAs::Unrecorded
         };
@@ -163,9 +163,7 @@ impl LocalMachine {
                     Some(FromVm::Output(output)) => self.let_out(output, &mut console).await,
                     Some(_) => {}
                 },
-                Some((source, bytes)) = self.from_gateway.recv() => {
-                    self.process.sender().send(&ToVm::Frame { source, bytes })?;
-                }
+                Some(frame) = self.from_gateway.recv() => self.let_in(frame)?,
                 ended = Self::gateway_ended(&mut self.gateway) => {
                     self.gateway = None;
                     ended?;
@@ -176,7 +174,18 @@ impl LocalMachine {
 
     /// Types on the guest's console.
     pub fn type_console(&self, bytes: Bytes) -> Result<(), LocalError> {
-        Ok(self.process.sender().send(&ToVm::Console(bytes))?)
+        self.process.sender().send(&ToVm::Console(bytes))?;
+        Ok(self.process.sender().flush()?)
+    }
+
+    /// Gives the guest a frame, and those that are there already with it.
+    fn let_in(&mut self, first: (FrameSource, Bytes)) -> Result<(), LocalError> {
+        let mut next = Some(first);
+        while let Some((source, bytes)) = next {
+            self.process.sender().send(&ToVm::Frame { source, bytes })?;
+            next = self.from_gateway.try_recv().ok();
+        }
+        Ok(self.process.sender().flush()?)
     }
 
     /// How much of the log is kept, in entries and in bytes on disk.

@@ -223,12 +223,14 @@ impl Host for OfflineHost {
         Ok(self.replies.pop_front().map(FromOutside::Disk))
     }
 
-    fn submit(&mut self, request: DiskRequest) -> Result<(), TapeError> {
-        let number: RequestNumber = request.number;
-        let data = self
-            .execute(&request)
-            .map_err(|reason| TapeError::Host { reason })?;
-        self.replies.push_back(DiskReply { number, data });
+    fn submit(&mut self, requests: Vec<DiskRequest>) -> Result<(), TapeError> {
+        for request in requests {
+            let number: RequestNumber = request.number;
+            let data = self
+                .execute(&request)
+                .map_err(|reason| TapeError::Host { reason })?;
+            self.replies.push_back(DiskReply { number, data });
+        }
         Ok(())
     }
 

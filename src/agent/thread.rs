@@ -6,7 +6,7 @@
 
 use std::io;
 
-use rustix::process::{getpriority_process, setpriority_process};
+use rustix::process::{getpid, getpriority_process, setpriority_process};
 use tokio::runtime::Builder;
 use tokio::sync::oneshot;
 
@@ -46,15 +46,31 @@ where
     }
     let runtime = Builder::new_current_thread()
         .enable_all()
-        .on_thread_start(move || ordinary(before))
+        .on_thread_start(move || set_nice(before))
         .build()?;
     Ok(runtime.block_on(run()))
 }
 
-/// Gives up the priority that the calling thread inherited from its maker.
-pub fn ordinary(nice: i32) {
+/// Gives up the priority that the calling thread inherited from its maker. Says whether it had any:
+/// then it has the right to take it back.
+pub fn ordinary(nice: i32) -> bool {
+    let inherited = getpriority_process(None).unwrap_or(nice);
+    set_nice(nice);
+    inherited < nice
+}
+
+/// Sets the priority of the calling thread.
+pub fn set_nice(nice: i32) {
     if let Err(error) = setpriority_process(None, nice) {
-        tracing::debug!(%error, "the priority stays as inherited");
+        tracing::debug!(%error, nice, "the priority stays as it is");
+    }
+}
+
+/// Sets the priority of the process's main thread.
+pub fn set_nice_of_main(nice: i32) {
+    // For the kernel this is a thread: the one whose number is the process's.
+    if let Err(error) = setpriority_process(Some(getpid()), nice) {
+        tracing::debug!(%error, nice, "the priority stays as it is");
     }
 }
 

@@ -28,6 +28,9 @@ use crate::protocol::{Span, Time};
 /// How long nobody is accepted after the host had no file descriptor left for a client.
 const ACCEPT_PAUSE: Span = Span::from_millis(100);
 
+/// The longest that a frame for the guest waits for others.
+const LINGER: Span = Span::from_micros(200);
+
 /// The guest has lost this gateway's connections.
 pub(super) struct HistoryLost(pub(super) &'static str);
 
@@ -166,6 +169,11 @@ pub(super) struct Pump<C> {
     turn: Vec<ConnectionId>,
     stopped: Vec<ConnectionId>,
     frames: Vec<Bytes>,
+    /// Frames were given to the carrier since the last look at the sockets.
+    more_to_flush: bool,
+    lingering_since: Option<Time>,
+    /// Ready when the sockets have been looked at again.
+    look_again: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     started: Instant,
     timer: Pin<Box<Sleep>>,
     timer_at: Option<Time>,
@@ -195,6 +203,9 @@ impl<C: Carrier> Pump<C> {
             turn: Vec::new(),
             stopped: Vec::new(),
             frames: Vec::new(),
+            more_to_flush: false,
+            lingering_since: None,
+            look_again: None,
             started: Instant::now(),
             timer: Box::pin(tokio::time::sleep(std::time::Duration::ZERO)),
             timer_at: None,
@@ -224,6 +235,9 @@ impl<C: Carrier> Pump<C> {
                 self.stack.handle_timeout(now);
             }
             self.serve_clients(now);
+            if self.lingers(cx, now) {
+                return Poll::Pending;
+            }
             self.carrier.flush(cx, now);
             self.report();
             if self.carrier.has_ended() {
@@ -360,7 +374,28 @@ impl<C: Carrier> Pump<C> {
         self.stack.egress(now);
         while let Some(frame) = self.stack.poll_transmit() {
             self.carrier.send(frame);
+            self.more_to_flush = true;
         }
+    }
+
+    /// Whether what there is for the guest waits for what other clients are about to say: for as
+    /// long as each look at the sockets finds more, and not for long. The guest takes in one turn
+    /// what comes together, and answers it with one flush of its disk.
+    fn lingers(&mut self, cx: &mut Context<'_>, now: Time) -> bool {
+        if std::mem::take(&mut self.more_to_flush) {
+            let since = *self.lingering_since.get_or_insert(now);
+            if now.since(since) < LINGER && self.carrier.room() > 0 {
+                self.look_again = Some(Box::pin(tokio::task::yield_now()));
+            }
+        }
+        if let Some(look) = &mut self.look_again
+            && look.as_mut().poll(cx).is_pending()
+        {
+            return true;
+        }
+        self.look_again = None;
+        self.lingering_since = None;
+        false
     }
 
     fn serve(&mut self, id: ConnectionId, now: Time) {

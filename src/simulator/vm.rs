@@ -103,15 +103,17 @@ impl Host for Edge {
         })
     }
 
-    fn submit(&mut self, request: DiskRequest) -> Result<(), TapeError> {
-        let data = self.disk.execute(&request.op);
-        let data = data.ok_or_else(|| TapeError::Host {
-            reason: "the request is outside the disk".to_owned(),
-        })?;
-        self.replies.push_back(DiskReply {
-            number: request.number,
-            data,
-        });
+    fn submit(&mut self, requests: Vec<DiskRequest>) -> Result<(), TapeError> {
+        for request in requests {
+            let data = self.disk.execute(&request.op);
+            let data = data.ok_or_else(|| TapeError::Host {
+                reason: "the request is outside the disk".to_owned(),
+            })?;
+            self.replies.push_back(DiskReply {
+                number: request.number,
+                data,
+            });
+        }
         Ok(())
     }
 

@@ -112,8 +112,8 @@ pub trait Host {
     /// cannot take wait here. A disk error ends here, as [`TapeError::Host`].
     fn arrival(&mut self, can_take: Sources) -> Result<Option<FromOutside>, TapeError>;
 
-    /// Submits a request to this host's own disk.
-    fn submit(&mut self, request: DiskRequest) -> Result<(), TapeError>;
+    /// Submits the requests of one exit, in order, to this host's own disks.
+    fn submit(&mut self, requests: Vec<DiskRequest>) -> Result<(), TapeError>;
 
     /// Takes a finished batch (recorder only).
     fn ship(&mut self, shipment: Shipment) -> Result<(), TapeError>;

@@ -14,7 +14,8 @@ use replay_log::{
 use crate::devices::layout::MAX_FRAME;
 use crate::host::{DiskData, FromOutside, Host, HostTime, Output, OutputKind, Shipment};
 use crate::tape::{
-    Command, CpuState, Delivery, DigestKey, Next, Pending, Query, Sources, Tape, TapeError,
+    Command, CpuState, Delivery, DigestKey, DiskRequest, Next, Pending, Query, Sources, Tape,
+    TapeError,
 };
 
 /// How many timers a machine can have.
@@ -93,6 +94,7 @@ pub struct Recorder<H> {
     /// The exit being served.
     answers: Vec<Answer>,
     outputs: Vec<(OutputKind, bytes::Bytes)>,
+    requests: Vec<DiskRequest>,
     /// Frames delivered in the batch under construction.
     batch_frames: BTreeMap<GatewayIncarnation, FrameNumber>,
     overlong: u64,
@@ -144,6 +146,7 @@ impl<H: Host> Recorder<H> {
             batch_since: None,
             answers: Vec::new(),
             outputs: Vec::new(),
+            requests: Vec::new(),
             batch_frames: BTreeMap::new(),
             overlong: 0,
             last_mark: now,
@@ -457,7 +460,7 @@ impl<H: Host> Tape for Recorder<H> {
         match command {
             Command::Frame(bytes) => self.outputs.push((OutputKind::Frame, bytes)),
             Command::Console(bytes) => self.outputs.push((OutputKind::Console, bytes)),
-            Command::Disk(request) => self.host.submit(request)?,
+            Command::Disk(request) => self.requests.push(request),
             Command::ArmTimer { timer, deadline } => {
                 arm(&mut self.ongoing.timers, timer, deadline)?;
             }
@@ -469,6 +472,9 @@ impl<H: Host> Tape for Recorder<H> {
         self.ongoing.at = at;
         self.stale_mark = true;
         self.waiting_since = None;
+        if !self.requests.is_empty() {
+            self.host.submit(std::mem::take(&mut self.requests))?;
+        }
         if self.answers.is_empty() && self.outputs.is_empty() {
             return Ok(());
         }

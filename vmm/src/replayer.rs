@@ -17,7 +17,8 @@ use replay_log::{
 use crate::host::{DiskData, FromOutside, Host, Output, OutputKind};
 use crate::recorder::{Ongoing, Policy, Recorder, arm, read_hash};
 use crate::tape::{
-    Command, CpuState, Delivery, DigestKey, Next, Pending, Query, Sources, Tape, TapeError,
+    Command, CpuState, Delivery, DigestKey, DiskRequest, Next, Pending, Query, Sources, Tape,
+    TapeError,
 };
 pub use queue::FeedError;
 use queue::Queue;
@@ -34,6 +35,7 @@ pub struct Replayer<H> {
     /// How many answers of the exit being served are used.
     answered: usize,
     outputs: Vec<(OutputKind, bytes::Bytes)>,
+    requests: Vec<DiskRequest>,
     /// Requests that the log has not shown to be finished.
     outstanding: BTreeSet<RequestNumber>,
     /// What this host's disk has finished and the log has not delivered yet.
@@ -53,6 +55,7 @@ impl<H: Host> Replayer<H> {
             closed: Position::START,
             answered: 0,
             outputs: Vec::new(),
+            requests: Vec::new(),
             outstanding: BTreeSet::new(),
             disk: BTreeMap::new(),
             marks: 0,
@@ -320,7 +323,7 @@ impl<H: Host> Tape for Replayer<H> {
             Command::Console(bytes) => self.outputs.push((OutputKind::Console, bytes)),
             Command::Disk(request) => {
                 self.outstanding.insert(request.number);
-                self.host.submit(request)?;
+                self.requests.push(request);
             }
             Command::ArmTimer { timer, deadline } => {
                 arm(&mut self.ongoing.timers, timer, deadline)?;
@@ -332,6 +335,9 @@ impl<H: Host> Tape for Replayer<H> {
     fn close(&mut self, at: Position) -> Result<(), TapeError> {
         self.closed = at;
         self.ongoing.at = at;
+        if !self.requests.is_empty() {
+            self.host.submit(std::mem::take(&mut self.requests))?;
+        }
         let answered = std::mem::take(&mut self.answered);
         let made = std::mem::take(&mut self.outputs);
         let logged = match self.entry_at(at) {

@@ -151,20 +151,22 @@ impl Host for MemoryHost {
         Ok(None)
     }
 
-    fn submit(&mut self, request: DiskRequest) -> Result<(), TapeError> {
-        let data = self.execute(&request).filter(|_| !self.broken_disk);
-        let Some(data) = data else {
-            return Err(TapeError::Host {
-                reason: "the disk failed".into(),
+    fn submit(&mut self, requests: Vec<DiskRequest>) -> Result<(), TapeError> {
+        for request in requests {
+            let data = self.execute(&request).filter(|_| !self.broken_disk);
+            let Some(data) = data else {
+                return Err(TapeError::Host {
+                    reason: "the disk failed".into(),
+                });
+            };
+            if self.replies.is_empty() {
+                self.disk_wait = self.disk_delay;
+            }
+            self.replies.push_back(DiskReply {
+                number: request.number,
+                data,
             });
-        };
-        if self.replies.is_empty() {
-            self.disk_wait = self.disk_delay;
         }
-        self.replies.push_back(DiskReply {
-            number: request.number,
-            data,
-        });
         Ok(())
     }
 

@@ -7,9 +7,10 @@ use replay_log::{FrameNumber, Header, LogIndex, Term};
 use vmm::host::OutputKind;
 use vmm::outbox::Outbox;
 
-use super::guest::{Guest, Parts};
+use super::guest::{Guest, GuestError, Parts};
 use super::home::{Home, HomeError};
-use super::{Back, HostMessage, VmDriver};
+use super::keeper::LogKeeper;
+use super::{Back, CHORES, HostMessage, VmDriver};
 use crate::agent::clock::now;
 use crate::agent::frame_streams::FrameStreams;
 use crate::agent::frames::{FrameLimits, FramePort};
@@ -145,20 +146,51 @@ impl VmDriver {
                 reason: error.to_string(),
             }),
         }
+        self.with_guest(|guest, _| guest.flush());
+        self.let_out();
+        let waiting = self.outbox.bytes() as u64;
+        // Told in steps: what matters is whether it grows out of bounds.
+        if waiting >> 16 != self.told_waiting >> 16 {
+            self.told_waiting = waiting;
+            self.inputs.push_back(Input::OutputWaits { bytes: waiting });
+        }
+    }
+
+    /// Whether there is something that nobody outside waits for: the guest of a replica has log to
+    /// execute, or a log that is held in memory is to be written down.
+    pub(super) fn has_chores(&self) -> bool {
+        let feeds = |guest: &Guest| guest.wants_log(&self.log);
+        self.guest.as_ref().is_some_and(feeds) || self.log.is_unwritten()
+    }
+
+    /// Does that, once in a while and after what others wait for has gone out. Where replica and
+    /// primary share processors, an acknowledgement would else wait until the batch is executed,
+    /// and every batch would wake the guest's process for itself.
+    pub(super) async fn catch_up(&mut self) {
+        if !self.has_chores() {
+            return;
+        }
+        let urgent = self.guest.as_ref().is_some_and(Guest::is_about_to_live);
+        if !urgent && self.chores_done.plus(CHORES) > now() {
+            return;
+        }
+        tokio::task::yield_now().await;
+        self.with_guest(|guest, log| guest.feed(log).and_then(|()| guest.flush()));
+        let mut news = Vec::new();
+        self.log.write_down(&mut news);
+        self.log_news(news);
+        self.chores_done = now();
+    }
+
+    fn with_guest(&mut self, act: impl FnOnce(&mut Guest, &LogKeeper) -> Result<(), GuestError>) {
         if let Some(guest) = &mut self.guest
-            && let Err(error) = guest.feed(&self.log)
+            && let Err(error) = act(guest, &self.log)
         {
             let run = guest.run();
             self.inputs.push_back(Input::VmFailed {
                 run,
                 reason: error.to_string(),
             });
-        }
-        let waiting = self.outbox.bytes() as u64;
-        // Told in steps: what matters is whether it grows out of bounds.
-        if waiting >> 16 != self.told_waiting >> 16 {
-            self.told_waiting = waiting;
-            self.inputs.push_back(Input::OutputWaits { bytes: waiting });
         }
     }
 
@@ -385,6 +417,7 @@ impl VmDriver {
                     guest.go_live(term, at);
                 }
                 self.outbox = Outbox::new();
+                self.committed = LogIndex::START;
                 self.told_received = FrameNumber(0);
                 // A machine at power-on has made no output and taken no frame yet.
                 let port = FramePort::new(self.vm.clone(), boot, FrameLimits::default());
@@ -406,9 +439,17 @@ impl VmDriver {
 
     fn release(&mut self, term: Term, through: LogIndex) {
         self.known_term = self.known_term.max(term);
+        self.committed = through;
+        self.let_out();
+        self.gateways.port.committed(through, now());
+    }
+
+    /// Lets out what may be: an output may come from the VMM process after the commit of the batch
+    /// that it waits for.
+    fn let_out(&mut self) {
         let mut last = None;
         let mut console = Vec::new();
-        for output in self.outbox.release(through) {
+        for output in self.outbox.release(self.committed) {
             last = Some(output.number);
             match output.kind {
                 OutputKind::Frame => {
@@ -425,7 +466,6 @@ impl VmDriver {
         if !console.is_empty() {
             self.home.console(&console);
         }
-        self.gateways.port.committed(through, now());
     }
 
     fn journal(&mut self, event: &Event) {

@@ -150,9 +150,19 @@ impl Guest {
         self.process.recv().await
     }
 
-    /// Says something to it.
+    /// Whether more has come from it than [`Self::recv`] has given.
+    pub fn has_said_more(&self) -> bool {
+        self.process.has_more()
+    }
+
+    /// Says something to it. It hears of it with [`Self::flush`].
     pub fn tell(&self, message: &ToVm) -> Result<(), GuestError> {
         Ok(self.process.sender().send(message)?)
+    }
+
+    /// Sends what it was told on its way, all at once.
+    pub fn flush(&self) -> Result<(), GuestError> {
+        Ok(self.process.sender().flush()?)
     }
 
     /// Whether it has as many frames as it may that are in no log yet.
@@ -196,6 +206,18 @@ impl Guest {
             self.bytes -= bytes;
             self.under_way.pop_front();
         }
+    }
+
+    /// Whether [`Self::feed`] has something to do.
+    pub fn wants_log(&self, log: &LogKeeper) -> bool {
+        let replays = self.doing != Doing::Recording;
+        let more = self.bytes < WINDOW && self.cursor.next() < log.tip().index;
+        replays && (more || self.go_live.is_some())
+    }
+
+    /// Whether it goes live as soon as it has the log.
+    pub const fn is_about_to_live(&self) -> bool {
+        self.go_live.is_some()
     }
 
     /// Feeds it what the log has beyond what it was fed, as far as the window allows.

@@ -2,8 +2,8 @@
 //! must not hold up heartbeats.
 //!
 //! ```text
-//!   here ── append, look up ──► done at once (a write to the page cache)
-//!    │  ▲
+//!   here ── append of a log that is held in memory ──► held at once, written by `write_down`
+//!    │  ▲   look up ──► done at once, after the appends before it
 //!    │  └──────── back with what came of it ────────┐
 //!    └── sync, or any append of a store that syncs ──┴──► away, on a blocking thread; what is asked
 //!                                                        for meanwhile waits in order
@@ -38,7 +38,7 @@ enum Work {
 /// What came of it.
 #[derive(Debug)]
 pub enum LogNews {
-    /// The log is held through here by the kernel.
+    /// The log is held through here: in memory, or by the kernel.
     Stored(Incarnation, LogTip),
     /// The log is held through here by the disk.
     Synced(Incarnation, LogTip),
@@ -166,7 +166,24 @@ impl LogKeeper {
             };
             self.recent_bytes -= old.payload().len();
         }
-        self.ask(Work::Append(self.incarnation, batch), news);
+        if self.options.sync == SyncPolicy::Never {
+            // Held is held in memory: whoever waits for that does not wait for the file.
+            self.waiting
+                .push_back(Work::Append(self.incarnation, batch));
+            news.push(LogNews::Stored(self.incarnation, self.tip));
+        } else {
+            self.ask(Work::Append(self.incarnation, batch), news);
+        }
+    }
+
+    /// Whether there is something for [`Self::write_down`] to do.
+    pub fn is_unwritten(&self) -> bool {
+        self.store.is_some() && !self.waiting.is_empty()
+    }
+
+    /// Writes what was appended in memory.
+    pub fn write_down(&mut self, news: &mut Vec<LogNews>) {
+        self.proceed(news);
     }
 
     /// Makes durable what was appended.
@@ -268,7 +285,11 @@ impl LogKeeper {
             return;
         }
         let Some(store) = &mut self.store else { return };
-        work_off(store, self.waiting.drain(..), news);
+        let mut done = Vec::new();
+        work_off(store, self.waiting.drain(..), &mut done);
+        // What is held in memory was told when it was.
+        done.retain(|news| !matches!(news, LogNews::Stored(..)));
+        news.append(&mut done);
     }
 
     fn send_away(&mut self) {

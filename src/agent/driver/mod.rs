@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use replay_log::{FrameNumber, Header, LogTip, OpenError, Term};
+use replay_log::{FrameNumber, Header, LogIndex, LogTip, OpenError, Term};
 use thiserror::Error;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender, unbounded_channel};
 use vmm::outbox::Outbox;
@@ -35,10 +35,11 @@ use crate::agent::introduction::Introduction;
 use crate::agent::journal::{Incident, Journal};
 use crate::agent::link::Link;
 use crate::agent::operator::{VmAnswer, VmQuestion};
+use crate::agent::vm_process::FromVm;
 use crate::agent::witness::client::WitnessClient;
 use crate::config::Config;
 use crate::gateway::frames::Boot;
-use crate::protocol::{self, HostName, Input, Message, Node, VmName};
+use crate::protocol::{self, HostName, Input, Message, Node, Span, Time, VmName};
 
 use guest::Guest;
 pub use guest::{Doing, GuestError};
@@ -48,6 +49,9 @@ use streams::Streams;
 
 /// So many ready inputs are taken before actions are carried out.
 const INPUTS_AT_ONCE: usize = 64;
+
+/// What nobody outside waits for is done this often.
+const CHORES: Span = Span::from_millis(4);
 
 /// A message between the agents of two hosts.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
@@ -143,6 +147,8 @@ pub struct VmDriver {
     streams: Streams,
     guest: Option<Guest>,
     outbox: Outbox,
+    /// Outputs may be let out whose log ends here.
+    committed: LogIndex,
     gateways: FrameStreams<GatewayOpened>,
     /// The highest term known to reign, for the gateways.
     known_term: Term,
@@ -154,6 +160,8 @@ pub struct VmDriver {
     awaiting_parts: Option<crate::protocol::VmRun>,
     /// What that run is to do as soon as it has started.
     live_when_started: Option<(Term, LogTip)>,
+    /// When the chores were done last.
+    chores_done: Time,
     told_received: FrameNumber,
     told_waiting: u64,
     inbox: Receiver<ToDriver>,
@@ -219,11 +227,13 @@ impl VmDriver {
             streams: Streams::default(),
             guest: None,
             outbox: Outbox::new(),
+            committed: LogIndex::START,
             known_term: Term(0),
             header,
             awaiting_header: None,
             awaiting_parts: None,
             live_when_started: None,
+            chores_done: Time::default(),
             told_received: FrameNumber(0),
             told_waiting: 0,
             inbox,
@@ -242,11 +252,18 @@ impl VmDriver {
 
     /// Runs until the agent drops its end of the inbox.
     pub async fn run(mut self) {
+        let mut shipped = false;
         loop {
             self.settle().await;
+            if shipped && self.guest.as_ref().is_some_and(Guest::has_said_more) {
+                // The connections send the batch before the outputs are looked at that wait for it.
+                tokio::task::yield_now().await;
+            }
+            self.catch_up().await;
             // Whatever keeps this loop busy, the other drivers and the link have their turn.
             tokio::task::consume_budget().await;
             let due = self.due();
+            shipped = false;
             let open = tokio::select! {
                 biased;
                 // First, because polling it also writes out what the port has to say.
@@ -255,6 +272,7 @@ impl VmDriver {
                     true
                 }
                 said = Self::guest_says(&mut self.guest) => {
+                    shipped = matches!(said, Ok(Some(FromVm::Shipped { .. })));
                     self.hear_guest(said);
                     true
                 }
@@ -275,7 +293,7 @@ impl VmDriver {
             if !open {
                 break;
             }
-            self.take_what_is_ready().await;
+            shipped = shipped || self.take_what_is_ready().await;
             let now = now();
             while let Some(input) = self.inputs.pop_front() {
                 self.node.handle(now, input);
@@ -293,11 +311,11 @@ impl VmDriver {
 
     /// How long until the node wants to be called.
     fn due(&self) -> Duration {
-        self.node
-            .poll_timeout()
-            .map_or(Duration::from_secs(1), |at| {
-                Duration::from_nanos(at.since(now()).as_nanos())
-            })
+        let chores = self.has_chores().then(|| self.chores_done.plus(CHORES));
+        let next = [self.node.poll_timeout(), chores].into_iter().flatten();
+        next.min().map_or(Duration::from_secs(1), |at| {
+            Duration::from_nanos(at.since(now()).as_nanos())
+        })
     }
 
     async fn guest_says(guest: &mut Option<Guest>) -> hear::GuestSaid {
@@ -308,14 +326,15 @@ impl VmDriver {
     }
 
     /// Takes what has arrived already, so that a late driver does not believe in a silence that is
-    /// only its own.
-    async fn take_what_is_ready(&mut self) {
+    /// only its own. Says whether the guest has shipped a batch, which is sent on first.
+    async fn take_what_is_ready(&mut self) -> bool {
         for _ in 0..INPUTS_AT_ONCE {
             let Ok(heard) = self.inbox.try_recv() else {
                 break;
             };
             self.hear(heard);
         }
+        let mut shipped = false;
         for _ in 0..INPUTS_AT_ONCE {
             let said = tokio::select! {
                 biased;
@@ -323,7 +342,11 @@ impl VmDriver {
                 () = std::future::ready(()) => None,
             };
             let Some(said) = said else { break };
+            shipped = matches!(said, Ok(Some(FromVm::Shipped { .. })));
             self.hear_guest(said);
+            if shipped {
+                break;
+            }
         }
         while let Ok(returned) = self.returns.try_recv() {
             self.hear_store(returned);
@@ -331,6 +354,7 @@ impl VmDriver {
         while let Ok(back) = self.back.try_recv() {
             self.hear_back(back);
         }
+        shipped
     }
 
     fn log_news(&mut self, news: Vec<LogNews>) {

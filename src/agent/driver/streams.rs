@@ -155,6 +155,7 @@ mod tests {
                 builder.push(&Entry::Mark(mark)).expect("room");
             }
             log.append(builder.finish().expect("entries"), &mut news);
+            log.write_down(&mut news);
             assert!(log.tip().index < LogIndex(20_000_000), "nothing is dropped");
         }
         log

@@ -10,17 +10,17 @@
 //!   any state: Stop, or the agent gone ─► exit;  guest ended ─► ended;  failure ─► Failed, exit
 //! ```
 
-use std::io::BufReader;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
 use replay_log::{Batch, LogIndex, Term};
 use thiserror::Error;
 use vmm::boot::BootImage;
 use vmm::config::MachineConfig;
-use vmm::disk::DiskWorker;
+use vmm::disk::{DiskWorker, Finish};
 use vmm::host::{Host, HostTime};
 use vmm::kvm::KvmMachine;
 use vmm::machine::MachineError;
@@ -29,14 +29,16 @@ use vmm::replayer::{FeedError, Replayer};
 use vmm::runner::{Runner, Turn};
 use vmm::tape::TapeError;
 
+use super::background::Background;
 use super::disks::open_disks;
 use super::host::{Inbox, ProcessHost};
-use super::ipc::{self, FailureKind, FromVm, Start, StartAs, ToVm};
+use super::ipc::{FailureKind, FromVm, Inlet, Start, StartAs, ToVm};
 
 /// Landmarks between two looks at the agent's messages.
 const TURN_BUDGET: u32 = 64;
-/// A replica reports how far it has come at most this often while it executes, in nanoseconds.
-const REPORT_EVERY: u64 = 1_000_000;
+/// A replica reports how far it has come, with the outputs that it has made, at most this often, in
+/// nanoseconds: nobody waits for them.
+const REPORT_EVERY: u64 = 5_000_000;
 
 /// Why the process ends other than by `Stop`.
 #[derive(Debug, Error)]
@@ -82,7 +84,7 @@ impl ChildError {
 /// `agent`.
 pub fn run(agent: u32) -> ExitCode {
     // The agent's thread, which started this process, goes before other work; a guest does not.
-    crate::agent::thread::ordinary(0);
+    let reversible = crate::agent::thread::ordinary(0);
     // The kernel ends this process with the agent; if the agent died before it was asked to, the
     // socket's end says so.
     let dies_with_agent = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
@@ -102,32 +104,51 @@ pub fn run(agent: u32) -> ExitCode {
     };
     let (sender, receiver) = channel();
     let for_disk = sender.clone();
+    let background = Arc::new(Background::new(reversible));
+    let for_reader = Arc::clone(&background);
     std::thread::Builder::new()
         .name("agent-reader".into())
-        .spawn(move || read_agent(reading, &sender))
+        .spawn(move || read_agent(reading, &sender, &for_reader))
         .expect("a thread for the agent's messages");
-    serve(ProcessHost::new(receiver, stream), for_disk)
+    serve(ProcessHost::new(receiver, stream), for_disk, background)
 }
 
-/// Moves the agent's messages into the inbox until the agent is gone.
-fn read_agent(stream: UnixStream, inbox: &Sender<Inbox>) {
-    let mut stream = BufReader::with_capacity(64 << 10, stream);
+/// Moves the agent's messages into the inbox until the agent is gone. What comes together is handed
+/// on together: the vCPU thread is woken once.
+fn read_agent(stream: UnixStream, inbox: &Sender<Inbox>, background: &Background) {
+    let mut inlet = Inlet::new(stream);
     loop {
-        let message = match ipc::read::<ToVm>(&mut stream) {
+        let heard = match inlet.messages::<ToVm>() {
             // Nothing can be awaited from a guest that may be in the middle of a long slice.
-            Ok(Some(ToVm::Stop)) => std::process::exit(0),
-            Ok(Some(message)) => Inbox::Agent(message),
-            Ok(None) => Inbox::Lost(None),
+            Ok(messages) if messages.iter().any(|message| matches!(message, ToVm::Stop)) => {
+                std::process::exit(0)
+            }
+            Ok(messages) if messages.is_empty() => Inbox::Lost(None),
+            Ok(messages) => {
+                watch(&messages, background);
+                Inbox::Agent(messages)
+            }
             Err(error) => Inbox::Lost(Some(error)),
         };
-        let lost = matches!(message, Inbox::Lost(_));
-        if inbox.send(message).is_err() || lost {
+        let lost = matches!(heard, Inbox::Lost(_));
+        if inbox.send(heard).is_err() || lost {
             return;
         }
     }
 }
 
-fn serve(mut host: ProcessHost, for_disk: Sender<Inbox>) -> ExitCode {
+/// Tells whoever sees to the vCPU's priority what is on its way to it.
+fn watch(messages: &[ToVm], background: &Background) {
+    let is = |what: fn(&ToVm) -> bool| messages.iter().any(what);
+    if is(|message| matches!(message, ToVm::Batch(_))) {
+        background.fed(crate::agent::clock::now());
+    }
+    if is(|message| matches!(message, ToVm::GoLive { .. })) {
+        background.end();
+    }
+}
+
+fn serve(mut host: ProcessHost, for_disk: Sender<Inbox>, background: Arc<Background>) -> ExitCode {
     let start = match await_start(&mut host) {
         Ok(Some(start)) => start,
         Ok(None) => return ExitCode::SUCCESS,
@@ -137,7 +158,7 @@ fn serve(mut host: ProcessHost, for_disk: Sender<Inbox>) -> ExitCode {
         Ok(machine) => machine,
         Err(error) => return fail(&mut host, &error),
     };
-    let mut vmm = match Vmm::start(machine, host, start) {
+    let mut vmm = match Vmm::start(machine, host, start, background) {
         Ok(vmm) => vmm,
         Err(error) => {
             tracing::error!(%error, "the machine did not start");
@@ -173,7 +194,7 @@ fn await_start(host: &mut ProcessHost) -> Result<Option<Start>, ChildError> {
             Some(ToVm::Start(start)) => return Ok(Some(*start)),
             Some(_) => return Err(ChildError::NoStart),
             None if host.lost() => return Ok(None),
-            None => host.wait(None)?,
+            None => host.wait(None),
         }
     }
 }
@@ -186,13 +207,19 @@ fn build(
     let build_error = |error: &dyn std::error::Error| ChildError::Build(error.to_string());
     let config = MachineConfig::of(&start.header).map_err(|e| build_error(&e))?;
     let disks = open_disks(&start.header, &start.disks).map_err(|e| build_error(&e))?;
-    let notify = move |completion| {
+    let notify = move |news| {
         // The vCPU thread outlives the worker; if it is gone, so is the process.
-        let _ = for_disk.send(Inbox::Disk(completion));
+        let _ = for_disk.send(Inbox::Disk(news));
+    };
+    let finish = match start.start_as {
+        StartAs::Recorded | StartAs::Unrecorded => Finish::Done,
+        StartAs::Primary => Finish::Ahead,
+        StartAs::Replica => Finish::Later,
     };
     if !disks.is_empty() {
-        let worker = DiskWorker::new(disks, Box::new(notify)).map_err(|e| build_error(&e))?;
-        host.set_worker(worker);
+        let worker = DiskWorker::new(disks, finish, Box::new(notify));
+        let worker = worker.map_err(|e| build_error(&e))?;
+        host.set_worker(worker, finish);
     }
     let image = BootImage::new(start.kernel.clone());
     KvmMachine::new(&config, &image).map_err(|e| build_error(&e))
@@ -211,6 +238,7 @@ struct Vmm {
     runner: Runner<KvmMachine>,
     play: Play,
     go_live: Option<(Term, LogIndex)>,
+    background: Arc<Background>,
     /// What was last told to the agent.
     reported: LogIndex,
     reported_at: HostTime,
@@ -219,13 +247,18 @@ struct Vmm {
 }
 
 impl Vmm {
-    fn start(machine: KvmMachine, mut host: ProcessHost, start: Start) -> Result<Self, ChildError> {
+    fn start(
+        machine: KvmMachine,
+        mut host: ProcessHost,
+        start: Start,
+        background: Arc<Background>,
+    ) -> Result<Self, ChildError> {
         host.say(&FromVm::Ready)?;
         host.send()?;
         let play = match start.start_as {
             StartAs::Replica => Play::Replaying(Box::new(Replayer::new(host, start.header))),
-            StartAs::Primary | StartAs::Unrecorded => {
-                let record = start.start_as == StartAs::Primary;
+            StartAs::Primary | StartAs::Recorded | StartAs::Unrecorded => {
+                let record = start.start_as != StartAs::Unrecorded;
                 let policy = Policy {
                     record,
                     ..Policy::default()
@@ -237,6 +270,7 @@ impl Vmm {
             runner: Runner::new(machine),
             play,
             go_live: None,
+            background,
             reported: LogIndex::START,
             reported_at: HostTime(0),
             told_paused: false,
@@ -266,11 +300,18 @@ impl Vmm {
         if turn == Turn::Ran || self.try_go_live()? {
             return Ok(());
         }
-        let until = match &self.play {
+        let until = match &mut self.play {
             Play::Recording(recorder) if turn == Turn::Waiting => recorder.wake_at(),
-            _ => None,
+            Play::Recording(_) | Play::Changing => None,
+            Play::Replaying(replayer) => {
+                if replayer.drained() {
+                    self.background.drained();
+                }
+                let unsaid = replayer.executed() != self.reported || replayer.host().has_unsent();
+                unsaid.then(|| self.reported_at.plus(REPORT_EVERY))
+            }
         };
-        self.host().wait(until)?;
+        self.host().wait(until);
         Ok(())
     }
 
@@ -312,12 +353,14 @@ impl Vmm {
             Play::Replaying(replayer) => {
                 let through = replayer.executed();
                 let now = replayer.host().now();
-                let due = turn != Turn::Ran || now.since(self.reported_at) >= REPORT_EVERY;
-                if through != self.reported && due {
-                    self.reported = through;
-                    self.reported_at = now;
+                let due = now.since(self.reported_at) >= REPORT_EVERY;
+                if due && through != self.reported {
                     replayer.host().say(&FromVm::Executed { through, at })?;
+                    self.reported = through;
+                }
+                if due && replayer.host().has_unsent() {
                     replayer.host().send()?;
+                    self.reported_at = now;
                 }
             }
             Play::Recording(recorder) if turn == Turn::Paused && !self.told_paused => {
@@ -332,6 +375,7 @@ impl Vmm {
             && !self.told_ended
         {
             self.told_ended = true;
+            self.host().finish_outputs()?;
             self.host().say(&FromVm::Ended { end, at })?;
             self.host().send()?;
         }
@@ -351,6 +395,7 @@ impl Vmm {
                     outputs: ongoing.outputs,
                     frames: ongoing.frames.iter().map(|(g, n)| (*g, *n)).collect(),
                 };
+                replayer.host().sync_disks()?;
                 // Said first: the first batch of the new term follows it.
                 replayer.host().say(&live)?;
                 let recorder = replayer.go_live(Policy::default(), term)?;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use replay_log::RequestNumber;
 use ring::rand::{SecureRandom, SystemRandom};
-use vmm::disk::{DiskCompletion, DiskWorker};
+use vmm::disk::{DiskCompletion, DiskNews, DiskWorker, Finish};
 use vmm::host::{DiskData, DiskReply, FromOutside, Host, HostTime, Output, Shipment};
 use vmm::replayer::Requeue;
 use vmm::tape::{DiskRequest, Sources, TapeError};
@@ -18,12 +18,15 @@ use vmm::tape::{DiskRequest, Sources, TapeError};
 use super::ipc::{self, FromVm, IpcError, ToVm};
 use crate::agent::clock;
 
+/// When so many bytes have been said, they leave, whoever waits for them.
+const SEND_AT_ONCE: usize = 256 << 10;
+
 /// What reaches the vCPU thread.
 pub enum Inbox {
-    /// The agent says something.
-    Agent(ToVm),
-    /// The disk worker has finished a request.
-    Disk(DiskCompletion),
+    /// The agent says these.
+    Agent(Vec<ToVm>),
+    /// The disk worker has news.
+    Disk(DiskNews),
     /// The agent is gone, or talks nonsense.
     Lost(Option<IpcError>),
 }
@@ -40,6 +43,15 @@ pub struct ProcessHost {
     worker: Option<DiskWorker>,
     agent: UnixStream,
     out: Vec<u8>,
+    /// Flushes may finish before they are durable: outputs wait for them.
+    holds: bool,
+    /// The last flush that the machine was told of, and the last that is durable.
+    flushed: RequestNumber,
+    durable: RequestNumber,
+    /// Outputs with the flush that they wait for.
+    held: VecDeque<(RequestNumber, Output)>,
+    /// Some of them have been said.
+    let_out: bool,
 }
 
 impl ProcessHost {
@@ -55,29 +67,39 @@ impl ProcessHost {
             worker: None,
             agent,
             out: Vec::new(),
+            holds: false,
+            flushed: RequestNumber(0),
+            durable: RequestNumber(0),
+            held: VecDeque::new(),
+            let_out: false,
         }
     }
 
-    /// Gives it its disks.
-    pub fn set_worker(&mut self, worker: DiskWorker) {
+    /// Gives it its disks, whose requests finish like this.
+    pub fn set_worker(&mut self, worker: DiskWorker, finish: Finish) {
         self.worker = Some(worker);
+        self.holds = finish == Finish::Ahead;
+    }
+
+    /// Makes durable what the guest has flushed while this was a replica: whoever has gone live may
+    /// be asked for its disks alone.
+    pub fn sync_disks(&mut self) -> Result<(), TapeError> {
+        self.holds = true;
+        let Some(worker) = &self.worker else {
+            return Ok(());
+        };
+        let synced = worker.sync_at_once(Finish::Ahead);
+        synced.map_err(|error| TapeError::Host {
+            reason: error.to_string(),
+        })
     }
 
     /// Sorts what has come in.
     fn sort(&mut self, inbox: Inbox) {
         match inbox {
-            Inbox::Agent(ToVm::Frame { source, bytes }) => {
-                self.frames.push_back(FromOutside::Frame { source, bytes });
-            }
-            Inbox::Agent(ToVm::Console(bytes)) => self.console.push_back(bytes),
-            Inbox::Agent(control) => self.control.push_back(control),
-            Inbox::Disk(completion) => {
-                let number = completion.number;
-                self.disk.push_back(match completion.result {
-                    Ok(data) => Ok(DiskReply { number, data }),
-                    Err(error) => Err(error.to_string()),
-                });
-            }
+            Inbox::Agent(messages) => messages.into_iter().for_each(|one| self.hear(one)),
+            Inbox::Disk(DiskNews::Finished(completions)) => self.finished(completions),
+            Inbox::Disk(DiskNews::Durable(flush)) => self.durable(flush),
             Inbox::Lost(error) => {
                 if let Some(error) = error {
                     tracing::error!(%error, "the agent's messages cannot be read");
@@ -87,10 +109,72 @@ impl ProcessHost {
         }
     }
 
+    fn finished(&mut self, completions: Vec<DiskCompletion>) {
+        self.disk.extend(completions.into_iter().map(|one| {
+            let number = one.number;
+            let data = one.result.map_err(|error| error.to_string())?;
+            Ok(DiskReply { number, data })
+        }));
+    }
+
+    /// What waited for this flush goes out.
+    fn durable(&mut self, flush: RequestNumber) {
+        self.durable = self.durable.max(flush);
+        while let Some((needs, _)) = self.held.front()
+            && *needs <= self.durable
+            && let Some((_, output)) = self.held.pop_front()
+        {
+            let said = self.say(&FromVm::Output(output));
+            if let Err(error) = said.and_then(|()| self.send_much()) {
+                tracing::error!(%error, "an output cannot be told");
+                self.lost = true;
+            }
+        }
+        self.let_out = true;
+    }
+
+    /// Waits until no output waits for the disk.
+    pub fn finish_outputs(&mut self) -> Result<(), TapeError> {
+        while !self.held.is_empty() && !self.lost {
+            if let Some(Err(reason)) = self.disk.iter().find(|reply| reply.is_err()) {
+                let reason = reason.clone();
+                return Err(TapeError::Host { reason });
+            }
+            match self.inbox.recv() {
+                Ok(inbox) => self.sort(inbox),
+                Err(_) => self.lost = true,
+            }
+        }
+        self.send()
+    }
+
+    fn send_much(&mut self) -> Result<(), TapeError> {
+        if self.out.len() < SEND_AT_ONCE {
+            return Ok(());
+        }
+        self.send()
+    }
+
+    fn hear(&mut self, message: ToVm) {
+        match message {
+            ToVm::Frame { source, bytes } => {
+                self.frames.push_back(FromOutside::Frame { source, bytes });
+            }
+            ToVm::Console(bytes) => self.console.push_back(bytes),
+            control => self.control.push_back(control),
+        }
+    }
+
     /// Takes in whatever is there without waiting.
     fn drain(&mut self) {
         while let Ok(inbox) = self.inbox.try_recv() {
             self.sort(inbox);
+        }
+        if std::mem::take(&mut self.let_out)
+            && let Err(error) = self.send()
+        {
+            tracing::error!(%error, "the agent does not listen");
+            self.lost = true;
         }
     }
 
@@ -106,11 +190,13 @@ impl ProcessHost {
     }
 
     /// Waits until something comes that has not been acted on, or until this time.
-    pub fn wait(&mut self, until: Option<HostTime>) -> Result<(), TapeError> {
-        self.send()?;
+    pub fn wait(&mut self, until: Option<HostTime>) {
         // Whatever looked for arrivals may have found a message that is not one.
         if self.lost || !self.control.is_empty() {
-            return Ok(());
+            return;
+        }
+        if let Some(worker) = &self.worker {
+            worker.nudge();
         }
         let got = match until {
             None => self
@@ -120,7 +206,7 @@ impl ProcessHost {
             Some(until) => {
                 let nanos = until.since(self.now());
                 if nanos == 0 {
-                    return Ok(());
+                    return;
                 }
                 self.inbox.recv_timeout(Duration::from_nanos(nanos))
             }
@@ -131,7 +217,11 @@ impl ProcessHost {
             Err(RecvTimeoutError::Disconnected) => self.lost = true,
         }
         self.drain();
-        Ok(())
+    }
+
+    /// Whether something that was said has not left yet.
+    pub const fn has_unsent(&self) -> bool {
+        !self.out.is_empty()
     }
 
     /// Says something to the agent. It leaves with [`Host::send`].
@@ -169,10 +259,11 @@ impl Host for ProcessHost {
     fn arrival(&mut self, can_take: Sources) -> Result<Option<FromOutside>, TapeError> {
         self.drain();
         if let Some(reply) = self.disk.pop_front() {
-            return match reply {
-                Ok(reply) => Ok(Some(FromOutside::Disk(reply))),
-                Err(reason) => Err(TapeError::Host { reason }),
-            };
+            let reply = reply.map_err(|reason| TapeError::Host { reason })?;
+            if self.holds && reply.data == DiskData::Flushed {
+                self.flushed = self.flushed.max(reply.number);
+            }
+            return Ok(Some(FromOutside::Disk(reply)));
         }
         if can_take.frame
             && let Some(frame) = self.frames.pop_front()
@@ -190,13 +281,15 @@ impl Host for ProcessHost {
         Ok(None)
     }
 
-    fn submit(&mut self, request: DiskRequest) -> Result<(), TapeError> {
+    fn submit(&mut self, requests: Vec<DiskRequest>) -> Result<(), TapeError> {
         let worker = self.worker.as_ref().ok_or_else(|| TapeError::Host {
             reason: "the guest uses a disk that its host has not set up".into(),
         })?;
-        worker.submit(request).map_err(|error| TapeError::Host {
+        let submitted = worker.submit(requests).map_err(|error| TapeError::Host {
             reason: error.to_string(),
-        })
+        });
+        self.finished(submitted?);
+        Ok(())
     }
 
     fn ship(&mut self, shipment: Shipment) -> Result<(), TapeError> {
@@ -210,7 +303,12 @@ impl Host for ProcessHost {
     }
 
     fn output(&mut self, output: Output) -> Result<(), TapeError> {
-        self.say(&FromVm::Output(output))
+        if self.flushed > self.durable {
+            self.held.push_back((self.flushed, output));
+            return Ok(());
+        }
+        self.say(&FromVm::Output(output))?;
+        self.send_much()
     }
 
     fn send(&mut self) -> Result<(), TapeError> {
@@ -244,15 +342,17 @@ mod tests {
         let (sender, inbox) = channel();
         let (ours, _theirs) = UnixStream::pair().expect("a socket");
         let mut host = ProcessHost::new(inbox, ours);
-        sender.send(Inbox::Agent(ToVm::Pause(true))).expect("sent");
+        sender
+            .send(Inbox::Agent(vec![ToVm::Pause(true)]))
+            .expect("sent");
         let arrival = host.arrival(Sources::default()).expect("no failure");
         assert!(arrival.is_none());
         // Would never end: nothing else comes.
-        host.wait(None).expect("no failure");
+        host.wait(None);
         assert!(matches!(host.control(), Some(ToVm::Pause(true))));
         sender.send(Inbox::Lost(None)).expect("sent");
         assert!(!host.arrival_waits(Sources::default()));
-        host.wait(None).expect("no failure");
+        host.wait(None);
         assert!(host.lost());
     }
 }

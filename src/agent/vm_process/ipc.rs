@@ -16,6 +16,9 @@ use vmm::tape::GuestEnd;
 /// The longest message: a kernel image with room to spare.
 pub const MAX_MESSAGE: usize = 64 << 20;
 
+/// The least that is read at once, in bytes.
+const READ_STEP: usize = 64 << 10;
+
 /// A disk as this host has it. Its base is named by the header.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSetup {
@@ -32,7 +35,9 @@ pub struct DiskSetup {
 pub enum StartAs {
     /// A primary: record from power-on.
     Primary,
-    /// A primary whose log nobody keeps: no recorder, to measure what recording costs.
+    /// The same without a cluster: nothing that it lets out waits for anybody.
+    Recorded,
+    /// A machine whose log nobody keeps: no recorder, to measure what recording costs.
     Unrecorded,
     /// A replica: replay what is fed.
     Replica,
@@ -195,20 +200,51 @@ pub fn decode<M: DeserializeOwned>(input: &[u8]) -> Result<Option<(M, usize)>, I
     }
 }
 
-/// Reads one message from a blocking stream; `None` at its end.
-pub fn read<M: DeserializeOwned>(from: &mut impl Read) -> Result<Option<M>, IpcError> {
-    let mut header = [0; 4];
-    match from.read_exact(&mut header) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
-        other => other?,
+/// Messages from a blocking stream, as many at once as have come.
+pub struct Inlet<R> {
+    from: R,
+    buffer: Vec<u8>,
+    /// So much of the buffer is what was read and is not a whole message yet.
+    filled: usize,
+}
+
+impl<R: Read> Inlet<R> {
+    /// Reads from this stream.
+    pub fn new(from: R) -> Self {
+        Self {
+            from,
+            buffer: vec![0; READ_STEP],
+            filled: 0,
+        }
     }
-    let len = u32::from_le_bytes(header) as usize;
-    if len > MAX_MESSAGE {
-        return Err(IpcError::TooLong(len));
+
+    /// Waits until there is at least one message, and gives all that are whole; none at the
+    /// stream's end.
+    pub fn messages<M: DeserializeOwned>(&mut self) -> Result<Vec<M>, IpcError> {
+        let mut messages = Vec::new();
+        while messages.is_empty() {
+            if self.filled == self.buffer.len() {
+                // A long message: the buffer grows with what has come of it, not with what it says.
+                self.buffer.resize(2 * self.filled, 0);
+            }
+            let read = match self.from.read(&mut self.buffer[self.filled..]) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                other => other?,
+            };
+            if read == 0 {
+                break;
+            }
+            self.filled += read;
+            let mut taken = 0;
+            while let Some((message, used)) = decode(&self.buffer[taken..self.filled])? {
+                messages.push(message);
+                taken += used;
+            }
+            self.buffer.copy_within(taken..self.filled, 0);
+            self.filled -= taken;
+        }
+        Ok(messages)
     }
-    let mut body = vec![0; len];
-    from.read_exact(&mut body)?;
-    Ok(Some(postcard::from_bytes(&body)?))
 }
 
 /// Writes one message to a blocking stream.
@@ -242,6 +278,50 @@ mod tests {
         assert_eq!(used + rest, bytes.len());
     }
 
+    /// Gives what it has in pieces of one size.
+    struct Pieces<'a>(&'a [u8], usize);
+
+    impl Read for Pieces<'_> {
+        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+            let size = self.1.min(into.len()).min(self.0.len());
+            let (piece, rest) = self.0.split_at(size);
+            into[..size].copy_from_slice(piece);
+            self.0 = rest;
+            Ok(size)
+        }
+    }
+
+    #[test]
+    fn all_that_came_is_given_at_once_however_it_was_cut() {
+        let frame = |len: usize| ToVm::Frame {
+            source: FrameSource::default(),
+            bytes: vec![7; len].into(),
+        };
+        let lens = [1, 90_000, 0, 200_000, 3];
+        let mut bytes = Vec::new();
+        for len in lens {
+            bytes = encode(&frame(len), bytes).expect("encodes");
+        }
+        for piece in [1_000, 90_001, 1 << 20] {
+            let mut inlet = Inlet::new(Pieces(&bytes, piece));
+            let mut got = Vec::new();
+            loop {
+                let messages: Vec<ToVm> = inlet.messages().expect("messages");
+                if messages.is_empty() {
+                    break;
+                }
+                got.extend(messages.into_iter().map(|message| match message {
+                    ToVm::Frame { bytes, .. } => bytes.len(),
+                    other => panic!("{other:?}"),
+                }));
+            }
+            assert_eq!(got, lens, "in pieces of {piece}");
+        }
+        let mut inlet = Inlet::new(&bytes[..20]);
+        assert_eq!(inlet.messages::<ToVm>().expect("the first").len(), 1);
+        assert!(inlet.messages::<ToVm>().expect("the end").is_empty());
+    }
+
     #[test]
     fn lengths_are_bounded() {
         assert!(matches!(
@@ -249,7 +329,7 @@ mod tests {
             Err(IpcError::TooLong(_))
         ));
         assert!(matches!(
-            read::<ToVm>(&mut &[255_u8; 8][..]),
+            Inlet::new(&[255_u8; 8][..]).messages::<ToVm>(),
             Err(IpcError::TooLong(_))
         ));
     }

@@ -2,28 +2,34 @@
 //! holds ([`VmProcess`]), the process itself ([`child`]), and what they say to each other
 //! ([`ipc`]).
 
+mod background;
 pub mod child;
 mod disks;
 mod host;
 pub mod ipc;
 
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::{Buf, BytesMut};
 use thiserror::Error;
-use tokio::io::AsyncReadExt;
-use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::process::{Child, Command};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
+use crate::agent::listen::listen;
+
 pub use disks::{DiskSetupError, open_disks};
 pub use ipc::{DiskSetup, FailureKind, FromVm, IpcError, Start, StartAs, ToVm};
+
+/// How much of what a process says is read at once, in bytes.
+const READ_AT_ONCE: usize = 64 << 10;
 
 /// The hidden subcommand that makes this binary a VMM process.
 pub const SUBCOMMAND: &str = "vmm-process";
@@ -47,7 +53,10 @@ pub enum SpawnError {
 /// A running VMM process. Dropping it kills the process.
 pub struct VmProcess {
     child: Child,
-    reader: OwnedReadHalf,
+    /// Listens for messages only: were it told of room to write, too, each message that the process
+    /// takes would wake whoever sent it.
+    reader: AsyncFd<UnixStream>,
+    read: Box<[u8]>,
     input: BytesMut,
     sender: VmSender,
     writer: JoinHandle<()>,
@@ -65,8 +74,10 @@ struct Shared {
 }
 
 struct Out {
-    stream: OwnedWriteHalf,
+    stream: UnixStream,
     queue: BytesMut,
+    /// The socket is full, and the writer waits until it is not.
+    blocked: bool,
     broken: bool,
 }
 
@@ -89,7 +100,7 @@ impl VmProcess {
             binary: binary.to_owned(),
             source,
         };
-        let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(failed)?;
+        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
         ours.set_nonblocking(true).map_err(failed)?;
         let child = Command::new(binary)
             .arg(SUBCOMMAND)
@@ -98,10 +109,10 @@ impl VmProcess {
             .kill_on_drop(true)
             .spawn()
             .map_err(failed)?;
-        let (reader, stream) = UnixStream::from_std(ours).map_err(failed)?.into_split();
         let out = Out {
-            stream,
+            stream: ours.try_clone().map_err(failed)?,
             queue: BytesMut::new(),
+            blocked: false,
             broken: false,
         };
         let shared = Arc::new(Shared {
@@ -111,10 +122,12 @@ impl VmProcess {
         let writer = tokio::spawn(write_queued(Arc::clone(&shared)));
         let sender = VmSender { shared };
         sender.send(&ToVm::Start(Box::new(start)))?;
+        sender.flush()?;
         Ok(Self {
             child,
-            reader,
-            input: BytesMut::with_capacity(64 << 10),
+            reader: listen(ours, Interest::READABLE).map_err(failed)?,
+            read: vec![0; READ_AT_ONCE].into(),
+            input: BytesMut::with_capacity(READ_AT_ONCE),
             sender,
             writer,
         })
@@ -136,13 +149,28 @@ impl VmProcess {
             if let Some(message) = self.take()? {
                 return Ok(Some(message));
             }
-            match self.reader.read_buf(&mut self.input).await {
-                Ok(0) => return Ok(None),
-                Ok(_) => {}
-                Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(None),
-                Err(error) => return Err(error.into()),
+            let mut ready = self.reader.readable().await?;
+            let read = &mut self.read;
+            match ready.try_io(|stream| stream.get_ref().read(read)) {
+                Err(_nothing_there) => {}
+                Ok(Ok(0)) => return Ok(None),
+                Ok(Ok(len)) => {
+                    if len < READ_AT_ONCE {
+                        // This was all; the next message is an event of its own.
+                        ready.clear_ready();
+                    }
+                    self.input.extend_from_slice(&self.read[..len]);
+                }
+                Ok(Err(error)) if error.kind() == ErrorKind::Interrupted => {}
+                Ok(Err(error)) if error.kind() == ErrorKind::ConnectionReset => return Ok(None),
+                Ok(Err(error)) => return Err(error.into()),
             }
         }
+    }
+
+    /// Whether something has been read already that was not taken yet.
+    pub fn has_more(&self) -> bool {
+        !self.input.is_empty()
     }
 
     /// The next thing that has been read already.
@@ -173,84 +201,98 @@ impl Drop for VmProcess {
 }
 
 impl VmSender {
-    /// Says something. What the socket does not take at once is queued; see [`Self::queued`].
+    /// Says something. It leaves with [`Self::flush`], together with whatever else is said before:
+    /// the process is woken once for all of it.
     pub fn send(&self, message: &ToVm) -> Result<(), IpcError> {
         let bytes = ipc::encode(message, Vec::new())?;
-        let mut out = self
-            .shared
-            .out
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut out = self.lock();
         if out.broken {
             return Err(io::Error::from(ErrorKind::BrokenPipe).into());
         }
-        let sent = if out.queue.is_empty() {
-            match out.stream.try_write(&bytes) {
-                Ok(sent) => sent,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
-                Err(error) => {
-                    out.broken = true;
-                    return Err(error.into());
-                }
+        out.queue.extend_from_slice(&bytes);
+        Ok(())
+    }
+
+    /// Sends what was said on its way. What the socket does not take at once follows when it does;
+    /// see [`Self::queued`].
+    pub fn flush(&self) -> Result<(), IpcError> {
+        let mut out = self.lock();
+        if out.queue.is_empty() || out.blocked {
+            return Ok(());
+        }
+        match out.write() {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                out.blocked = true;
+                self.shared.wake.notify_one();
             }
-        } else {
-            0
-        };
-        if sent < bytes.len() {
-            out.queue.extend_from_slice(&bytes[sent..]);
-            self.shared.wake.notify_one();
+            Err(error) => {
+                out.broken = true;
+                return Err(error.into());
+            }
         }
         Ok(())
     }
 
+    fn lock(&self) -> MutexGuard<'_, Out> {
+        self.shared.lock()
+    }
+
     /// How many bytes the process has not taken yet. Whoever feeds a log keeps this bounded.
     pub fn queued(&self) -> usize {
-        self.shared
-            .out
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .queue
-            .len()
+        self.lock().queue.len()
     }
 }
 
-/// Writes what [`VmSender::send`] could not, until the process is gone.
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Out> {
+        // Nothing is half done while the lock is held, so a panic elsewhere does no harm here.
+        self.out.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Out {
+    /// Writes all that waits, or as much as the socket takes.
+    fn write(&mut self) -> io::Result<()> {
+        while !self.queue.is_empty() {
+            match self.stream.write(&self.queue) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(sent) => self.queue.advance(sent),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Writes what [`VmSender::flush`] could not, until the process is gone.
 async fn write_queued(shared: Arc<Shared>) {
     loop {
         shared.wake.notified().await;
-        loop {
-            let wrote = {
-                let mut out = shared.out.lock().unwrap_or_else(PoisonError::into_inner);
-                if out.queue.is_empty() {
-                    break;
-                }
-                let Out { stream, queue, .. } = &mut *out;
-                match stream.try_write(queue) {
-                    Ok(sent) => {
-                        queue.advance(sent);
-                        true
-                    }
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => false,
-                    Err(_) => {
-                        out.broken = true;
-                        return;
-                    }
-                }
-            };
-            if !wrote {
-                writable(&shared).await;
-            }
+        if let Err(error) = write_blocked(&shared).await {
+            tracing::debug!(%error, "a VMM process takes nothing any more");
+            shared.lock().broken = true;
+            return;
         }
     }
 }
 
-/// Waits until the socket takes more. The lock is held only while it is polled.
-async fn writable(shared: &Shared) {
-    std::future::poll_fn(|context| {
-        let out = shared.out.lock().unwrap_or_else(PoisonError::into_inner);
-        let stream: &UnixStream = out.stream.as_ref();
-        stream.poll_write_ready(context)
-    })
-    .await
-    .unwrap_or_default();
+/// Writes as the socket has room, until nothing waits.
+async fn write_blocked(shared: &Shared) -> io::Result<()> {
+    // A descriptor of its own, which listens for room as long as that is wanted.
+    let stream = shared.lock().stream.try_clone()?;
+    let room = listen(stream, Interest::WRITABLE)?;
+    loop {
+        let mut ready = room.writable().await?;
+        let mut out = shared.lock();
+        match out.write() {
+            Ok(()) => {
+                out.blocked = false;
+                return Ok(());
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => ready.clear_ready(),
+            Err(error) => return Err(error),
+        }
+    }
 }

@@ -20,7 +20,9 @@ pub mod worker;
 pub use base::{Base, BaseError};
 pub use overlay::{Overlay, OverlayError};
 pub use storage::Storage;
-pub use worker::{DiskCompletion, DiskError, DiskWorker, WorkerGone};
+pub use worker::{
+    DiskCompletion, DiskError, DiskNews, DiskWorker, Finish, Notify, SyncError, WorkerGone,
+};
 
 /// What a flush means.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
