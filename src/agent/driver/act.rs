@@ -7,6 +7,7 @@ use replay_log::{FrameNumber, Header, LogIndex, Term};
 use vmm::host::OutputKind;
 use vmm::outbox::Outbox;
 
+use super::gather::Gather;
 use super::guest::{Guest, GuestError, Parts};
 use super::home::{Home, HomeError};
 use super::keeper::LogKeeper;
@@ -146,8 +147,11 @@ impl VmDriver {
                 reason: error.to_string(),
             }),
         }
-        self.with_guest(|guest, _| guest.flush());
         self.let_out();
+        for (source, bytes) in self.arrivals.poll(now()) {
+            self.with_guest(|guest, _| guest.frame(source, bytes));
+        }
+        self.with_guest(|guest, _| guest.flush());
         let waiting = self.outbox.bytes() as u64;
         // Told in steps: what matters is whether it grows out of bounds.
         if waiting >> 16 != self.told_waiting >> 16 {
@@ -418,6 +422,7 @@ impl VmDriver {
                 }
                 self.outbox = Outbox::new();
                 self.committed = LogIndex::START;
+                self.arrivals = Gather::default();
                 self.told_received = FrameNumber(0);
                 // A machine at power-on has made no output and taken no frame yet.
                 let port = FramePort::new(self.vm.clone(), boot, FrameLimits::default());
@@ -447,12 +452,13 @@ impl VmDriver {
     /// Lets out what may be: an output may come from the VMM process after the commit of the batch
     /// that it waits for.
     fn let_out(&mut self) {
-        let mut last = None;
+        let (mut last, mut frames) = (None, 0);
         let mut console = Vec::new();
         for output in self.outbox.release(self.committed) {
             last = Some(output.number);
             match output.kind {
                 OutputKind::Frame => {
+                    frames += 1;
                     self.gateways
                         .port
                         .output(output.number, output.bytes.clone());
@@ -462,6 +468,7 @@ impl VmDriver {
         }
         if let Some(last) = last {
             self.outbox.forget(last);
+            self.arrivals.answered(frames, now());
         }
         if !console.is_empty() {
             self.home.console(&console);

@@ -194,23 +194,17 @@ impl VmDriver {
         while let Some(event) = self.gateways.port.poll_event() {
             self.env.journal.write(Some(&self.vm), incident(&event));
         }
-        let mut failed = None;
+        let now = now();
         // Where no guest can take them, arrivals are taken all the same: the port goes on calling
         // for as long as one waits and is not held. A gateway sends what is in no log again to
         // whoever reigns next.
         while !self.holds_arrivals()
             && let Some((source, bytes)) = self.gateways.port.poll_arrival()
         {
-            let recording = |guest: &&mut Guest| guest.doing() == Doing::Recording;
-            let Some(guest) = self.guest.as_mut().filter(recording) else {
-                continue;
-            };
-            if let Err(error) = guest.frame(source, bytes) {
-                failed.get_or_insert((guest.run(), error.to_string()));
+            let recording = |guest: &Guest| guest.doing() == Doing::Recording;
+            if self.guest.as_ref().is_some_and(recording) {
+                self.arrivals.push((source, bytes), now);
             }
-        }
-        if let Some((run, reason)) = failed {
-            self.guest_failed(run, reason);
         }
         let received = self.gateways.port.received_by_all();
         if received != self.told_received {

@@ -10,6 +10,7 @@
 //! ```
 
 mod act;
+mod gather;
 mod guest;
 mod hear;
 mod home;
@@ -22,7 +23,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use replay_log::{FrameNumber, Header, LogIndex, LogTip, OpenError, Term};
+use bytes::Bytes;
+use replay_log::{FrameNumber, FrameSource, Header, LogIndex, LogTip, OpenError, Term};
 use thiserror::Error;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender, unbounded_channel};
 use vmm::outbox::Outbox;
@@ -160,6 +162,8 @@ pub struct VmDriver {
     awaiting_parts: Option<crate::protocol::VmRun>,
     /// What that run is to do as soon as it has started.
     live_when_started: Option<(Term, LogTip)>,
+    /// Frames for the guest that wait for others.
+    arrivals: gather::Gather<(FrameSource, Bytes)>,
     /// When the chores were done last.
     chores_done: Time,
     told_received: FrameNumber,
@@ -233,6 +237,7 @@ impl VmDriver {
             awaiting_header: None,
             awaiting_parts: None,
             live_when_started: None,
+            arrivals: gather::Gather::default(),
             chores_done: Time::default(),
             told_received: FrameNumber(0),
             told_waiting: 0,
@@ -312,7 +317,10 @@ impl VmDriver {
     /// How long until the node wants to be called.
     fn due(&self) -> Duration {
         let chores = self.has_chores().then(|| self.chores_done.plus(CHORES));
-        let next = [self.node.poll_timeout(), chores].into_iter().flatten();
+        let arrivals = self.arrivals.poll_timeout();
+        let next = [self.node.poll_timeout(), chores, arrivals]
+            .into_iter()
+            .flatten();
         next.min().map_or(Duration::from_secs(1), |at| {
             Duration::from_nanos(at.since(now()).as_nanos())
         })
