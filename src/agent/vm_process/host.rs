@@ -13,7 +13,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use vmm::disk::{DiskCompletion, DiskNews, DiskWorker, Finish};
 use vmm::host::{DiskData, DiskReply, FromOutside, Host, HostTime, Output, Shipment};
 use vmm::replayer::Requeue;
-use vmm::tape::{DiskRequest, Sources, TapeError};
+use vmm::tape::{DiskOp, DiskRequest, Sources, TapeError};
 
 use super::ipc::{self, FromVm, IpcError, ToVm};
 use crate::agent::clock;
@@ -45,7 +45,8 @@ pub struct ProcessHost {
     out: Vec<u8>,
     /// Flushes may finish before they are durable: outputs wait for them.
     holds: bool,
-    /// The last flush that the machine was told of, and the last that is durable.
+    /// The last flush that the machine asked for, that it was told of, and that is durable.
+    asked: RequestNumber,
     flushed: RequestNumber,
     durable: RequestNumber,
     /// Outputs with the flush that they wait for.
@@ -68,6 +69,7 @@ impl ProcessHost {
             agent,
             out: Vec::new(),
             holds: false,
+            asked: RequestNumber(0),
             flushed: RequestNumber(0),
             durable: RequestNumber(0),
             held: VecDeque::new(),
@@ -91,7 +93,10 @@ impl ProcessHost {
         let synced = worker.sync_at_once(Finish::Ahead);
         synced.map_err(|error| TapeError::Host {
             reason: error.to_string(),
-        })
+        })?;
+        // Among them those that the machine is yet to be told of, and that nothing more is heard of.
+        self.durable = self.asked;
+        Ok(())
     }
 
     /// Sorts what has come in.
@@ -285,6 +290,10 @@ impl Host for ProcessHost {
         let worker = self.worker.as_ref().ok_or_else(|| TapeError::Host {
             reason: "the guest uses a disk that its host has not set up".into(),
         })?;
+        let flush = |request: &&DiskRequest| request.op == DiskOp::Flush;
+        if let Some(last) = requests.iter().rfind(flush) {
+            self.asked = last.number;
+        }
         let submitted = worker.submit(requests).map_err(|error| TapeError::Host {
             reason: error.to_string(),
         });
@@ -334,6 +343,93 @@ mod tests {
     use std::sync::mpsc::channel;
 
     use super::*;
+
+    fn host() -> (ProcessHost, std::sync::mpsc::Sender<Inbox>, UnixStream) {
+        let (sender, inbox) = channel();
+        let (ours, theirs) = UnixStream::pair().expect("a socket");
+        theirs.set_nonblocking(true).expect("an option");
+        (ProcessHost::new(inbox, ours), sender, theirs)
+    }
+
+    fn flushed(number: u64) -> Inbox {
+        Inbox::Disk(DiskNews::Finished(vec![DiskCompletion {
+            number: RequestNumber(number),
+            result: Ok(DiskData::Flushed),
+        }]))
+    }
+
+    fn answer(host: &mut ProcessHost, number: u64) {
+        let output = Output {
+            number: replay_log::FrameNumber(number),
+            needs: replay_log::LogIndex(number),
+            kind: vmm::host::OutputKind::Frame,
+            bytes: Bytes::from_static(b"answer"),
+        };
+        host.output(output).expect("taken");
+        host.send().expect("sent");
+    }
+
+    /// The numbers of the outputs that have been said.
+    fn said(theirs: &UnixStream) -> Vec<u64> {
+        let mut bytes = Vec::new();
+        let end = std::io::Read::read_to_end(&mut &*theirs, &mut bytes);
+        assert!(end.is_err(), "nothing more is there, and nobody has left");
+        let mut numbers = Vec::new();
+        let mut rest = &bytes[..];
+        while let Some((message, used)) = ipc::decode(rest).expect("messages") {
+            let FromVm::Output(output) = message else {
+                panic!("{message:?}");
+            };
+            numbers.push(output.number.0);
+            rest = &rest[used..];
+        }
+        numbers
+    }
+
+    #[test]
+    fn what_follows_a_flush_leaves_when_it_is_durable() {
+        let (mut host, sender, theirs) = host();
+        host.holds = true;
+        sender.send(flushed(2)).expect("sent");
+        answer(&mut host, 1);
+        assert_eq!(said(&theirs), [1], "the machine does not know of the flush");
+        let told = host.arrival(Sources::default()).expect("no failure");
+        assert!(matches!(told, Some(FromOutside::Disk(_))));
+        answer(&mut host, 2);
+        assert!(said(&theirs).is_empty());
+        sender
+            .send(Inbox::Disk(DiskNews::Durable(RequestNumber(2))))
+            .expect("sent");
+        host.wait(None);
+        assert_eq!(said(&theirs), [2]);
+        answer(&mut host, 3);
+        assert_eq!(said(&theirs), [3]);
+    }
+
+    /// A flush that a replica's log has not shown to be finished is finished by whoever goes live,
+    /// and nothing more is heard of it.
+    #[test]
+    fn no_answer_waits_for_a_flush_from_before_going_live() {
+        use vmm::disk::{Base, Durability, Overlay};
+        let folder = tempfile::tempdir().expect("a folder");
+        let overlay = Overlay::open(folder.path(), Base::empty(1 << 20), Durability::Sync);
+        let (mut host, sender, theirs) = host();
+        let notify = move |news| drop(sender.send(Inbox::Disk(news)));
+        let disks = vec![overlay.expect("a disk")];
+        let worker = DiskWorker::new(disks, Finish::Later, Box::new(notify)).expect("a thread");
+        host.set_worker(worker, Finish::Later);
+        let flush = DiskRequest {
+            number: RequestNumber(7),
+            disk: 0,
+            op: DiskOp::Flush,
+        };
+        host.submit(vec![flush]).expect("submitted");
+        host.sync_disks().expect("durable");
+        let told = host.arrival(Sources::default()).expect("no failure");
+        assert!(matches!(told, Some(FromOutside::Disk(_))));
+        answer(&mut host, 1);
+        assert_eq!(said(&theirs), [1]);
+    }
 
     /// While the machine asks for arrivals, everything that has come is taken in. An order among it
     /// must not wait for something else to come.
