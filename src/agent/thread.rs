@@ -6,7 +6,7 @@
 
 use std::io;
 
-use rustix::process::{getpid, getpriority_process, setpriority_process};
+use rustix::process::{Pid, getpriority_process, setpriority_process};
 use tokio::runtime::Builder;
 use tokio::sync::oneshot;
 
@@ -60,17 +60,26 @@ pub fn ordinary(nice: i32) -> bool {
 }
 
 /// Sets the priority of the calling thread.
-pub fn set_nice(nice: i32) {
-    if let Err(error) = setpriority_process(None, nice) {
-        tracing::debug!(%error, nice, "the priority stays as it is");
-    }
+fn set_nice(nice: i32) {
+    ThreadId::own().set_nice(nice);
 }
 
-/// Sets the priority of the process's main thread.
-pub fn set_nice_of_main(nice: i32) {
-    // For the kernel this is a thread: the one whose number is the process's.
-    if let Err(error) = setpriority_process(Some(getpid()), nice) {
-        tracing::debug!(%error, nice, "the priority stays as it is");
+/// A thread of this process.
+#[derive(Clone, Copy, Debug)]
+pub struct ThreadId(Option<Pid>);
+
+impl ThreadId {
+    /// The calling thread.
+    pub fn own() -> Self {
+        Self(Pid::from_raw(nix::unistd::gettid().as_raw()))
+    }
+
+    /// Sets its priority.
+    pub fn set_nice(self, nice: i32) {
+        // What the kernel calls a process here is a thread.
+        if let Err(error) = setpriority_process(self.0, nice) {
+            tracing::debug!(%error, nice, "the priority stays as it is");
+        }
     }
 }
 

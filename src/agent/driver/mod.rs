@@ -298,7 +298,7 @@ impl VmDriver {
             if !open {
                 break;
             }
-            shipped = shipped || self.take_what_is_ready().await;
+            shipped = self.take_what_is_ready(shipped).await;
             let now = now();
             while let Some(input) = self.inputs.pop_front() {
                 self.node.handle(now, input);
@@ -334,16 +334,19 @@ impl VmDriver {
     }
 
     /// Takes what has arrived already, so that a late driver does not believe in a silence that is
-    /// only its own. Says whether the guest has shipped a batch, which is sent on first.
-    async fn take_what_is_ready(&mut self) -> bool {
+    /// only its own. Nothing more is taken of a guest that has shipped a batch: that is sent on first.
+    /// Says whether it has.
+    async fn take_what_is_ready(&mut self, mut shipped: bool) -> bool {
         for _ in 0..INPUTS_AT_ONCE {
             let Ok(heard) = self.inbox.try_recv() else {
                 break;
             };
             self.hear(heard);
         }
-        let mut shipped = false;
         for _ in 0..INPUTS_AT_ONCE {
+            if shipped {
+                break;
+            }
             let said = tokio::select! {
                 biased;
                 said = Self::guest_says(&mut self.guest) => Some(said),
@@ -352,9 +355,6 @@ impl VmDriver {
             let Some(said) = said else { break };
             shipped = matches!(said, Ok(Some(FromVm::Shipped { .. })));
             self.hear_guest(said);
-            if shipped {
-                break;
-            }
         }
         while let Ok(returned) = self.returns.try_recv() {
             self.hear_store(returned);

@@ -13,7 +13,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crate::agent::thread::set_nice;
+use crate::agent::thread::ThreadId;
 use crate::protocol::{Span, Time};
 
 /// The least that a thread can have: it gets what nobody else wants, and a little.
@@ -21,10 +21,11 @@ const BACKGROUND: i32 = 19;
 /// A vCPU that has had something left to execute for this long is not in the background.
 const BEHIND: Span = Span::from_millis(20);
 
-/// Watches over one vCPU, which is the process's main thread. The thread that brings it the log says
-/// [`Background::fed`]: it has ordinary priority, so it comes to that however busy the host is.
+/// Watches over one vCPU's thread. The thread that brings it the log says [`Background::fed`]: it has
+/// ordinary priority, so it comes to that however busy the host is.
 #[derive(Debug)]
 pub struct Background {
+    vcpu: ThreadId,
     /// In nanoseconds; 0: nothing is left to execute.
     behind_since: AtomicU64,
     yields: AtomicBool,
@@ -35,10 +36,11 @@ pub struct Background {
 }
 
 impl Background {
-    /// For a vCPU with ordinary priority. `reversible`: this process has the right to raise
-    /// priorities.
-    pub const fn new(reversible: bool) -> Self {
+    /// For the vCPU of the calling thread, which has ordinary priority. `reversible`: this process
+    /// has the right to raise priorities.
+    pub fn new(reversible: bool) -> Self {
         Self {
+            vcpu: ThreadId::own(),
             behind_since: AtomicU64::new(0),
             yields: AtomicBool::new(false),
             reversible,
@@ -56,12 +58,12 @@ impl Background {
         }
     }
 
-    /// The vCPU, which calls this, has executed everything.
+    /// The vCPU has executed everything.
     pub fn drained(&self) {
         self.behind_since.store(0, Ordering::Relaxed);
         let stays = !self.reversible || self.ended.load(Ordering::Acquire);
         if !stays && !self.yields.swap(true, Ordering::AcqRel) {
-            set_nice(BACKGROUND);
+            self.vcpu.set_nice(BACKGROUND);
         }
     }
 
@@ -73,7 +75,51 @@ impl Background {
 
     fn leave(&self) {
         if self.yields.swap(false, Ordering::AcqRel) {
-            crate::agent::thread::set_nice_of_main(0);
+            self.vcpu.set_nice(0);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nice() -> i32 {
+        rustix::process::getpriority_process(None).expect("a niceness")
+    }
+
+    #[test]
+    fn a_replica_executes_in_the_background_while_it_keeps_up() {
+        let at = |millis: u64| Time::from_nanos(1_000_000_000 + millis * 1_000_000);
+        let ours = nice();
+        ThreadId::own().set_nice(ours + 1);
+        ThreadId::own().set_nice(ours);
+        if ours != 0 || nice() != ours {
+            println!("SKIPPED: this user may not raise priorities");
+            return;
+        }
+        let background = Background::new(true);
+        background.fed(at(0));
+        assert_eq!(nice(), 0, "it has never kept up yet");
+        background.drained();
+        assert_eq!(nice(), BACKGROUND);
+        background.fed(at(100));
+        background.fed(at(119));
+        assert_eq!(nice(), BACKGROUND);
+        background.fed(at(120));
+        assert_eq!(nice(), 0, "it has been behind for too long");
+        background.drained();
+        assert_eq!(nice(), BACKGROUND);
+        background.end();
+        background.drained();
+        assert_eq!(nice(), 0, "clients wait for it now");
+    }
+
+    #[test]
+    fn what_could_not_be_taken_back_is_not_done() {
+        let before = nice();
+        let background = Background::new(false);
+        background.drained();
+        assert_eq!(nice(), before);
     }
 }
