@@ -32,6 +32,8 @@ use understudy::protocol::HostName;
 const REQUESTS: &str = "30000";
 /// The guest's own memory, and what agent and VMM may take beside it.
 const MEMORY_BOUND: f64 = 64.0 + 48.0;
+/// How often the replica's lag is looked at; more often would cost what it measures.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 const MEGABYTE: f64 = 1_048_576.0;
 
 fn main() {
@@ -265,7 +267,7 @@ fn watch_lag(cluster: &Cluster) -> impl FnOnce() -> Vec<f64> + use<> {
         let primary = HostName::new("a").expect("a name");
         let mut lags = Vec::new();
         while stopped
-            .recv_timeout(Duration::from_millis(20))
+            .recv_timeout(LOOK_EVERY)
             .is_err_and(|error| error == std::sync::mpsc::RecvTimeoutError::Timeout)
         {
             let Ok(status) = runtime.block_on(client.status(&primary)) else {

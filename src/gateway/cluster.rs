@@ -218,6 +218,10 @@ impl<D: Dial> Carrier for ClusterCarrier<D> {
         outcome
     }
 
+    fn gathers(&self) -> bool {
+        true
+    }
+
     fn room(&self) -> usize {
         let left = self
             .most_bytes

@@ -114,6 +114,10 @@ impl Carrier for LocalCarrier {
         }
     }
 
+    fn gathers(&self) -> bool {
+        false
+    }
+
     fn room(&self) -> usize {
         MOST_WAITING.saturating_sub(self.waiting.len())
     }

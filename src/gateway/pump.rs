@@ -44,6 +44,9 @@ pub(super) trait Carrier {
         frames: &mut Vec<Bytes>,
     ) -> Result<(), HistoryLost>;
 
+    /// Whether each departure costs so much that frames do well to leave together.
+    fn gathers(&self) -> bool;
+
     /// How many frames it would take now. At 0 nothing is read from clients.
     fn room(&self) -> usize;
 
@@ -384,7 +387,8 @@ impl<C: Carrier> Pump<C> {
     fn lingers(&mut self, cx: &mut Context<'_>, now: Time) -> bool {
         if std::mem::take(&mut self.more_to_flush) {
             let since = *self.lingering_since.get_or_insert(now);
-            if now.since(since) < LINGER && self.carrier.room() > 0 {
+            let may = self.carrier.gathers() && self.carrier.room() > 0;
+            if may && now.since(since) < LINGER {
                 self.look_again = Some(Box::pin(tokio::task::yield_now()));
             }
         }

@@ -19,12 +19,14 @@ use crate::protocol::{Span, Time};
 
 /// Fewer than this at once are no load.
 const MANY: usize = 8;
+/// After so many deliveries of few a guest is not busy any more.
+const CALM_AFTER: u8 = 4;
 /// So many do not wait for more.
 const ENOUGH: usize = 256;
 /// The longest that a frame waits for others.
 const MOST: Span = Span::from_millis(1);
 /// How long after answers were let out those who got them are waited for.
-const JOIN: Span = Span::from_micros(400);
+const JOIN: Span = Span::from_micros(600);
 
 /// Frames on their way to a guest.
 #[derive(Debug)]
@@ -32,12 +34,13 @@ pub struct Gather<T> {
     waiting: Vec<T>,
     /// When the first of them came.
     since: Option<Time>,
-    /// The guest was given many the last time.
-    busy: bool,
+    /// Above 0: the guest was given many lately.
+    busy: u8,
     /// The guest has not answered what it was given.
     on_their_way: bool,
-    /// So many answers were let out since it was given something, the last of them then.
-    answered: usize,
+    /// Since it has answered: so many frames make all groups one.
+    expected: usize,
+    /// When the last answers were let out.
     answered_at: Time,
 }
 
@@ -46,9 +49,9 @@ impl<T> Default for Gather<T> {
         Self {
             waiting: Vec::new(),
             since: None,
-            busy: false,
+            busy: 0,
             on_their_way: false,
-            answered: 0,
+            expected: 0,
             answered_at: Time::default(),
         }
     }
@@ -63,8 +66,11 @@ impl<T> Gather<T> {
 
     /// So many of the guest's outputs were let out.
     pub const fn answered(&mut self, outputs: usize, now: Time) {
-        self.on_their_way = false;
-        self.answered += outputs;
+        if self.on_their_way {
+            self.on_their_way = false;
+            self.expected = self.waiting.len();
+        }
+        self.expected += outputs;
         self.answered_at = now;
     }
 
@@ -72,7 +78,7 @@ impl<T> Gather<T> {
     pub fn poll_timeout(&self) -> Option<Time> {
         let since = self.since?;
         let most = since.plus(MOST);
-        Some(if !self.busy {
+        Some(if self.busy == 0 {
             since
         } else if self.on_their_way {
             most
@@ -86,13 +92,16 @@ impl<T> Gather<T> {
         let Some(at) = self.poll_timeout() else {
             return Vec::new();
         };
-        let joined = !self.on_their_way && self.waiting.len() >= self.answered;
+        let joined = !self.on_their_way && self.waiting.len() >= self.expected;
         if !joined && self.waiting.len() < ENOUGH && now < at {
             return Vec::new();
         }
-        self.busy = self.waiting.len() >= MANY;
+        self.busy = if self.waiting.len() >= MANY {
+            CALM_AFTER
+        } else {
+            self.busy.saturating_sub(1)
+        };
         self.on_their_way = true;
-        self.answered = 0;
         self.since = None;
         std::mem::take(&mut self.waiting)
     }
@@ -136,13 +145,45 @@ mod tests {
         assert!(gather.poll(at(100)).is_empty(), "answers are on their way");
         gather.answered(MANY, at(300));
         assert!(gather.poll(at(300)).is_empty(), "the answered may join");
-        come(&mut gather, 2, at(350));
+        come(&mut gather, MANY - 1, at(350));
         assert!(gather.poll(at(350)).is_empty());
-        come(&mut gather, MANY - 7, at(360));
-        assert_eq!(gather.poll(at(360)).len(), MANY, "as many as were answered");
-        // The rest of those who were answered are a group of their own no longer.
-        come(&mut gather, 7, at(370));
-        assert!(gather.poll(at(370)).is_empty());
+        come(&mut gather, 1, at(360));
+        let all = gather.poll(at(360));
+        assert_eq!(
+            all.len(),
+            5 + MANY,
+            "all that waited and all that were answered"
+        );
+        // From now on they are one group.
+        gather.answered(all.len(), at(600));
+        come(&mut gather, all.len() - 1, at(700));
+        assert!(gather.poll(at(700)).is_empty());
+        come(&mut gather, 1, at(710));
+        assert_eq!(gather.poll(at(710)).len(), all.len());
+    }
+
+    #[test]
+    fn answers_may_leave_in_parts() {
+        let mut gather = busy();
+        gather.answered(3, at(300));
+        come(&mut gather, 2, at(310));
+        gather.answered(MANY - 3, at(320));
+        come(&mut gather, MANY - 3, at(330));
+        assert!(gather.poll(at(330)).is_empty());
+        come(&mut gather, 1, at(340));
+        assert_eq!(gather.poll(at(340)).len(), MANY);
+    }
+
+    #[test]
+    fn a_guest_is_calm_only_after_a_while() {
+        let mut gather = busy();
+        for turn in 1..=u64::from(CALM_AFTER) {
+            come(&mut gather, 1, at(turn * 10_000));
+            assert!(gather.poll(at(turn * 10_000)).is_empty());
+            assert_eq!(gather.poll(at(turn * 10_000).plus(MOST)).len(), 1);
+        }
+        come(&mut gather, 1, at(100_000));
+        assert_eq!(gather.poll(at(100_000)).len(), 1);
     }
 
     #[test]
