@@ -148,8 +148,12 @@ impl VmDriver {
             }),
         }
         self.let_out();
-        for (source, bytes) in self.arrivals.poll(now()) {
-            self.with_guest(|guest, _| guest.frame(source, bytes));
+        let arrivals = self.arrivals.poll(now());
+        if !arrivals.is_empty() {
+            for (source, bytes) in arrivals {
+                self.with_guest(|guest, _| guest.frame(source, bytes));
+            }
+            self.holds_arrivals();
         }
         self.with_guest(|guest, _| guest.flush());
         let waiting = self.outbox.bytes() as u64;

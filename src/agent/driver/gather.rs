@@ -64,6 +64,11 @@ impl<T> Gather<T> {
         self.waiting.push(frame);
     }
 
+    /// Whether nothing more needs to come before the guest is given what waits.
+    pub const fn is_full(&self) -> bool {
+        self.waiting.len() >= ENOUGH
+    }
+
     /// So many of the guest's outputs were let out.
     pub const fn answered(&mut self, outputs: usize, now: Time) {
         if self.on_their_way {
@@ -93,7 +98,7 @@ impl<T> Gather<T> {
             return Vec::new();
         };
         let joined = !self.on_their_way && self.waiting.len() >= self.expected;
-        if !joined && self.waiting.len() < ENOUGH && now < at {
+        if !joined && !self.is_full() && now < at {
             return Vec::new();
         }
         self.busy = if self.waiting.len() >= MANY {

@@ -183,8 +183,9 @@ impl VmDriver {
 
     /// Whether the guest has frames enough. The port is told, so that it does not call for those
     /// that wait, and reads no more from gateways than it may keep.
-    fn holds_arrivals(&mut self) -> bool {
-        let held = self.guest.as_ref().is_some_and(Guest::has_frames_enough);
+    pub(super) fn holds_arrivals(&mut self) -> bool {
+        let enough = self.guest.as_ref().is_some_and(Guest::has_frames_enough);
+        let held = enough || self.arrivals.is_full();
         self.gateways.port.hold_arrivals(held);
         held
     }

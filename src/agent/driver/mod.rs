@@ -314,8 +314,11 @@ impl VmDriver {
         }
     }
 
-    /// How long until the node wants to be called.
+    /// How long until there is something to do by itself.
     fn due(&self) -> Duration {
+        if !self.inputs.is_empty() {
+            return Duration::ZERO;
+        }
         let chores = self.has_chores().then(|| self.chores_done.plus(CHORES));
         let arrivals = self.arrivals.poll_timeout();
         let next = [self.node.poll_timeout(), chores, arrivals]

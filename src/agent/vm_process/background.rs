@@ -28,6 +28,7 @@ pub struct Background {
     vcpu: ThreadId,
     /// In nanoseconds; 0: nothing is left to execute.
     behind_since: AtomicU64,
+    /// It is in the background.
     yields: AtomicBool,
     /// It may be taken out of the background again; else it is never put there.
     reversible: bool,

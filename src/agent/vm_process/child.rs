@@ -7,7 +7,7 @@
 //!      │                          ▲
 //!      │ Start{Replica}           │ GoLive, once everything fed is executed
 //!      └───────────────► replaying
-//!   any state: Stop, or the agent gone ─► exit;  guest ended ─► ended;  failure ─► Failed, exit
+//!   any state: the agent gone ─► exit;  guest ended ─► ended;  failure ─► Failed, exit
 //! ```
 
 use std::os::fd::AsFd;
@@ -119,10 +119,6 @@ fn read_agent(stream: UnixStream, inbox: &Sender<Inbox>, background: &Background
     let mut inlet = Inlet::new(stream);
     loop {
         let heard = match inlet.messages::<ToVm>() {
-            // Nothing can be awaited from a guest that may be in the middle of a long slice.
-            Ok(messages) if messages.iter().any(|message| matches!(message, ToVm::Stop)) => {
-                std::process::exit(0)
-            }
             Ok(messages) if messages.is_empty() => Inbox::Lost(None),
             Ok(messages) => {
                 watch(&messages, background);
@@ -341,7 +337,7 @@ impl Vmm {
             (ToVm::Pause(_), _) => return Err(ChildError::NotForReplica("pause")),
             (ToVm::Throttle(_), _) => return Err(ChildError::NotForReplica("hold back")),
             // Handled before they get here.
-            (ToVm::Start(_) | ToVm::Frame { .. } | ToVm::Console(_) | ToVm::Stop, _) => {}
+            (ToVm::Start(_) | ToVm::Frame { .. } | ToVm::Console(_), _) => {}
         }
         Ok(())
     }

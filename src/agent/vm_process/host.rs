@@ -21,6 +21,9 @@ use crate::agent::clock;
 /// When so many bytes have been said, they leave, whoever waits for them.
 const SEND_AT_ONCE: usize = 256 << 10;
 
+/// So many bytes of outputs wait for the disk at most.
+const HELD_MOST: usize = 8 << 20;
+
 /// What reaches the vCPU thread.
 pub enum Inbox {
     /// The agent says these.
@@ -49,8 +52,9 @@ pub struct ProcessHost {
     asked: RequestNumber,
     flushed: RequestNumber,
     durable: RequestNumber,
-    /// Outputs with the flush that they wait for.
+    /// Outputs with the flush that they wait for, and their bytes.
     held: VecDeque<(RequestNumber, Output)>,
+    held_bytes: usize,
     /// Some of them have been said.
     let_out: bool,
 }
@@ -73,6 +77,7 @@ impl ProcessHost {
             flushed: RequestNumber(0),
             durable: RequestNumber(0),
             held: VecDeque::new(),
+            held_bytes: 0,
             let_out: false,
         }
     }
@@ -129,6 +134,7 @@ impl ProcessHost {
             && *needs <= self.durable
             && let Some((_, output)) = self.held.pop_front()
         {
+            self.held_bytes -= output.bytes.len();
             let said = self.say(&FromVm::Output(output));
             if let Err(error) = said.and_then(|()| self.send_much()) {
                 tracing::error!(%error, "an output cannot be told");
@@ -313,8 +319,14 @@ impl Host for ProcessHost {
 
     fn output(&mut self, output: Output) -> Result<(), TapeError> {
         if self.flushed > self.durable {
+            self.held_bytes += output.bytes.len();
             self.held.push_back((self.flushed, output));
-            return Ok(());
+            // However long its disk takes: a guest with this much to say waits for it.
+            return if self.held_bytes > HELD_MOST {
+                self.finish_outputs()
+            } else {
+                Ok(())
+            };
         }
         self.say(&FromVm::Output(output))?;
         self.send_much()
@@ -358,14 +370,17 @@ mod tests {
         }]))
     }
 
-    fn answer(host: &mut ProcessHost, number: u64) {
-        let output = Output {
+    fn output(number: u64) -> Output {
+        Output {
             number: replay_log::FrameNumber(number),
             needs: replay_log::LogIndex(number),
             kind: vmm::host::OutputKind::Frame,
             bytes: Bytes::from_static(b"answer"),
-        };
-        host.output(output).expect("taken");
+        }
+    }
+
+    fn answer(host: &mut ProcessHost, number: u64) {
+        host.output(output(number)).expect("taken");
         host.send().expect("sent");
     }
 
@@ -404,6 +419,34 @@ mod tests {
         assert_eq!(said(&theirs), [2]);
         answer(&mut host, 3);
         assert_eq!(said(&theirs), [3]);
+    }
+
+    #[test]
+    fn a_guest_with_much_to_say_waits_for_its_disk() {
+        let (mut host, sender, theirs) = host();
+        host.holds = true;
+        sender.send(flushed(2)).expect("sent");
+        host.arrival(Sources::default()).expect("no failure");
+        host.held_bytes = HELD_MOST;
+        // Comes while the machine waits in the middle of its output.
+        sender
+            .send(Inbox::Disk(DiskNews::Durable(RequestNumber(2))))
+            .expect("sent");
+        answer(&mut host, 1);
+        assert_eq!(said(&theirs), [1]);
+        sender.send(flushed(4)).expect("sent");
+        host.arrival(Sources::default()).expect("no failure");
+        sender
+            .send(Inbox::Disk(DiskNews::Finished(vec![DiskCompletion {
+                number: RequestNumber(4),
+                result: Err(vmm::disk::DiskError::NoSuchDisk {
+                    number: RequestNumber(4),
+                    disk: 0,
+                }),
+            }])))
+            .expect("sent");
+        host.output(output(2)).expect_err("its disk has failed");
+        assert!(said(&theirs).is_empty());
     }
 
     /// A flush that a replica's log has not shown to be finished is finished by whoever goes live,

@@ -83,8 +83,6 @@ pub enum ToVm {
     Pause(bool),
     /// Hold the guest back, or let it go on.
     Throttle(bool),
-    /// End. The process exits at once; nothing more comes from it.
-    Stop,
 }
 
 /// From the VMM process to the agent.
@@ -265,7 +263,7 @@ mod tests {
             bytes: Bytes::from_static(b"x"),
         };
         let mut bytes = encode(&frame, Vec::new()).expect("encodes");
-        bytes = encode(&ToVm::Stop, bytes).expect("encodes");
+        bytes = encode(&ToVm::Pause(true), bytes).expect("encodes");
         for end in 0..5 {
             assert!(decode::<ToVm>(&bytes[..end]).expect("no error").is_none());
         }
@@ -274,7 +272,7 @@ mod tests {
         let (second, rest) = decode::<ToVm>(&bytes[used..])
             .expect("decodes")
             .expect("is whole");
-        assert!(matches!(second, ToVm::Stop));
+        assert!(matches!(second, ToVm::Pause(true)));
         assert_eq!(used + rest, bytes.len());
     }
 

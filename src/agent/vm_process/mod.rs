@@ -213,8 +213,7 @@ impl VmSender {
         Ok(())
     }
 
-    /// Sends what was said on its way. What the socket does not take at once follows when it does;
-    /// see [`Self::queued`].
+    /// Sends what was said on its way. What the socket does not take at once follows when it does.
     pub fn flush(&self) -> Result<(), IpcError> {
         let mut out = self.lock();
         if out.queue.is_empty() || out.blocked {
@@ -236,11 +235,6 @@ impl VmSender {
 
     fn lock(&self) -> MutexGuard<'_, Out> {
         self.shared.lock()
-    }
-
-    /// How many bytes the process has not taken yet. Whoever feeds a log keeps this bounded.
-    pub fn queued(&self) -> usize {
-        self.lock().queue.len()
     }
 }
 

@@ -203,6 +203,7 @@ impl<F: Storage + 'static> DiskWorker<F> {
             disks,
             finish,
             sync_at: None,
+            failed: false,
             notify,
         };
         let thread = thread::Builder::new()
@@ -328,6 +329,9 @@ struct Executor<F> {
     late: Vec<Late>,
     /// When the late syncs are due.
     sync_at: Option<Instant>,
+    /// A request has failed: nothing is called durable any more, because what was finished ahead of
+    /// it may rest on it.
+    failed: bool,
     notify: Notify,
 }
 
@@ -448,7 +452,8 @@ impl<F: Storage> Executor<F> {
         }
     }
 
-    fn tell(&self, done: Vec<DiskCompletion>) {
+    fn tell(&mut self, done: Vec<DiskCompletion>) {
+        self.failed |= done.iter().any(|one| one.result.is_err());
         if !done.is_empty() {
             (self.notify)(DiskNews::Finished(done));
         }
@@ -493,9 +498,8 @@ impl<F: Storage> Executor<F> {
                 Some(DiskCompletion { number, result })
             }));
         }
-        let durable = done.iter().all(|one| one.result.is_ok());
         self.tell(done);
-        if self.finish == Finish::Ahead && durable {
+        if self.finish == Finish::Ahead && !self.failed {
             (self.notify)(DiskNews::Durable(last));
         }
     }

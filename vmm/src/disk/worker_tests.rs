@@ -352,6 +352,25 @@ fn a_flush_ahead_is_told_of_once_it_is_durable() {
     }
 }
 
+/// What a flush was to make durable is not there: the flush itself succeeding means nothing.
+#[test]
+fn nothing_is_called_durable_after_a_write_that_failed() {
+    let (sender, news) = mpsc::channel();
+    let (worker, ..) = watched(Finish::Ahead, move |news, _| sender.send(news).unwrap());
+    let flush = |number| request(number, 0, DiskOp::Flush);
+    let beyond = vec![write(1, 0, SIZE, 7, 512), flush(2)];
+    assert!(all_ok(&worker.submit(beyond).unwrap(), 2));
+    worker.submit(vec![flush(3)]).unwrap();
+    worker.stop().unwrap();
+    let news: Vec<_> = news.iter().collect();
+    assert!(matches!(
+        &news[0],
+        DiskNews::Finished(failed) if failed[0].result.is_err()
+    ));
+    let durable = |one: &DiskNews| matches!(one, DiskNews::Durable(_));
+    assert!(!news.iter().any(durable), "{news:?}");
+}
+
 /// A power failure must not leave what was written after a flush without what was before it.
 #[test]
 fn nothing_is_written_past_a_flush_ahead_before_it_is_durable() {
@@ -385,8 +404,9 @@ fn nothing_is_written_past_a_flush_ahead_before_it_is_durable() {
 fn one_flush_at_a_time_runs_ahead() {
     let gate = Arc::new(Mutex::new(()));
     let theirs = Arc::clone(&gate);
-    let held = gate.lock().unwrap();
     let (worker, data, _) = watched(Finish::Ahead, move |_, _| drop(theirs.lock()));
+    // Opens before the worker is dropped, which waits for its thread.
+    let held = gate.lock().unwrap();
     let syncs = data.syncs();
     assert!(all_ok(
         &worker.submit(written_and_flushed(1, 0)).unwrap(),
