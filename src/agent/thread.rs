@@ -12,13 +12,15 @@ use tokio::sync::oneshot;
 
 /// The niceness asked for: about thirty times the weight of an ordinary thread.
 const NICE: i32 = -15;
+/// The niceness of a thread that hands things on: behind heartbeats, before all that computes.
+const AHEAD: i32 = -10;
 
 /// Runs a future on a thread of its own, with a runtime that nothing else shares, and waits for
 /// its end.
 pub async fn on_own_thread<F, Fut, T>(name: &str, run: F) -> io::Result<T>
 where
     F: FnOnce() -> Fut + Send + 'static,
-    Fut: Future<Output = T>,
+    Fut: Future<Output = T> + Send + 'static,
     T: Send + 'static,
 {
     let (tell, done) = oneshot::channel();
@@ -36,7 +38,8 @@ where
 fn block_on<F, Fut, T>(run: F) -> io::Result<T>
 where
     F: FnOnce() -> Fut,
-    Fut: Future<Output = T>,
+    Fut: Future<Output = T> + Send + 'static,
+    T: Send + 'static,
 {
     let before = getpriority_process(None)?;
     // Without the right to it (CAP_SYS_NICE) the thread stays as it is, and suspicion adapts to
@@ -48,7 +51,9 @@ where
         .enable_all()
         .on_thread_start(move || set_nice(before))
         .build()?;
-    Ok(runtime.block_on(run()))
+    // A task, because waking what `block_on` itself polls costs a system call each time.
+    let task = runtime.spawn(run());
+    runtime.block_on(task).map_err(io::Error::other)
 }
 
 /// Gives up the priority that the calling thread inherited from its maker. Says whether it had any:
@@ -57,6 +62,19 @@ pub fn ordinary(nice: i32) -> bool {
     let inherited = getpriority_process(None).unwrap_or(nice);
     set_nice(nice);
     inherited < nice
+}
+
+/// Calls `start` with a little more than ordinary priority: a thread that it makes inherits that. For
+/// threads that hand on what clients wait for, and compute nothing themselves. `may`: this process
+/// has the right to it.
+pub fn ahead_of_others<T>(may: bool, start: impl FnOnce() -> T) -> T {
+    if !may {
+        return start();
+    }
+    set_nice(AHEAD);
+    let started = start();
+    set_nice(0);
+    started
 }
 
 /// Sets the priority of the calling thread.

@@ -9,8 +9,8 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 use quinn::congestion::CubicConfig;
 use quinn::{
-    ClientConfig, ConnectionId, ConnectionIdGenerator, EndpointConfig, IdleTimeout,
-    MtuDiscoveryConfig, RecvStream, SendStream, ServerConfig, TransportConfig, VarInt,
+    AckFrequencyConfig, ClientConfig, ConnectionId, ConnectionIdGenerator, EndpointConfig,
+    IdleTimeout, MtuDiscoveryConfig, RecvStream, SendStream, ServerConfig, TransportConfig, VarInt,
 };
 use ring::rand::SecureRandom as _;
 use thiserror::Error;
@@ -30,6 +30,9 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(3);
 const KEEP_ALIVE: Duration = Duration::from_millis(700);
 /// How long a handshake may take.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
+/// QUIC's own acknowledgements: after so many packets, or after so long.
+const ACKNOWLEDGE_AFTER: u32 = 16;
+const ACKNOWLEDGE_WITHIN: Duration = Duration::from_millis(5);
 /// The guess before the first measurement; the first retransmission of a handshake comes after
 /// three times this.
 const FIRST_RTT_GUESS: Duration = Duration::from_millis(50);
@@ -376,8 +379,15 @@ fn transport() -> Arc<TransportConfig> {
     let mut mtu = MtuDiscoveryConfig::default();
     mtu.upper_bound(MTU_MAX);
     let idle = IdleTimeout::try_from(IDLE_TIMEOUT).ok();
+    // What is said in answer carries the acknowledgement: packets with nothing else in them would
+    // wake both ends for nothing.
+    let mut acknowledgements = AckFrequencyConfig::default();
+    acknowledgements
+        .ack_eliciting_threshold(VarInt::from_u32(ACKNOWLEDGE_AFTER))
+        .max_ack_delay(Some(ACKNOWLEDGE_WITHIN));
     let mut transport = TransportConfig::default();
     transport
+        .ack_frequency_config(Some(acknowledgements))
         .max_idle_timeout(idle)
         .keep_alive_interval(Some(KEEP_ALIVE))
         .initial_rtt(FIRST_RTT_GUESS)

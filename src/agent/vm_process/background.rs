@@ -13,11 +13,10 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crate::agent::thread::ThreadId;
+use vmm::kvm::Thread;
+
 use crate::protocol::{Span, Time};
 
-/// The least that a thread can have: it gets what nobody else wants, and a little.
-const BACKGROUND: i32 = 19;
 /// A vCPU that has had something left to execute for this long is not in the background.
 const BEHIND: Span = Span::from_millis(20);
 
@@ -25,7 +24,7 @@ const BEHIND: Span = Span::from_millis(20);
 /// ordinary priority, so it comes to that however busy the host is.
 #[derive(Debug)]
 pub struct Background {
-    vcpu: ThreadId,
+    vcpu: Thread,
     /// In nanoseconds; 0: nothing is left to execute.
     behind_since: AtomicU64,
     /// It is in the background.
@@ -41,12 +40,17 @@ impl Background {
     /// has the right to raise priorities.
     pub fn new(reversible: bool) -> Self {
         Self {
-            vcpu: ThreadId::own(),
+            vcpu: Thread::own(),
             behind_since: AtomicU64::new(0),
             yields: AtomicBool::new(false),
             reversible,
             ended: AtomicBool::new(false),
         }
+    }
+
+    /// Whether this process has the right to raise priorities.
+    pub const fn reversible(&self) -> bool {
+        self.reversible
     }
 
     /// The vCPU is about to get more of the log.
@@ -64,7 +68,7 @@ impl Background {
         self.behind_since.store(0, Ordering::Relaxed);
         let stays = !self.reversible || self.ended.load(Ordering::Acquire);
         if !stays && !self.yields.swap(true, Ordering::AcqRel) {
-            self.vcpu.set_nice(BACKGROUND);
+            self.set(true);
         }
     }
 
@@ -74,9 +78,15 @@ impl Background {
         self.leave();
     }
 
+    fn set(&self, background: bool) {
+        if let Err(error) = self.vcpu.set_background(background) {
+            tracing::debug!(%error, background, "the replica's vCPU stays as it is");
+        }
+    }
+
     fn leave(&self) {
         if self.yields.swap(false, Ordering::AcqRel) {
-            self.vcpu.set_nice(0);
+            self.set(false);
         }
     }
 }
@@ -85,42 +95,43 @@ impl Background {
 mod tests {
     use super::*;
 
-    fn nice() -> i32 {
-        rustix::process::getpriority_process(None).expect("a niceness")
+    /// The calling thread's scheduling policy is SCHED_IDLE (proc_pid_stat(5), field 41).
+    fn in_background() -> bool {
+        let stat = std::fs::read_to_string("/proc/thread-self/stat").expect("a thread");
+        let after = stat.rsplit(')').next().expect("fields");
+        after.split_whitespace().nth(38) == Some("5")
     }
 
     #[test]
     fn a_replica_executes_in_the_background_while_it_keeps_up() {
         let at = |millis: u64| Time::from_nanos(1_000_000_000 + millis * 1_000_000);
-        let ours = nice();
-        ThreadId::own().set_nice(ours + 1);
-        ThreadId::own().set_nice(ours);
-        if ours != 0 || nice() != ours {
+        let both_ways = Thread::own().set_background(true);
+        let both_ways = both_ways.and_then(|()| Thread::own().set_background(false));
+        if both_ways.is_err() {
             println!("SKIPPED: this user may not raise priorities");
             return;
         }
         let background = Background::new(true);
         background.fed(at(0));
-        assert_eq!(nice(), 0, "it has never kept up yet");
+        assert!(!in_background(), "it has never kept up yet");
         background.drained();
-        assert_eq!(nice(), BACKGROUND);
+        assert!(in_background());
         background.fed(at(100));
         background.fed(at(119));
-        assert_eq!(nice(), BACKGROUND);
+        assert!(in_background());
         background.fed(at(120));
-        assert_eq!(nice(), 0, "it has been behind for too long");
+        assert!(!in_background(), "it has been behind for too long");
         background.drained();
-        assert_eq!(nice(), BACKGROUND);
+        assert!(in_background());
         background.end();
         background.drained();
-        assert_eq!(nice(), 0, "clients wait for it now");
+        assert!(!in_background(), "clients wait for it now");
     }
 
     #[test]
     fn what_could_not_be_taken_back_is_not_done() {
-        let before = nice();
         let background = Background::new(false);
         background.drained();
-        assert_eq!(nice(), before);
+        assert!(!in_background());
     }
 }

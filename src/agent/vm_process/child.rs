@@ -33,6 +33,7 @@ use super::background::Background;
 use super::disks::open_disks;
 use super::host::{Inbox, ProcessHost};
 use super::ipc::{FailureKind, FromVm, Inlet, Start, StartAs, ToVm};
+use crate::agent::thread::ahead_of_others;
 
 /// Landmarks between two looks at the agent's messages.
 const TURN_BUDGET: u32 = 64;
@@ -106,10 +107,12 @@ pub fn run(agent: u32) -> ExitCode {
     let for_disk = sender.clone();
     let background = Arc::new(Background::new(reversible));
     let for_reader = Arc::clone(&background);
-    std::thread::Builder::new()
-        .name("agent-reader".into())
-        .spawn(move || read_agent(reading, &sender, &for_reader))
-        .expect("a thread for the agent's messages");
+    ahead_of_others(reversible, || {
+        std::thread::Builder::new()
+            .name("agent-reader".into())
+            .spawn(move || read_agent(reading, &sender, &for_reader))
+            .expect("a thread for the agent's messages")
+    });
     serve(ProcessHost::new(receiver, stream), for_disk, background)
 }
 
@@ -150,7 +153,7 @@ fn serve(mut host: ProcessHost, for_disk: Sender<Inbox>, background: Arc<Backgro
         Ok(None) => return ExitCode::SUCCESS,
         Err(error) => return fail(&mut host, &error),
     };
-    let machine = match build(&start, &mut host, for_disk) {
+    let machine = match build(&start, &mut host, for_disk, background.reversible()) {
         Ok(machine) => machine,
         Err(error) => return fail(&mut host, &error),
     };
@@ -199,6 +202,7 @@ fn build(
     start: &Start,
     host: &mut ProcessHost,
     for_disk: Sender<Inbox>,
+    may_go_ahead: bool,
 ) -> Result<KvmMachine, ChildError> {
     let build_error = |error: &dyn std::error::Error| ChildError::Build(error.to_string());
     let config = MachineConfig::of(&start.header).map_err(|e| build_error(&e))?;
@@ -213,7 +217,9 @@ fn build(
         StartAs::Replica => Finish::Later,
     };
     if !disks.is_empty() {
-        let worker = DiskWorker::new(disks, finish, Box::new(notify));
+        let worker = ahead_of_others(may_go_ahead, || {
+            DiskWorker::new(disks, finish, Box::new(notify))
+        });
         let worker = worker.map_err(|e| build_error(&e))?;
         host.set_worker(worker, finish);
     }

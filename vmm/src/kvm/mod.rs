@@ -8,6 +8,7 @@
     reason = "ioctls, the run page and kicks cannot be had without; nothing outside this folder needs any"
 )]
 
+mod background;
 mod cpuid;
 mod exit;
 mod fingerprint;
@@ -18,6 +19,7 @@ mod setup;
 mod vcpu;
 mod vm;
 
+pub use background::Thread;
 pub use cpuid::Leaf;
 pub use fingerprint::{HostFingerprint, KvmKind, Reason, Severity, host_fingerprint};
 pub use kick::Kicker;
