@@ -33,6 +33,9 @@ const MANIFEST: &str = "manifest.toml";
 /// The most disks a machine has.
 const MAX_DISKS: usize = vmm::devices::layout::DISK_IRQS.len();
 
+/// The longest kernel or initrd in bytes; both together are one message to a VMM process.
+const FILE_MAX: u64 = 240 << 20;
+
 /// Everything embedded: manifest and kernel.
 const EMBEDDED: [(&str, &str, &[u8]); 1] = [(
     "ledger",
@@ -86,7 +89,7 @@ pub struct Image {
     pub name: String,
     /// What it is, in a line.
     pub description: String,
-    /// The kernel: an ELF file.
+    /// The kernel: an ELF file or a Linux bzImage.
     pub kernel: Bytes,
     /// The initial RAM disk.
     pub initrd: Option<Bytes>,
@@ -153,15 +156,13 @@ pub enum ImageError {
         /// Images that can be run.
         others: String,
     },
-    /// The image has a part that nothing loads yet.
-    #[error(
-        "the image {image} has an initrd, which this version does not load: use one of {others}"
-    )]
-    Initrd {
-        /// Which.
-        image: String,
-        /// Images that can be run.
-        others: String,
+    /// More to boot from than is handed to a VMM.
+    #[error("{} has {len} bytes: kernel and initrd have at most {FILE_MAX} each", path.display())]
+    TooLarge {
+        /// Which file.
+        path: PathBuf,
+        /// Its length.
+        len: u64,
     },
     /// Too many disks.
     #[error("{origin} asks for {count} disks: a machine has at most {MAX_DISKS}")]
@@ -216,7 +217,10 @@ struct Size<const UNIT: u64>(u64);
 impl Image {
     /// The image as a VMM boots it.
     pub fn boot(&self) -> BootImage {
-        BootImage::new(self.kernel.clone())
+        BootImage {
+            kernel: self.kernel.clone(),
+            initrd: self.initrd.clone(),
+        }
     }
 
     /// The machine it wants.
@@ -244,24 +248,12 @@ impl Image {
                 others: others(),
             });
         }
-        if self.initrd.is_some() {
-            return Err(ImageError::Initrd {
-                image: self.name.clone(),
-                others: others(),
-            });
-        }
         Ok(())
     }
 
     /// The hash of what is loaded from it. (What machine it runs on is in the log's header, too.)
     pub fn digest(&self) -> ImageDigest {
-        let Some(initrd) = &self.initrd else {
-            return self.boot().digest();
-        };
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&self.boot().digest().0);
-        hasher.update(initrd);
-        ImageDigest(*hasher.finalize().as_bytes())
+        self.boot().digest()
     }
 
     /// The image that a manifest describes; `read` gets its files.
@@ -321,11 +313,21 @@ impl Image {
                 });
             }
             let path = folder.join(file);
-            match fs::read(&path) {
-                Ok(bytes) => Ok(Bytes::from(bytes)),
-                Err(source) => Err(ImageError::Read { path, source }),
-            }
+            read_file(path)
         })
+    }
+}
+
+/// A file of an image's folder; its length is looked at before it is read.
+fn read_file(path: PathBuf) -> Result<Bytes, ImageError> {
+    match fs::metadata(&path).map(|found| found.len()) {
+        Ok(len) if len > FILE_MAX => return Err(ImageError::TooLarge { path, len }),
+        Ok(_) => {}
+        Err(source) => return Err(ImageError::Read { path, source }),
+    }
+    match fs::read(&path) {
+        Ok(bytes) => Ok(Bytes::from(bytes)),
+        Err(source) => Err(ImageError::Read { path, source }),
     }
 }
 
@@ -495,7 +497,8 @@ mod tests {
         let image = find(path).unwrap();
         assert_eq!((image.memory, image.disks.len()), (8192, 0));
         assert_eq!(image.initrd.as_deref(), Some(&b"initrd"[..]));
-        assert_ne!(image.digest(), image.boot().digest());
+        let without = BootImage::new(image.kernel.clone());
+        assert_ne!(image.digest(), without.digest());
         assert_eq!(image.machine().mac, None);
     }
 

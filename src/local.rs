@@ -119,7 +119,7 @@ impl LocalMachine {
             StartAs::Unrecorded
         };
         let start = Start {
-            kernel: run.image.kernel.clone(),
+            image: run.image.boot(),
             disks: setups(disks.path(), header.disks.len()),
             header,
             start_as,

@@ -94,8 +94,8 @@ pub type LogError = Box<dyn std::error::Error + Send + Sync>;
 
 /// What a replay needs beside the log.
 pub struct Setup {
-    /// The guest's kernel.
-    pub kernel: Bytes,
+    /// What the guest was started from.
+    pub image: BootImage,
     /// The disks, at the log's base.
     pub disks: Vec<Overlay>,
 }
@@ -132,7 +132,7 @@ pub fn replay(
     watch: &mut dyn Watch,
 ) -> Result<Replayed, OfflineError> {
     let config = MachineConfig::of(&header)?;
-    let machine = KvmMachine::new(&config, &BootImage::new(setup.kernel))?;
+    let machine = KvmMachine::new(&config, &setup.image)?;
     let mut runner = Runner::new(machine);
     let mut tape = Replayer::new(OfflineHost::new(setup.disks), header);
     let mut ended = None;

@@ -3,9 +3,9 @@
 
 use std::path::PathBuf;
 
-use bytes::Bytes;
 use replay_log::{DiskBase, Header, ImageDigest};
 use thiserror::Error;
+use vmm::boot::BootImage;
 use vmm::disk::{Base, BaseError};
 
 use crate::agent::bulk::{self, FetchError};
@@ -82,13 +82,13 @@ impl Library {
         })
     }
 
-    /// The kernel and the disk bases that a log names; bases that are not here are fetched.
-    pub async fn parts(&self, header: &Header) -> Result<(Bytes, Vec<DiskBase>), LibraryError> {
+    /// What boots and the disk bases that a log names; bases that are not here are fetched.
+    pub async fn parts(&self, header: &Header) -> Result<(BootImage, Vec<DiskBase>), LibraryError> {
         let image = self.image(header.image)?;
         for base in &header.disks {
             self.have_base(*base).await?;
         }
-        Ok((image.kernel, header.disks.clone()))
+        Ok((image.boot(), header.disks.clone()))
     }
 
     async fn have_base(&self, name: DiskBase) -> Result<(), LibraryError> {

@@ -78,7 +78,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         disks.push(Overlay::open(&folder, base, Durability::PageCache).or_fail()?);
     }
     let setup = Setup {
-        kernel: image.kernel,
+        image: image.boot(),
         disks,
     };
     let mut watch = Progress {

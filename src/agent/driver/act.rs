@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
 use replay_log::{FrameNumber, Header, LogIndex, Term};
+use vmm::boot::BootImage;
 use vmm::host::OutputKind;
 use vmm::outbox::Outbox;
 
@@ -358,14 +358,14 @@ impl VmDriver {
             let parts = match fetched {
                 Err(_) => Err("its image and disks could not be fetched in time".to_owned()),
                 Ok(Err(error)) => Err(error.to_string()),
-                Ok(Ok((kernel, bases))) => {
+                Ok(Ok((image, bases))) => {
                     // Heartbeats do not wait for a disk.
                     let ready = tokio::task::spawn_blocking(move || {
                         home.keep_header(&header)?;
                         let disks = home.fresh_disks(bases)?;
                         Ok(Parts {
                             header,
-                            kernel,
+                            image,
                             disks,
                             binary,
                         })
@@ -387,9 +387,9 @@ impl VmDriver {
         let binary = env.vmm_binary.clone();
         tokio::task::spawn_blocking(move || {
             let parts = boot_parts(&home, &env.library, term, cold);
-            let parts = parts.map(|(header, kernel, disks)| Parts {
+            let parts = parts.map(|(header, image, disks)| Parts {
                 header,
-                kernel,
+                image,
                 disks,
                 binary,
             });
@@ -503,7 +503,7 @@ fn boot_parts(
     library: &Library,
     term: Term,
     cold: bool,
-) -> Result<(Header, Bytes, Vec<DiskSetup>), HomeError> {
+) -> Result<(Header, BootImage, Vec<DiskSetup>), HomeError> {
     let image = home.image(library)?;
     let bases = if cold {
         home.seal_disks()?
@@ -512,5 +512,5 @@ fn boot_parts(
     };
     let header = super::home::new_header(&image, &bases, term)?;
     home.keep_header(&header)?;
-    Ok((header, image.kernel, home.fresh_disks(bases)?))
+    Ok((header, image.boot(), home.fresh_disks(bases)?))
 }

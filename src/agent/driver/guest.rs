@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use replay_log::{FrameSource, Header, LogIndex, LogTip, Position, Term};
 use thiserror::Error;
+use vmm::boot::BootImage;
 use vmm::config::MachineConfig;
 
 use super::keeper::{Cursor, LogKeeper};
@@ -79,8 +80,8 @@ pub struct Guest {
 pub struct Parts {
     /// Which machine.
     pub header: Header,
-    /// Its kernel.
-    pub kernel: Bytes,
+    /// What it boots from.
+    pub image: BootImage,
     /// Its disks on this host.
     pub disks: Vec<DiskSetup>,
     /// The program to start; `None`: this program's own file.
@@ -99,7 +100,7 @@ impl Guest {
         let memory = budget.take(machine.memory)?;
         let start = Start {
             header: parts.header,
-            kernel: parts.kernel,
+            image: parts.image,
             disks: parts.disks,
             start_as: if boots {
                 StartAs::Primary

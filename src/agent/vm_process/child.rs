@@ -18,7 +18,6 @@ use std::sync::mpsc::{Sender, channel};
 
 use replay_log::{Batch, LogIndex, Term};
 use thiserror::Error;
-use vmm::boot::BootImage;
 use vmm::config::MachineConfig;
 use vmm::disk::{DiskWorker, Finish};
 use vmm::host::{Host, HostTime};
@@ -223,8 +222,7 @@ fn build(
         let worker = worker.map_err(|e| build_error(&e))?;
         host.set_worker(worker, finish);
     }
-    let image = BootImage::new(start.kernel.clone());
-    KvmMachine::new(&config, &image).map_err(|e| build_error(&e))
+    KvmMachine::new(&config, &start.image).map_err(|e| build_error(&e))
 }
 
 /// Which tape the machine is on.

@@ -10,11 +10,12 @@ use replay_log::{FrameNumber, FrameSource, GatewayIncarnation, Header, LogIndex,
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use vmm::boot::BootImage;
 use vmm::host::Output;
 use vmm::tape::GuestEnd;
 
-/// The longest message: a kernel image with room to spare.
-pub const MAX_MESSAGE: usize = 64 << 20;
+/// The longest message: kernel and RAM disk with room to spare.
+pub const MAX_MESSAGE: usize = 512 << 20;
 
 /// The least that is read at once, in bytes.
 const READ_STEP: usize = 64 << 10;
@@ -48,8 +49,8 @@ pub enum StartAs {
 pub struct Start {
     /// Which machine.
     pub header: Header,
-    /// The kernel, an ELF file.
-    pub kernel: Bytes,
+    /// What it boots from.
+    pub image: BootImage,
     /// The disks, in device order.
     pub disks: Vec<DiskSetup>,
     /// What to be.

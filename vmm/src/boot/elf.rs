@@ -5,10 +5,11 @@ use std::io::Cursor;
 use bytes::Bytes;
 use linux_loader::elf::{EI_CLASS, Elf64_Ehdr, Elf64_Phdr, PT_LOAD, PT_NOTE};
 use linux_loader::loader::KernelLoader;
+use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::elf::Elf;
 use vm_memory::ByteValued;
 
-use super::{BootError, KERNEL_MIN};
+use super::{BootError, KERNEL_MIN, Kernel};
 use crate::GuestMemory;
 
 /// `EI_CLASS` of 64-bit files, `e_machine` of x86-64, `e_type` of executables.
@@ -16,15 +17,16 @@ const CLASS_64: u8 = 2;
 const MACHINE_X86_64: u16 = 62;
 const TYPE_EXECUTABLE: u16 = 2;
 
-/// Loads `kernel` at the physical addresses it asks for; says where its first instruction is.
+/// Loads `kernel` at the physical addresses it asks for.
 pub(super) fn load(
     memory: &GuestMemory,
     memory_size: u64,
     kernel: &Bytes,
-) -> Result<u64, BootError> {
+) -> Result<Kernel, BootError> {
     let header: Elf64_Ehdr = read(kernel, 0, "header")?;
     check_header(&header)?;
     let mut entry_is_inside = false;
+    let mut highest = KERNEL_MIN;
     for i in 0..u64::from(header.e_phnum) {
         let at = i
             .checked_mul(size_of::<Elf64_Phdr>() as u64)
@@ -36,6 +38,7 @@ pub(super) fn load(
         }
         if segment.p_type == PT_LOAD {
             let (start, end) = within_memory(&segment, memory_size)?;
+            highest = highest.max(end);
             entry_is_inside |= (start..end).contains(&header.e_entry);
         }
     }
@@ -45,7 +48,11 @@ pub(super) fn load(
         });
     }
     Elf::load(memory, None, &mut Cursor::new(kernel.as_ref()), None)?;
-    Ok(header.e_entry)
+    Ok(Kernel {
+        entry: header.e_entry,
+        end: highest,
+        header: setup_header::default(),
+    })
 }
 
 fn check_header(header: &Elf64_Ehdr) -> Result<(), BootError> {

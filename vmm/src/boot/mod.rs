@@ -7,19 +7,24 @@
 //! 0x0000_9000  PML4, 0xa000 PDPT, 0xb000 to 0xf000 four page directories: the first 4 GiB
 //!              identity mapped with 2-MiB pages, A and D set, ring 0 only
 //! 0x0002_0000  command line, at most 2,047 bytes and a zero
-//! 0x0010_0000  the kernel: an ELF says where its segments go, never below
+//! 0x0010_0000  the kernel: an ELF says where its segments go, a bzImage where it prefers to be,
+//!              never below
+//! top          the initial RAM disk ends here, or where the kernel can read it at most
 //! ```
 //!
 //! All of it is part of the machine model: a log counts on every byte.
 
+mod bzimage;
 mod elf;
+mod image;
+mod initrd;
 mod tables;
 
-use bytes::Bytes;
+pub use image::BootImage;
+
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
-use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
-use replay_log::ImageDigest;
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use thiserror::Error;
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -46,28 +51,14 @@ const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448;
 const LOADER_OTHER: u8 = 0xff;
 
-/// What a guest is started from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BootImage {
-    /// The kernel, an ELF file for x86-64.
-    pub kernel: Bytes,
-}
-
-impl BootImage {
-    /// An image that consists of a kernel alone.
-    pub fn new(kernel: impl Into<Bytes>) -> Self {
-        Self {
-            kernel: kernel.into(),
-        }
-    }
-
-    /// The hash of everything it consists of.
-    pub fn digest(&self) -> ImageDigest {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&(self.kernel.len() as u64).to_le_bytes());
-        hasher.update(&self.kernel);
-        ImageDigest(*hasher.finalize().as_bytes())
-    }
+/// A kernel in guest memory.
+struct Kernel {
+    /// Its first instruction.
+    entry: u64,
+    /// Nothing else may lie below, down to where it begins.
+    end: u64,
+    /// What it says of itself; all zero if it says nothing (ELF).
+    header: setup_header,
 }
 
 /// The state of the vCPU at the first instruction.
@@ -95,10 +86,26 @@ pub struct EntryState {
 #[derive(Debug, Error)]
 pub enum BootError {
     /// Not what we can load.
-    #[error("the kernel is not an ELF file for x86-64: {why}")]
+    #[error("the kernel is neither a bzImage nor an ELF file for x86-64: {why}")]
     NotElf {
         /// What is wrong with it.
         why: &'static str,
+    },
+    /// A Linux kernel that cannot be started in 64-bit mode.
+    #[error("the kernel is a bzImage that cannot be started here: {why}")]
+    OldKernel {
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// The RAM disk and the kernel do not fit together.
+    #[error(
+        "the initial RAM disk has {len} bytes, and {room} are left for it above the kernel: give the guest more memory"
+    )]
+    Initrd {
+        /// Its length.
+        len: usize,
+        /// The room there is.
+        room: u64,
     },
     /// The file ends before its own headers say.
     #[error(
@@ -155,13 +162,24 @@ pub fn load(
     config: &MachineConfig,
     image: &BootImage,
 ) -> Result<EntryState, BootError> {
-    let entry = elf::load(memory, config.memory, &image.kernel)?;
+    let kernel = if bzimage::is_one(&image.kernel) {
+        bzimage::load(memory, config.memory, &image.kernel)?
+    } else {
+        elf::load(memory, config.memory, &image.kernel)?
+    };
+    let initrd = match &image.initrd {
+        Some(initrd) => {
+            let start = initrd::load(memory, config.memory, &kernel, initrd)?;
+            Some((start, initrd.len() as u32))
+        }
+        None => None,
+    };
     write_command_line(memory, &config.command_line)?;
-    write_boot_params(memory, config)?;
+    write_boot_params(memory, config, kernel.header, initrd)?;
     tables::write_page_tables(memory)?;
     tables::write_gdt(memory)?;
     Ok(EntryState {
-        instruction: entry,
+        instruction: kernel.entry,
         stack: BOOT_STACK,
         boot_params: BOOT_PARAMS,
         page_tables: tables::PML4,
@@ -181,13 +199,23 @@ fn write_command_line(memory: &GuestMemory, line: &str) -> Result<(), BootError>
     Ok(())
 }
 
-fn write_boot_params(memory: &GuestMemory, config: &MachineConfig) -> Result<(), BootError> {
-    let mut params = boot_params::default();
+/// `header` is the kernel's own, `initrd` where its RAM disk is and how long.
+fn write_boot_params(
+    memory: &GuestMemory,
+    config: &MachineConfig,
+    header: setup_header,
+    initrd: Option<(u32, u32)>,
+) -> Result<(), BootError> {
+    let mut params = boot_params {
+        hdr: header,
+        ..Default::default()
+    };
     params.hdr.boot_flag = BOOT_FLAG;
     params.hdr.header = HEADER_MAGIC;
     params.hdr.type_of_loader = LOADER_OTHER;
     params.hdr.cmd_line_ptr = COMMAND_LINE as u32;
     params.hdr.cmdline_size = config.command_line.len() as u32;
+    (params.hdr.ramdisk_image, params.hdr.ramdisk_size) = initrd.unwrap_or_default();
     let map = [
         (0, LOW_MEMORY_END),
         (KERNEL_MIN, config.memory.saturating_sub(KERNEL_MIN)),
@@ -207,5 +235,7 @@ fn write_boot_params(memory: &GuestMemory, config: &MachineConfig) -> Result<(),
     Ok(())
 }
 
+#[cfg(test)]
+mod linux_tests;
 #[cfg(test)]
 mod tests;

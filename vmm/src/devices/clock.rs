@@ -37,7 +37,8 @@ impl Clock {
     }
 }
 
-fn ask(tape: &mut dyn Tape) -> Result<GuestTime, TapeError> {
+/// Asks the time.
+pub(super) fn ask(tape: &mut dyn Tape) -> Result<GuestTime, TapeError> {
     match tape.answer(Query::Clock)? {
         Answer::Clock(time) => Ok(time),
         other @ Answer::Entropy(_) => Err(wrong_answer("the time", &other)),

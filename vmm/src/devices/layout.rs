@@ -3,6 +3,7 @@
 //! | device | where | line |
 //! |---|---|---|
 //! | 8259 pair | ports `0x20 0x21 0xa0 0xa1`, edge or level `0x4d0 0x4d1` | |
+//! | 8254 | ports `0x40..0x44`, gate of counter 2 `0x61` | 0 |
 //! | serial console, 16550 | ports `0x3f8..0x400` | 4 |
 //! | clock | `0x510` R32: asks the time, returns the low half of the nanoseconds since power-on and latches the high half; `0x514` R32: the latched high half; `0x518` R32: asks the time, returns whole milliseconds, modulo 2^32 | |
 //! | timer 0 | `0x520` W32: low half of the deadline in ns (kept); `0x524` W32: high half, arms (deadline 0 disarms); `0x528` W32: arms with an absolute deadline in ms (0 disarms) | 0 |
@@ -17,6 +18,10 @@ pub const PIC_MASTER: u16 = 0x20;
 pub const PIC_SLAVE: u16 = 0xa0;
 /// First port of the 8259s' trigger registers (master, slave): a set bit makes a line level-triggered.
 pub const PIC_TRIGGER: u16 = 0x4d0;
+/// First port of the 8254 (three counters, control).
+pub const PIT: u16 = 0x40;
+/// The port that gates the 8254's counter 2 and shows its output.
+pub const SPEAKER: u16 = 0x61;
 /// First port of the 16550.
 pub const SERIAL: u16 = 0x3f8;
 /// Interrupt line of the 16550.
@@ -33,7 +38,7 @@ pub const TIMER_LOW: u16 = 0x520;
 pub const TIMER_HIGH: u16 = 0x524;
 /// Timer 0: deadline in milliseconds, arms.
 pub const TIMER_MILLIS: u16 = 0x528;
-/// Interrupt line of timer 0.
+/// Interrupt line of timer 0, and of the 8254: a guest uses one of them.
 pub const TIMER_IRQ: u8 = 0;
 /// Entropy.
 pub const ENTROPY: u16 = 0x530;

@@ -5,6 +5,7 @@
 mod clock;
 pub mod layout;
 mod pic;
+mod pit;
 pub mod platform;
 mod power;
 mod serial;

@@ -5,6 +5,7 @@ use replay_log::{Arrival, DiskOutcome, RequestNumber};
 use super::clock::{self, Clock};
 use super::layout;
 use super::pic::{Pic, Register, Which};
+use super::pit::{PIT_TIMER, Pit};
 use super::power::Power;
 use super::serial::Serial;
 use super::timer::{TIMER, Timer};
@@ -29,6 +30,7 @@ pub enum Space {
 /// The devices of one machine.
 pub struct Platform {
     pic: Pic,
+    pit: Pit,
     serial: Serial,
     clock: Clock,
     timer: Timer,
@@ -54,6 +56,7 @@ impl Platform {
         );
         Self {
             pic: Pic::new(),
+            pit: Pit::new(),
             serial: Serial::new(),
             clock: Clock::default(),
             timer: Timer::default(),
@@ -145,18 +148,25 @@ impl Platform {
         }
         // A wide access to byte-wide devices is one access to each port in turn.
         for (port, byte) in (u32::from(port)..).zip(data) {
-            *byte = u16::try_from(port).map_or(0xff, |port| self.read_byte(port));
+            *byte = match u16::try_from(port) {
+                Ok(port) => self.read_byte(port, tape)?,
+                Err(_) => 0xff,
+            };
         }
         Ok(())
     }
 
-    fn read_byte(&mut self, port: u16) -> u8 {
+    fn read_byte(&mut self, port: u16, tape: &mut dyn Tape) -> Result<u8, TapeError> {
         if let Some((which, register)) = pic_register(port) {
-            self.pic.read(which, register)
+            Ok(self.pic.read(which, register))
         } else if let Some(offset) = serial_register(port) {
-            self.serial.read(offset)
+            Ok(self.serial.read(offset))
+        } else if let Some(counter) = pit_register(port) {
+            self.pit.read(counter, tape)
+        } else if port == layout::SPEAKER {
+            self.pit.read_speaker(tape)
         } else {
-            0xff
+            Ok(0xff)
         }
     }
 
@@ -198,9 +208,19 @@ impl Platform {
                 self.pic.write(which, register, *byte);
             } else if let Some(offset) = serial_register(port) {
                 self.serial.write(offset, *byte);
+            } else if let Some(counter) = pit_register(port) {
+                self.pit.write(counter, *byte, tape)?;
+            } else if port == layout::SPEAKER {
+                self.pit.write_speaker(*byte, tape)?;
             }
         }
         Ok(())
+    }
+
+    /// Whatever the exit was, it is served: what devices could not ask of the outside when
+    /// something arrived, they ask now.
+    pub fn exit_served(&mut self, tape: &mut dyn Tape) -> Result<(), TapeError> {
+        self.pit.exit(tape)
     }
 
     fn look_at_queues(
@@ -287,6 +307,13 @@ impl Platform {
                 self.timer.due();
                 true
             }
+            Arrival::TimerDue { timer } if *timer == PIT_TIMER => {
+                if self.pit.due() {
+                    self.pic.set_line(layout::TIMER_IRQ, false);
+                    self.pic.set_line(layout::TIMER_IRQ, true);
+                }
+                true
+            }
             Arrival::TimerDue { .. } => false,
             Arrival::Console { bytes } => self.serial.receive(bytes),
         };
@@ -370,6 +397,7 @@ impl Platform {
     /// Adds the state of all devices.
     pub fn digest(&self, hasher: &mut blake3::Hasher) {
         self.pic.digest(hasher);
+        self.pit.digest(hasher);
         self.serial.digest(hasher);
         self.clock.digest(hasher);
         self.timer.digest(hasher);
@@ -406,6 +434,12 @@ fn pic_register(port: u16) -> Option<(Which, Register)> {
         _ if port == layout::PIC_TRIGGER + 1 => (Which::Slave, Register::Trigger),
         _ => return None,
     })
+}
+
+fn pit_register(port: u16) -> Option<u8> {
+    port.checked_sub(layout::PIT)
+        .filter(|offset| *offset < 4)
+        .map(|offset| offset as u8)
 }
 
 fn serial_register(port: u16) -> Option<u8> {

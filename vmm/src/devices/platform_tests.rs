@@ -108,7 +108,7 @@ fn a_deadline_that_crossed_the_disarming_is_ignored() {
     bench.outl(layout::TIMER_MILLIS, 0);
     bench.deliver(timer_due()).unwrap();
     assert!(!bench.platform.interrupt_waits());
-    let unknown = Arrival::TimerDue { timer: TimerId(1) };
+    let unknown = Arrival::TimerDue { timer: TimerId(2) };
     assert!(matches!(
         bench.deliver(unknown),
         Err(MachineError::CannotTake { .. })

@@ -54,9 +54,14 @@ const EMPTIED: [u32; 21] = [
     0x8000_0026,
 ];
 
-/// KVM's own leaves.
-const KVM_SIGNATURE: u32 = 0x4000_0000;
-const KVM_FEATURES: u32 = 0x4000_0001;
+/// The leaf by which a hypervisor names itself, and our name in its EBX, ECX, EDX. KVM's own name
+/// and features are not there: nothing that it offers its guests is repeatable.
+const SIGNATURE: u32 = 0x4000_0000;
+const NAME: [u32; 3] = [
+    u32::from_le_bytes(*b"Unde"),
+    u32::from_le_bytes(*b"rstu"),
+    u32::from_le_bytes(*b"dyVM"),
+];
 
 /// One CPUID leaf: what is asked for and what comes back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -90,11 +95,10 @@ pub(super) fn model(kvm: &Kvm) -> Result<CpuId, KvmError> {
     })
 }
 
-/// KVM's clock leaves beyond the signature and the (emptied) features, further feature pages,
-/// further parts of emptied leaves.
+/// KVM's leaves beyond the signature, further feature pages, further parts of emptied leaves.
 fn is_dropped(entry: &kvm_cpuid_entry2) -> bool {
     match entry.function {
-        function if (KVM_FEATURES + 1..KVM_SIGNATURE + 0x100).contains(&function) => true,
+        function if (SIGNATURE + 1..SIGNATURE + 0x100).contains(&function) => true,
         7 => entry.index > 0,
         function => EMPTIED.contains(&function) && entry.index > 0,
     }
@@ -116,8 +120,10 @@ fn mask(entry: &mut kvm_cpuid_entry2) {
             entry.ecx &= SHOWN_7_ECX;
             entry.edx &= SHOWN_7_EDX;
         }
-        KVM_SIGNATURE => entry.eax = KVM_FEATURES,
-        KVM_FEATURES => clear(entry),
+        SIGNATURE => {
+            entry.eax = SIGNATURE;
+            [entry.ebx, entry.ecx, entry.edx] = NAME;
+        }
         0x8000_0001 => {
             entry.ecx &= !HIDDEN_EXT1_ECX;
             entry.edx &= !HIDDEN_EXT1_EDX;
@@ -261,7 +267,10 @@ mod tests {
         assert_ne!(one.ecx & 1 << 20, 0, "SSE4.2 stays");
         assert_eq!(masked(7).ebx & 1 << 18, 0, "RDSEED");
         assert_eq!(masked(7).ebx & 1 << 5, 0, "AVX2");
-        for function in [0xa, 0xd, 0x15, KVM_FEATURES] {
+        let signature = masked(SIGNATURE);
+        let name = [signature.ebx, signature.ecx, signature.edx].map(u32::to_le_bytes);
+        assert_eq!(name.as_flattened(), b"UnderstudyVM");
+        for function in [0xa, 0xd, 0x15] {
             let leaf = masked(function);
             assert_eq!(
                 [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx],

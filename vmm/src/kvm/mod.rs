@@ -169,6 +169,7 @@ impl Machine for KvmMachine {
             Left::Interrupted => Ok(interrupted),
             Left::Exit(exit) => {
                 self.serve(exit, tape)?;
+                self.platform.exit_served(tape)?;
                 Ok(Entered::Exit)
             }
         }
