@@ -314,10 +314,14 @@ impl Pit {
         self.refresh = !self.refresh;
         let counter = &self.counters[2];
         let out = counter.since.is_some() && counter.out(ask(tape)?);
-        Ok(u8::from(counter.gate) * GATE_2
-            | u8::from(self.speaker) * SPEAKER
-            | u8::from(self.refresh) * REFRESH
-            | u8::from(out) * OUT_2)
+        let bits = [
+            (counter.gate, GATE_2),
+            (self.speaker, SPEAKER),
+            (self.refresh, REFRESH),
+            (out, OUT_2),
+        ];
+        let high = bits.into_iter().filter(|(high, _)| *high);
+        Ok(high.fold(0, |all, (_, bit)| all | bit))
     }
 
     /// The guest writes port 0x61. A rising gate starts counter 2 anew.
