@@ -1,7 +1,7 @@
 //! `lab`: several real hosts on this machine, each an emulated computer with a KVM of its own.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -124,39 +124,41 @@ struct Run {
 /// Does it; the exit code of the program that it has run.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let dir = args.dir.unwrap_or_else(LabFolder::default_dir);
-    let find = || Lab::find(&dir).map_err(failure);
     match args.command {
         Command::Up(up) => start(up, dir)?,
-        Command::Status { json } => show(&find()?.status().map_err(failure)?, json)?,
-        Command::Run(run) => return run_in(&find()?, &run),
-        Command::Put { host, file, path } => {
-            host_of(&find()?, host, |host| host.put(&file, &path))?
+        Command::Down => end(&dir)?,
+        Command::Status { json } => {
+            show(&find(&dir)?.status().map_err(failure)?, json)?;
         }
-        Command::Get { host, path, file } => {
-            host_of(&find()?, host, |host| host.get(&path, &file))?
-        }
-        Command::Kill { host } => host_of(&find()?, host, |host| host.kill())?,
-        Command::Start { host } => host_of(&find()?, host, |host| host.start())?,
-        Command::Partition { a, b } => find()?.partition(a, b).map_err(failure)?,
-        Command::Heal { a, b } => find()?.heal(a, b).map_err(failure)?,
+        Command::Run(run) => return run_in(&find(&dir)?, &run),
+        command => act(&find(&dir)?, command).map_err(failure)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn find(dir: &Path) -> Result<Lab, Failure> {
+    Lab::find(dir).map_err(failure)
+}
+
+/// What is done without a word.
+fn act(lab: &Lab, command: Command) -> Result<(), LabError> {
+    match command {
+        Command::Put { host, file, path } => lab.host(host)?.put(&file, &path),
+        Command::Get { host, path, file } => lab.host(host)?.get(&path, &file),
+        Command::Kill { host } => lab.host(host)?.kill(),
+        Command::Start { host } => lab.host(host)?.start(),
+        Command::Partition { a, b } => lab.partition(a, b),
+        Command::Heal { a, b } => lab.heal(a, b),
         Command::Delay { a, b, ms, loss } => {
             let delay = Delay {
                 ms,
                 loss_percent: loss,
             };
-            find()?.delay(a, b, delay).map_err(failure)?;
+            lab.delay(a, b, delay)
         }
-        Command::Down => end(&dir)?,
+        // Those that have something to say.
+        Command::Up(_) | Command::Down | Command::Status { .. } | Command::Run(_) => Ok(()),
     }
-    Ok(ExitCode::SUCCESS)
-}
-
-fn host_of(
-    lab: &Lab,
-    host: HostId,
-    act: impl FnOnce(&crate::lab::Host<'_>) -> Result<(), LabError>,
-) -> Result<(), Failure> {
-    lab.host(host).and_then(|host| act(&host)).map_err(failure)
 }
 
 fn start(up: Up, dir: PathBuf) -> Result<(), Failure> {
@@ -216,7 +218,7 @@ fn run_in(lab: &Lab, run: &Run) -> Result<ExitCode, Failure> {
     }
 }
 
-fn end(dir: &std::path::Path) -> Result<(), Failure> {
+fn end(dir: &Path) -> Result<(), Failure> {
     match Lab::find(dir) {
         Ok(lab) => lab.down().map_err(failure),
         Err(LabError::Ended(_)) => {

@@ -4,17 +4,20 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
+use nix::unistd::getuid;
 use thiserror::Error;
 
 /// The emulator.
 pub const QEMU: &str = "qemu-system-x86_64";
 /// Programs, and the Debian packages that have them.
-const PROGRAMS: [(&str, &str); 4] = [
+const PROGRAMS: [(&str, &str); 5] = [
     (QEMU, "qemu-system-x86"),
     ("ip", "iproute2"),
     ("nft", "nftables"),
     ("mkfs.ext4", "e2fsprogs"),
+    ("unshare", "util-linux"),
 ];
 /// Where taps come from.
 const TUN: &str = "/dev/net/tun";
@@ -35,6 +38,11 @@ pub enum Missing {
     /// Taps.
     #[error("a lab needs {TUN}: load the module tun, or run this as root")]
     Tun(#[source] io::Error),
+    /// A network apart.
+    #[error(
+        "a lab needs a network namespace, and this user may make none: run this as root, or allow user namespaces (sysctl kernel.unprivileged_userns_clone=1)"
+    )]
+    Namespace,
 }
 
 /// The user's PATH, and where the system's own programs are.
@@ -58,5 +66,26 @@ pub fn check() -> Result<(), Missing> {
         return Err(Missing::Programs { programs, packages });
     }
     let tun = File::options().read(true).write(true).open(TUN);
-    tun.map(drop).map_err(Missing::Tun)
+    tun.map_err(Missing::Tun)?;
+    if namespaces() {
+        Ok(())
+    } else {
+        Err(Missing::Namespace)
+    }
+}
+
+/// Whether this user may make what the keeper makes.
+fn namespaces() -> bool {
+    let kinds: &[&str] = if getuid().is_root() {
+        &["--net"]
+    } else {
+        &["--user", "--map-root-user", "--net"]
+    };
+    let made = Command::new("unshare")
+        .args(kinds)
+        .arg("true")
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    made.is_ok_and(|status| status.success())
 }

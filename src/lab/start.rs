@@ -112,6 +112,7 @@ pub enum StartError {
 pub struct Starter {
     keeper: Child,
     lifeline: UnixStream,
+    stays: bool,
 }
 
 impl Starter {
@@ -156,6 +157,7 @@ impl Starter {
         let mut starter = Self {
             keeper,
             lifeline: ours,
+            stays: false,
         };
         let dir = setup.dir.clone();
         wire::write(&mut starter.lifeline, &FromStarter::Setup(setup))?;
@@ -182,11 +184,9 @@ impl Starter {
 
     /// The lab stays when this process goes.
     pub fn stay(mut self) -> Result<(), WireError> {
-        let told = wire::write(&mut self.lifeline, &FromStarter::Stay);
-        if told.is_ok() {
-            std::mem::forget(self);
-        }
-        told
+        wire::write(&mut self.lifeline, &FromStarter::Stay)?;
+        self.stays = true;
+        Ok(())
     }
 
     /// Waits for the end of a keeper that was told to end.
@@ -198,6 +198,9 @@ impl Starter {
 
 impl Drop for Starter {
     fn drop(&mut self) {
+        if self.stays {
+            return;
+        }
         // Without the line the keeper ends, and everything with it.
         let _ = self.lifeline.shutdown(Shutdown::Both);
         let _ = self.keeper.wait();

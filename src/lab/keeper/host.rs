@@ -22,7 +22,7 @@ use crate::lab::state::{Delay, End, HostId, HostStatus, LabFolder, Power, Proces
 use crate::lab::wire::{Done, FromHost, FromJob, Job, PROTOCOL};
 
 /// How long a host may take to boot: ten times what it takes on idle cores.
-const BOOT_LIMIT: Duration = Duration::from_secs(120);
+const BOOT_LIMIT: Duration = Duration::from_mins(2);
 /// How many lines of a console are quoted.
 const QUOTED_LINES: usize = 5;
 
@@ -43,6 +43,14 @@ pub enum HostError {
     /// It does not answer yet.
     #[error("{0} is booting: wait until it is up")]
     Booting(HostId),
+    /// It ended before it answered.
+    #[error("{host} does not come up: {why}")]
+    Ended {
+        /// Which.
+        host: HostId,
+        /// Why.
+        why: String,
+    },
     /// It does not answer.
     #[error("{host} has not answered within {} s; its console says: {console}", BOOT_LIMIT.as_secs())]
     Silent {
@@ -241,7 +249,7 @@ impl Host {
         };
         match settled {
             Some(State::Up { boot_ms }) => Ok(boot_ms),
-            Some(State::Off(why)) => Err(HostError::Off { host: self.id, why }),
+            Some(State::Off(why)) => Err(HostError::Ended { host: self.id, why }),
             Some(State::Booting) | None => Err(HostError::Silent {
                 host: self.id,
                 console: self.last_words(),

@@ -75,9 +75,10 @@ pub fn run() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let said = sentence(&error);
-            eprintln!("{said}");
-            // The starter may have gone.
-            let _ = wire::write(&mut starter, &Progress::Failed(said));
+            if wire::write(&mut starter, &Progress::Failed(said.clone())).is_err() {
+                // The starter has gone; its standard error may be there, or the lab's folder.
+                eprintln!("{said}");
+            }
             ExitCode::FAILURE
         }
     }

@@ -1,6 +1,7 @@
 //! What clients ask of the keeper: one call a connection.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use thiserror::Error;
 use tokio::net::unix::OwnedWriteHalf;
@@ -15,6 +16,9 @@ use super::{KeeperError, Lab};
 use crate::cli::failure::sentence;
 use crate::lab::state::{Delay, End, HostId, LinkName};
 use crate::lab::wire::{self, Call, FromClient, FromJob, Job, Reply, WireError};
+
+/// How long to wait before hearing clients again after a failure.
+const AGAIN: Duration = Duration::from_millis(100);
 
 /// Why a call is refused.
 #[derive(Debug, Error)]
@@ -42,10 +46,10 @@ pub async fn accept(listener: UnixListener, lab: Rc<Lab>) {
             Ok((stream, _)) => {
                 spawn_local(serve(stream, Rc::clone(&lab)));
             }
-            // Out of descriptors, or a client that went: the next one may come.
+            // Out of descriptors: there are some again when a client goes, and nobody tells of that.
             Err(error) => {
                 eprintln!("a client of the lab cannot be heard: {error}");
-                tokio::task::yield_now().await;
+                tokio::time::sleep(AGAIN).await;
             }
         }
     }
@@ -140,7 +144,7 @@ async fn relay(
                 Some(FromClient::Call(_)) | None => return Ok(()),
             },
             event = job.next() => {
-                let gone = || FromJob::Done(Err(format!("{} lost its power meanwhile", host.id())));
+                let gone = || FromJob::Done(Err("it lost its power meanwhile".into()));
                 let event = event.unwrap_or_else(gone);
                 let last = matches!(event, FromJob::Done(_));
                 wire::send(to, &Reply::Job(event)).await?;
