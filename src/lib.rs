@@ -7,6 +7,7 @@ pub mod demo;
 pub mod doctor;
 pub mod gateway;
 pub mod images;
+pub mod lab;
 pub mod local;
 pub mod offline;
 pub mod protocol;

@@ -14,6 +14,7 @@ mod events;
 mod gateway;
 mod images;
 mod init;
+mod lab;
 mod log;
 pub mod operator;
 mod pair;
@@ -82,11 +83,28 @@ enum Command {
     Simulate(simulate::Args),
     /// Say what this host can do, and what it lacks
     Doctor(doctor::Args),
+    /// Run several real hosts on this machine, each with a KVM of its own, even without VMX or SVM
+    Lab(lab::Args),
     /// Be the process that runs one guest; started by agents
     #[command(name = crate::agent::vm_process::SUBCOMMAND, hide = true)]
     VmmProcess {
         /// The process that started this one
         agent: u32,
+    },
+    /// Be the process that owns a lab's hosts; started by `lab up`
+    #[command(name = crate::lab::keeper::SUBCOMMAND, hide = true)]
+    LabKeeper,
+    /// Take a lab's commands inside a host; started by its init
+    #[command(name = crate::lab::host::SUBCOMMAND, hide = true)]
+    LabHost,
+    /// Become another program that ends with the process that started it
+    #[command(name = crate::lab::exec::SUBCOMMAND, hide = true)]
+    LabExec {
+        /// The process that started this one
+        parent: u32,
+        /// The program and what it is told
+        #[arg(last = true)]
+        command: Vec<String>,
     },
 }
 
@@ -94,13 +112,14 @@ enum Command {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     log_to_stderr();
-    if let Command::VmmProcess { agent } = cli.command {
-        return crate::agent::vm_process::child::run(agent);
-    }
-    match dispatch(cli.command) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => failure.report(),
-    }
+    let ended = match cli.command {
+        Command::VmmProcess { agent } => return crate::agent::vm_process::child::run(agent),
+        Command::LabKeeper => return crate::lab::keeper::run(),
+        Command::LabExec { parent, command } => return crate::lab::exec::run(parent, &command),
+        Command::Lab(args) => lab::run(args),
+        command => dispatch(command).map(|()| ExitCode::SUCCESS),
+    };
+    ended.unwrap_or_else(|failure| failure.report())
 }
 
 fn dispatch(command: Command) -> Result<(), Failure> {
@@ -120,7 +139,12 @@ fn dispatch(command: Command) -> Result<(), Failure> {
         Command::Demo(args) => demo::run(&args),
         Command::Simulate(args) => simulate::run(&args),
         Command::Doctor(args) => doctor::run(&args),
-        Command::VmmProcess { .. } => Ok(()),
+        Command::LabHost => block_on(async { crate::lab::host::serve().await.or_fail() }),
+        // Their exit codes are not ours.
+        Command::VmmProcess { .. }
+        | Command::Lab(_)
+        | Command::LabKeeper
+        | Command::LabExec { .. } => Ok(()),
     }
 }
 
