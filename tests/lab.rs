@@ -177,7 +177,7 @@ fn programs_and_files_come_and_go(host: &Host<'_>, folder: &Path) {
 }
 
 /// The ledger takes a write, and all that happened to it happens again.
-const RECORD: &str = r#"
+const RECORD: &str = r"
 : >/tmp/answer
 understudy run ledger --record /data/log --publish 6379:6379 >/tmp/console 2>/tmp/said &
 guest=$!
@@ -187,7 +187,7 @@ until grep -q 'port 6379' /tmp/said; do kill -0 $guest || exit 1; usleep 20000; 
 kill -INT $guest
 wait $guest || exit 1
 cat /tmp/answer
-"#;
+";
 
 fn a_guest_is_recorded_and_replayed(host: &Host<'_>) {
     let words = ["timeout", "60", "sh", "-c", RECORD];
