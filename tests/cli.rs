@@ -404,10 +404,6 @@ fn an_image_is_run_as_what_it_is_or_not_at_all() {
     for (manifest, why) in [
         ("modes = [\"checkpointed\"]", "run as checkpointed only"),
         ("modes = []", "run as nothing only"),
-        (
-            "modes = [\"replayed\"]\ninitrd = \"initrd\"",
-            "has an initrd",
-        ),
     ] {
         let dir = tempfile::tempdir().expect("a folder");
         let folder = image(dir.path(), manifest);
