@@ -250,6 +250,29 @@ fn a_failed_sync_is_never_taken_back() {
 }
 
 #[test]
+fn a_discard_cut_short_leaves_a_disk_that_can_be_used() {
+    for operations in 0..8 {
+        let base = Base::empty(SIZE as u64);
+        let fuse = Fuse::default();
+        let (data, map) = (Volatile::on(&fuse), Volatile::on(&fuse));
+        let (d, m) = (data.clone(), map.clone());
+        let mut overlay = Overlay::create(d, m, base.clone(), Durability::Sync).unwrap();
+        overlay.write(0, &[1; 512]).unwrap();
+        overlay.flush().unwrap();
+        fuse.set(operations);
+        let _ = overlay.discard_all();
+        fuse.set(u64::MAX);
+        let (data, map) = (data.crash(|| true), map.crash(|| true));
+        let mut overlay = Overlay::assemble(data, map, base, Durability::Sync).unwrap();
+        // In the middle of a chunk: the rest of it is read from the file.
+        overlay.write(4219 * 512, &[2; 512]).unwrap();
+        let now = everything(&overlay);
+        assert!(now[..512] == [0; 512] || now[..512] == [1; 512]);
+        assert_eq!(now[4219 * 512..4220 * 512], [2; 512]);
+    }
+}
+
+#[test]
 fn a_write_that_failed_half_way_leaves_the_chunk_as_its_base() {
     let folder = tempfile::tempdir().unwrap();
     let base = patterned(folder.path());
