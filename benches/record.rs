@@ -1,5 +1,6 @@
-//! What recording and protection cost, each as a ratio within one run, in alternating order: of a
-//! round's rates, and the median of these, because a shared machine is now faster, now slower.
+//! What recording and protection cost, each as a ratio within one run, in alternating order: of
+//! rates that were measured one right after the other, and the median of these, because a shared
+//! machine is now faster, now slower.
 //!
 //! `cargo bench --bench record` prints, with their bounds: throughput recording to a file and
 //! protected by one replica on the same machine, against the recorder off; how much of the loss is
@@ -31,6 +32,9 @@ use understudy::demo::cluster::Cluster;
 use understudy::protocol::HostName;
 
 const REQUESTS: &str = "30000";
+/// How often a round changes between the guests that stand alone, and with how many requests.
+const BURSTS: usize = 4;
+const BURST: &str = "10000";
 /// The guest's own memory, and what agent and VMM may take beside it.
 const MEMORY_BOUND: f64 = 64.0 + 48.0;
 /// How often the replica's lag is looked at; more often would cost what it measures.
@@ -164,38 +168,49 @@ impl Protected {
     }
 }
 
-fn throughput(rounds: usize, figures: &mut Figures) {
-    let (mut off, mut on, mut all) = (Vec::new(), Vec::new(), Protected::default());
-    for round in 0..rounds {
-        // None of them always goes first.
-        for turn in 0..3 {
-            match (round + turn) % 3 {
-                0 => {
-                    let alone = Alone::start(&["--unrecorded"]);
-                    off.push(redis_benchmark(alone.address, "set,incr", "20", REQUESTS).0);
-                    alone.stop();
-                }
-                1 => {
-                    let folder = tempfile::tempdir().expect("a folder");
-                    let record = folder.path().join("log").display().to_string();
-                    let alone = Alone::start(&["--record", &record]);
-                    on.push(redis_benchmark(alone.address, "set,incr", "20", REQUESTS).0);
-                    alone.stop();
-                }
-                _ => all.round(),
-            }
+/// A round's rates of two guests that stand alone, with the recorder off and on, in turns.
+fn alone_round(round: usize) -> Vec<(f64, f64)> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let record = folder.path().join("log").display().to_string();
+    let guests = [
+        Alone::start(&["--unrecorded"]),
+        Alone::start(&["--record", &record]),
+    ];
+    let rate = |guest: &Alone| redis_benchmark(guest.address, "set,incr", "20", BURST).0;
+    let _warm_up = guests.each_ref().map(rate);
+    let pair = |burst: usize| {
+        // Neither of them always goes first.
+        if (round + burst).is_multiple_of(2) {
+            let off = rate(&guests[0]);
+            (off, rate(&guests[1]))
+        } else {
+            let on = rate(&guests[1]);
+            (rate(&guests[0]), on)
         }
-    }
-    let ratio = |rates: &[f64]| {
-        median(
-            &mut rates
-                .iter()
-                .zip(&off)
-                .map(|(a, b)| a / b)
-                .collect::<Vec<_>>(),
-        )
     };
-    let (recorded, shielded) = (ratio(&on), ratio(&all.rates));
+    let rates = (0..BURSTS).map(pair).collect();
+    guests.into_iter().for_each(Alone::stop);
+    rates
+}
+
+fn throughput(rounds: usize, figures: &mut Figures) {
+    let (mut alone, mut all) = (Vec::new(), Protected::default());
+    let (mut recorded, mut shielded) = (Vec::new(), Vec::new());
+    for round in 0..rounds {
+        if round % 2 == 1 {
+            all.round();
+        }
+        let rates = alone_round(round);
+        if round % 2 == 0 {
+            all.round();
+        }
+        recorded.extend(rates.iter().map(|(off, on)| on / off));
+        let off = median(&mut rates.iter().map(|(off, _)| *off).collect::<Vec<_>>());
+        shielded.extend(all.rates.last().map(|rate| rate / off));
+        alone.extend(rates);
+    }
+    let (mut off, mut on): (Vec<f64>, Vec<f64>) = alone.into_iter().unzip();
+    let (recorded, shielded) = (median(&mut recorded), median(&mut shielded));
     let (off, on, rate) = (median(&mut off), median(&mut on), median(&mut all.rates));
     println!(
         "set,incr -c 20: {off:.0} requests/s with the recorder off, {on:.0} recording to a file, \

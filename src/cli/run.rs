@@ -9,7 +9,7 @@ use super::output;
 use super::process::until_stopped;
 use crate::gateway::Publish;
 use crate::images;
-use crate::local::{LocalError, LocalMachine, LocalRun};
+use crate::local::{LocalError, LocalMachine, LocalRun, RecordingError};
 
 /// What `run` is told.
 #[derive(Debug, clap::Args)]
@@ -63,17 +63,18 @@ async fn serve(run: LocalRun, stop: impl Future<Output = ()>) -> Result<(), Fail
         served = machine.serve(show) => Some(served),
         () = stop => None,
     };
-    if let Some((entries, bytes)) = machine.recorded() {
-        eprintln!("recorded {entries} entries, {}", output::bytes(bytes));
+    let recorded = machine.end(show).await.map_err(failure);
+    if let Ok(Some(recorded)) = &recorded {
+        let bytes = output::bytes(recorded.bytes);
+        eprintln!("recorded {} entries, {bytes}", recorded.end);
     }
     match served {
-        None => Ok(()),
-        Some(Ok(end)) => {
-            eprintln!("the guest has ended: {end:?}");
-            Ok(())
-        }
-        Some(Err(error)) => Err(failure(error)),
+        None => {}
+        Some(Ok(end)) => eprintln!("the guest has ended: {end:?}"),
+        // Whatever came of the recording came of this.
+        Some(Err(error)) => return Err(failure(error)),
     }
+    recorded.map(drop)
 }
 
 fn show(console: &[u8]) {
@@ -84,7 +85,9 @@ fn show(console: &[u8]) {
 
 fn failure(error: LocalError) -> Failure {
     let exit = match error {
-        LocalError::NotEmpty { .. } | LocalError::NoNetwork { .. } => Exit::Usage,
+        LocalError::Recording(RecordingError::NotEmpty { .. }) | LocalError::NoNetwork { .. } => {
+            Exit::Usage
+        }
         _ => Exit::Failed,
     };
     Failure::new(exit, error)

@@ -1,7 +1,8 @@
 //! The recorder: the tape of a primary. It asks the host and writes down what it was told.
 //!
 //! Everything that reaches the machine passes here once, is appended to the batch under
-//! construction, and leaves with it: when an output waits, at 64 KiB, or after a millisecond.
+//! construction, and leaves with it: when an output waits, at 64 KiB, or after a millisecond. In a
+//! recording that nobody goes on from, outputs wait for nothing.
 
 use std::collections::BTreeMap;
 
@@ -26,6 +27,9 @@ pub const TIMERS: usize = 4;
 pub struct Policy {
     /// Whether a log is written at all. Off only for measuring what recording costs.
     pub record: bool,
+    /// Whether an output waits for the log that led to it, so that the batch under construction
+    /// leaves with each.
+    pub output_commit: bool,
     /// A batch this large leaves at once, in bytes.
     pub batch_bytes: usize,
     /// A batch leaves when its first entry is this old, in nanoseconds.
@@ -44,12 +48,26 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             record: true,
+            output_commit: true,
             batch_bytes: 64 << 10,
             batch_age: 1_000_000,
             mark_age: 2_000_000,
             mark_landmarks: 1_024,
             wait_mark: 500_000,
             idle_mark: 250_000_000,
+        }
+    }
+}
+
+impl Policy {
+    /// For a log that is kept and that no machine will go on from: larger batches, and outputs do
+    /// not wait for them. A process that is killed takes the last [`Policy::batch_age`] with it.
+    #[must_use]
+    pub fn recording() -> Self {
+        Self {
+            output_commit: false,
+            batch_age: 20_000_000,
+            ..Self::default()
         }
     }
 }
@@ -488,7 +506,9 @@ impl<H: Host> Tape for Recorder<H> {
         if outputs.is_empty() {
             return Ok(());
         }
-        self.ship()?;
+        if self.policy.output_commit {
+            self.ship()?;
+        }
         for (kind, bytes) in outputs {
             self.ongoing.outputs.0 += 1;
             let number = self.ongoing.outputs;

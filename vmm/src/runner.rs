@@ -19,10 +19,11 @@ use crate::tape::{CpuState, GuestEnd, Next, Pending, Tape, TapeError};
 
 /// Every so many marks the digest is deep: FPU and MSRs too.
 const DEEP_EVERY: u64 = 64;
-/// Pages that a mark scrubs while the guest executes: a few microseconds.
+/// Pages that a mark scrubs after something has happened: a few microseconds. Also when the guest
+/// waits: under load it waits for its disk, and clients wait with it.
 const SCRUB_BUSY: u32 = 4;
-/// Pages that a mark scrubs while the guest waits: nobody is in a hurry then.
-const SCRUB_WAITING: u32 = 64;
+/// Pages that a mark scrubs when nothing has happened since the last: nobody is in a hurry then.
+const SCRUB_RESTING: u32 = 64;
 
 /// Where the run loop stands when it hands control back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +38,13 @@ pub enum Turn {
     Ended(GuestEnd),
 }
 
+/// What has happened since the last mark: exits and arrivals, or nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SinceMark {
+    Nothing,
+    Something,
+}
+
 /// A machine together with the place it has reached.
 pub struct Runner<M> {
     machine: M,
@@ -49,6 +57,7 @@ pub struct Runner<M> {
     in_slice: bool,
     kicks: u64,
     marks: u64,
+    since_mark: SinceMark,
     scrub_page: u64,
     ear: Ear,
 }
@@ -64,6 +73,7 @@ impl<M: Machine> Runner<M> {
             in_slice: false,
             kicks: 0,
             marks: 0,
+            since_mark: SinceMark::Something,
             scrub_page: 0,
             ear: Ear::default(),
         }
@@ -139,6 +149,7 @@ impl<M: Machine> Runner<M> {
             }
             match tape.next(self.at, self.cpu(), self.machine.can_take())? {
                 Next::Deliver(delivery) => {
+                    self.since_mark = SinceMark::Something;
                     self.ear.arrival(self.at, &delivery.arrival);
                     let taken = self.machine.deliver(delivery);
                     taken.map_err(|error| placed(error, self.at))?;
@@ -175,6 +186,7 @@ impl<M: Machine> Runner<M> {
         match entered {
             Entered::Exit => {
                 self.at = self.at.next();
+                self.since_mark = SinceMark::Something;
                 if how == Enter::Run {
                     self.injected = false;
                     self.in_slice = false;
@@ -192,10 +204,9 @@ impl<M: Machine> Runner<M> {
     }
 
     fn mark(&mut self, tape: &mut dyn Tape) -> Result<(), MachineError> {
-        let pages = if self.cpu() == CpuState::Ready {
-            SCRUB_BUSY
-        } else {
-            SCRUB_WAITING
+        let pages = match self.since_mark {
+            SinceMark::Nothing => SCRUB_RESTING,
+            SinceMark::Something => SCRUB_BUSY,
         };
         let scope = DigestScope {
             deep: self.marks.is_multiple_of(DEEP_EVERY),
@@ -205,6 +216,7 @@ impl<M: Machine> Runner<M> {
         let state = self.machine.digest(scope)?;
         let digest = self.ear.digest(&scope.key, self.at, state);
         self.marks += 1;
+        self.since_mark = SinceMark::Nothing;
         self.scrub_page = self.scrub_page.wrapping_add(u64::from(pages));
         tape.mark(self.at, digest)?;
         Ok(())

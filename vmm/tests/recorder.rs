@@ -6,7 +6,7 @@ use replay_log::batch::MAX_BATCH;
 use replay_log::{Arrival, Entry, Group, GroupBody, Header, ImageDigest, Position, Term};
 use vmm::devices::layout::MAX_FRAME;
 use vmm::recorder::{Policy, Recorder};
-use vmm::tape::{CpuState, Next, Pending, Query, Sources, Tape};
+use vmm::tape::{Command, CpuState, Next, Pending, Query, Sources, Tape};
 use vmm::testing::MemoryHost;
 
 /// How far the host's clock moves with each look at it.
@@ -138,4 +138,22 @@ fn a_due_batch_leaves_at_once() {
     tape.host().advance(Policy::default().batch_age);
     assert_eq!(pending(&mut tape), Pending::Nothing);
     assert_eq!(tape.host().batches.len(), shipped + 1);
+}
+
+/// Outputs wait for the log that led to them where somebody may go on from it, and there alone.
+#[test]
+fn an_output_takes_its_batch_along_under_output_commit_only() {
+    for (policy, with_it) in [(Policy::default(), 1), (Policy::recording(), 0)] {
+        let mut tape = recorder(policy);
+        let shipped = tape.host().batches.len();
+        let frame = Command::Frame(Bytes::from_static(b"answer"));
+        tape.command(frame).expect("takes it");
+        tape.close(Position(1)).expect("closes");
+        assert_eq!(tape.host().outputs.len(), 1);
+        assert_eq!(tape.host().batches.len(), shipped + with_it);
+        tape.host().advance(policy.batch_age);
+        let pending = tape.pending(Position(1), CpuState::Ready, ALL);
+        assert!(matches!(pending, Ok(Pending::Nothing)));
+        assert_eq!(tape.host().batches.len(), shipped + 1);
+    }
 }

@@ -167,7 +167,10 @@ fn serve(mut host: ProcessHost, for_disk: Sender<Inbox>, background: Arc<Backgro
         match vmm.step() {
             Ok(()) if vmm.host().lost() => return ExitCode::SUCCESS,
             Ok(()) => {}
-            Err(error) => return fail(vmm.host(), &error),
+            Err(error) => {
+                vmm.keep_the_end();
+                return fail(vmm.host(), &error);
+            }
         }
     }
 }
@@ -225,6 +228,17 @@ fn build(
     KvmMachine::new(&config, &start.image).map_err(|e| build_error(&e))
 }
 
+fn policy(start_as: StartAs) -> Policy {
+    match start_as {
+        StartAs::Primary | StartAs::Replica => Policy::default(),
+        StartAs::Recorded => Policy::recording(),
+        StartAs::Unrecorded => Policy {
+            record: false,
+            ..Policy::recording()
+        },
+    }
+}
+
 /// Which tape the machine is on.
 enum Play {
     Replaying(Box<Replayer<ProcessHost>>),
@@ -258,11 +272,7 @@ impl Vmm {
         let play = match start.start_as {
             StartAs::Replica => Play::Replaying(Box::new(Replayer::new(host, start.header))),
             StartAs::Primary | StartAs::Recorded | StartAs::Unrecorded => {
-                let record = start.start_as != StartAs::Unrecorded;
-                let policy = Policy {
-                    record,
-                    ..Policy::default()
-                };
+                let policy = policy(start.start_as);
                 Play::Recording(Box::new(Recorder::start(host, policy, start.header)?))
             }
         };
@@ -283,6 +293,15 @@ impl Vmm {
             Play::Replaying(replayer) => replayer.host(),
             Play::Recording(recorder) => recorder.host(),
             Play::Changing => unreachable!("left within the function that sets it"),
+        }
+    }
+
+    /// A recording of a machine that fails has everything that led there.
+    fn keep_the_end(&mut self) {
+        if let Play::Recording(recorder) = &mut self.play
+            && let Err(error) = recorder.flush()
+        {
+            tracing::error!(%error, "the end of the log cannot be handed on");
         }
     }
 

@@ -172,7 +172,8 @@ impl<F: Storage> Overlay<F> {
             }
         };
         // A discard that was cut short may have left it empty; what is missing is hole.
-        data.set_len(base.size()).map_err(io("restore the size of"))?;
+        data.set_len(base.size())
+            .map_err(io("restore the size of"))?;
         Ok(Self {
             base,
             data,

@@ -1,14 +1,14 @@
 //! A guest on this host alone: one VMM process, a gateway in this process, and, if wanted, a
 //! recording. What `understudy run` does, and what benchmarks compare with.
 
+mod recording;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bytes::Bytes;
-use replay_log::{
-    AppendError, Batch, FileOptions, FileStore, FrameError, FrameNumber, FrameSource, Header,
-    LogIndex, OpenError, Store as _, SyncPolicy, Term,
-};
+use replay_log::{FrameNumber, FrameSource, Header, Term};
 use ring::rand::{SecureRandom, SystemRandom};
 use thiserror::Error;
 use tokio::sync::mpsc;
@@ -22,9 +22,13 @@ use crate::agent::vm_process::{
 use crate::gateway::stack::StackConfig;
 use crate::gateway::{Gateway, GatewayConfig, GatewayError, LocalGateway, Publish};
 use crate::images::Image;
+use recording::Recording;
+pub use recording::{Recorded, RecordingError};
 
 /// Frames that may wait between the gateway and the machine.
 const FRAMES_WAITING: usize = 256;
+/// A guest that computes without an exit is not waited for longer when its recording ends.
+const LAST_LANDMARK: Duration = Duration::from_secs(1);
 
 /// What is to be run.
 pub struct LocalRun {
@@ -43,27 +47,15 @@ pub struct LocalRun {
 /// Why a guest could not be run on this host alone.
 #[derive(Debug, Error)]
 pub enum LocalError {
-    /// The folder for the recording is in use.
-    #[error("{} holds a log already: record into another folder", folder.display())]
-    NotEmpty {
-        /// Which.
-        folder: PathBuf,
-    },
-    /// The recording's folder.
+    /// The recording.
     #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The recording cannot go on.
-    #[error("the recording cannot go on")]
-    Append(#[from] AppendError),
+    Recording(#[from] RecordingError),
     /// The VMM process.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
     /// The VMM process talks nonsense, or is gone.
     #[error(transparent)]
     Ipc(#[from] IpcError),
-    /// The VMM process wrote a batch that is none.
-    #[error("the VMM process wrote a batch that cannot be read")]
-    Batch(#[source] Option<FrameError>),
     /// The VMM process failed.
     #[error("{reason}")]
     Failed {
@@ -90,10 +82,17 @@ pub enum LocalError {
     NoRandom,
 }
 
+/// What the VMM process has said, as far as it matters to whoever listens.
+enum Said {
+    Ended(GuestEnd),
+    Paused,
+    Other,
+}
+
 /// A running guest.
 pub struct LocalMachine {
     process: VmProcess,
-    store: Option<FileStore>,
+    recording: Option<Recording>,
     to_gateway: Option<mpsc::Sender<(FrameNumber, Bytes)>>,
     from_gateway: mpsc::Receiver<(FrameSource, Bytes)>,
     /// Where clients can connect, in the order of [`LocalRun::publish`].
@@ -106,7 +105,7 @@ pub struct LocalMachine {
 impl LocalMachine {
     /// Starts a guest. Call it on a thread that lives as long as the guest.
     pub async fn start(run: LocalRun) -> Result<Self, LocalError> {
-        let store = run.record.as_deref().map(open_recording).transpose()?;
+        let recording = run.record.as_deref().map(Recording::begin).transpose()?;
         let disks = tempfile::Builder::new()
             .prefix("understudy-disks-")
             .tempdir()
@@ -135,7 +134,7 @@ impl LocalMachine {
             gateway.map(|gateway| tokio::spawn(LocalGateway::new(gateway, to_vmm, from_vmm).run()));
         Ok(Self {
             process,
-            store,
+            recording,
             to_gateway: task.is_some().then_some(to_gateway),
             from_gateway,
             addresses,
@@ -153,16 +152,12 @@ impl LocalMachine {
     pub async fn serve(&mut self, mut console: impl FnMut(&[u8])) -> Result<GuestEnd, LocalError> {
         loop {
             tokio::select! {
-                said = self.process.recv() => match said? {
-                    None => return Err(LocalError::Gone),
-                    Some(FromVm::Ended { end, .. }) => return Ok(end),
-                    Some(FromVm::Failed { reason, .. }) => {
-                        return Err(LocalError::Failed { reason });
+                said = self.process.recv() => {
+                    let said = said?.ok_or(LocalError::Gone)?;
+                    if let Said::Ended(end) = self.hear(said, &mut console).await? {
+                        return Ok(end);
                     }
-                    Some(FromVm::Shipped { batch, .. }) => self.keep(&batch)?,
-                    Some(FromVm::Output(output)) => self.let_out(output, &mut console).await,
-                    Some(_) => {}
-                },
+                }
                 Some(frame) = self.from_gateway.recv() => self.let_in(frame)?,
                 ended = Self::gateway_ended(&mut self.gateway) => {
                     self.gateway = None;
@@ -170,6 +165,22 @@ impl LocalMachine {
                 }
             }
         }
+    }
+
+    async fn hear(
+        &mut self,
+        said: FromVm,
+        console: &mut impl FnMut(&[u8]),
+    ) -> Result<Said, LocalError> {
+        match said {
+            FromVm::Ended { end, .. } => return Ok(Said::Ended(end)),
+            FromVm::Paused { .. } => return Ok(Said::Paused),
+            FromVm::Failed { reason, .. } => return Err(LocalError::Failed { reason }),
+            FromVm::Shipped { batch, .. } => self.keep(batch)?,
+            FromVm::Output(output) => self.let_out(output, console).await,
+            _ => {}
+        }
+        Ok(Said::Other)
     }
 
     /// Types on the guest's console.
@@ -188,16 +199,31 @@ impl LocalMachine {
         Ok(self.process.sender().flush()?)
     }
 
-    /// How much of the log is kept, in entries and in bytes on disk.
-    pub fn recorded(&self) -> Option<(LogIndex, u64)> {
-        self.store
-            .as_ref()
-            .map(|store| (store.tip().index, store.bytes()))
+    /// Ends the guest at its next landmark, as a power failure would, with its log complete.
+    /// Returns how much was recorded, if anything was to be.
+    pub async fn end(
+        mut self,
+        mut console: impl FnMut(&[u8]),
+    ) -> Result<Option<Recorded>, LocalError> {
+        if self.recording.is_some() {
+            let paused = self.pause(&mut console);
+            // Without a landmark there is nothing that the log lacks but the way there.
+            let _ = tokio::time::timeout(LAST_LANDMARK, paused).await;
+        }
+        Ok(self.recording.take().map(Recording::end).transpose()?)
     }
 
-    /// Ends the guest as a power failure would.
-    pub async fn kill(self) -> std::io::Result<()> {
-        self.process.kill().await.map(drop)
+    /// Brings the guest to a landmark, everything before it shipped.
+    async fn pause(&mut self, console: &mut impl FnMut(&[u8])) -> Result<(), LocalError> {
+        // A process that is gone or has failed has said so where it was served.
+        self.process.sender().send(&ToVm::Pause(true))?;
+        self.process.sender().flush()?;
+        while let Some(said) = self.process.recv().await? {
+            if !matches!(self.hear(said, console).await?, Said::Other) {
+                break;
+            }
+        }
+        Ok(())
     }
 
     async fn gateway_ended(
@@ -210,21 +236,12 @@ impl LocalMachine {
         }
     }
 
-    fn keep(&mut self, framed: &[u8]) -> Result<(), LocalError> {
-        let Some(store) = &mut self.store else {
-            return Ok(());
-        };
-        match Batch::decode_frame(framed) {
-            Ok(Some((batch, _))) => {
-                store.append(&batch)?;
-                Ok(())
-            }
-            Ok(None) => Err(LocalError::Batch(None)),
-            Err(error) => Err(LocalError::Batch(Some(error))),
-        }
+    fn keep(&mut self, batch: Bytes) -> Result<(), LocalError> {
+        let lost = self.recording.take_if(|recording| !recording.keep(batch));
+        Ok(lost.map_or(Ok(()), |lost| lost.end().map(drop))?)
     }
 
-    /// The log that led to an output was kept before: nothing else is waited for.
+    /// Nobody goes on from this log, so outputs do not wait for it.
     async fn let_out(&mut self, output: Output, console: &mut impl FnMut(&[u8])) {
         match output.kind {
             OutputKind::Console => console(&output.bytes),
@@ -235,21 +252,6 @@ impl LocalMachine {
                 }
             }
         }
-    }
-}
-
-fn open_recording(folder: &Path) -> Result<FileStore, LocalError> {
-    let options = FileOptions {
-        sync: SyncPolicy::Never,
-        ..FileOptions::default()
-    };
-    let store = FileStore::open(folder, options)?;
-    if store.tip().index == LogIndex::START {
-        Ok(store)
-    } else {
-        Err(LocalError::NotEmpty {
-            folder: folder.to_owned(),
-        })
     }
 }
 
