@@ -9,7 +9,9 @@ use thiserror::Error;
 use vmm::boot::BootImage;
 use vmm::config::{ConfigError, MachineConfig};
 use vmm::disk::Overlay;
-use vmm::host::{DiskData, DiskReply, FromOutside, Host, HostTime, Output, OutputKind, Shipment};
+use vmm::host::{
+    Came, DiskData, DiskReply, FromOutside, Host, HostTime, Output, OutputKind, Shipment,
+};
 use vmm::kvm::{KvmError, KvmMachine};
 use vmm::machine::MachineError;
 use vmm::replayer::{FeedError, Replayer};
@@ -219,8 +221,12 @@ impl Host for OfflineHost {
         !self.replies.is_empty()
     }
 
-    fn arrival(&mut self, _: Sources) -> Result<Option<FromOutside>, TapeError> {
-        Ok(self.replies.pop_front().map(FromOutside::Disk))
+    fn arrival(&mut self, _: Sources) -> Result<Option<Came>, TapeError> {
+        let came = |reply| Came {
+            at: HostTime(0),
+            what: FromOutside::Disk(reply),
+        };
+        Ok(self.replies.pop_front().map(came))
     }
 
     fn submit(&mut self, requests: Vec<DiskRequest>) -> Result<(), TapeError> {

@@ -124,6 +124,12 @@ fn set_vm(vm: &VmStatus) {
     set("understudy_waiting_output_bytes", vm.waiting_output);
     set("understudy_gateways", vm.gateways as u64);
     set("understudy_vmm_running", u64::from(vm.guest.is_some()));
+    if let Some(guest) = &vm.guest {
+        let seconds = guest.longest_deferral.as_nanos() as f64 / 1e9;
+        gauge!("understudy_guest_longest_deferral_seconds", "vm" => name.clone()).set(seconds);
+        let seconds = guest.silence.as_nanos() as f64 / 1e9;
+        gauge!("understudy_guest_silence_seconds", "vm" => name.clone()).set(seconds);
+    }
     if let Some(bytes) = vm.log_bytes {
         set("understudy_log_disk_bytes", bytes);
     }

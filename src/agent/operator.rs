@@ -21,7 +21,7 @@ use super::link::{
 use super::metrics;
 use super::witness::client::{AskError, WitnessClient};
 use crate::config::{Config, ConfigError};
-use crate::protocol::{HostName, Operator, Policy, Record, Status, Time, VmName};
+use crate::protocol::{HostName, Operator, Policy, Record, Span, Status, Time, VmName};
 
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -178,6 +178,12 @@ pub struct GuestStatus {
     pub pid: Option<u32>,
     /// Whether it records, as a primary's does; otherwise it replays.
     pub recording: bool,
+    /// The longest that something which arrived has waited because the guest made no exit or took no
+    /// interrupts, since it has been recorded here.
+    pub longest_deferral: Span,
+    /// While it is recorded: how long it has come past no landmark. A guest that waits for something
+    /// comes past several a second.
+    pub silence: Span,
 }
 
 /// What the agent asks the driver of one VM on behalf of an operator.

@@ -10,9 +10,14 @@ use serde::Serialize;
 use super::failure::{Failure, OrExit as _, sentence};
 use super::operator::ClusterArgs;
 use super::{block_on, output};
-use crate::agent::operator::{Client, HostStatus, OperatorError, VmStatus};
-use crate::protocol::{HostName, Record, RoleName, Time, VmName};
+use crate::agent::operator::{Client, GuestStatus, HostStatus, OperatorError, VmStatus};
+use crate::protocol::{HostName, Record, RoleName, Span, Time, VmName};
 
+/// A guest that comes past no landmark for so long does nothing but compute: others come past
+/// several a second.
+const NO_EXIT: Span = Span::from_millis(1_000);
+/// What an arrival may wait before it is worth a word (DESIGN.md, section 2: the deferral limit).
+const LONG_DEFERRAL: Span = Span::from_millis(20);
 /// Between two looks of `--watch`.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// Clears the screen and goes to its first line.
@@ -225,6 +230,9 @@ fn row(look: &Look, host: &HostName, now: Time, seen: &VmStatus) -> [String; 7] 
     if let Some(since) = node.stalled_since {
         remarks.push(format!("output stalled for {}", ago(now, since)));
     }
+    if let Some(guest) = seen.guest.as_ref().filter(|guest| guest.recording) {
+        remarks.extend(slow_exits(guest));
+    }
     remarks.extend(seen.last_word.clone());
     [
         host.to_string(),
@@ -235,6 +243,15 @@ fn row(look: &Look, host: &HostName, now: Time, seen: &VmStatus) -> [String; 7] 
         seen.log_bytes.map_or(String::new(), output::bytes),
         remarks.join(", "),
     ]
+}
+
+/// What is to be said of a guest that keeps what arrives waiting.
+fn slow_exits(guest: &GuestStatus) -> Option<String> {
+    if guest.silence >= NO_EXIT {
+        return Some(format!("computes without an exit for {}", guest.silence));
+    }
+    (guest.longest_deferral >= LONG_DEFERRAL)
+        .then(|| format!("an arrival has waited {}", guest.longest_deferral))
 }
 
 /// How far a replica's execution is behind, as its primary sees it.

@@ -98,6 +98,8 @@ pub struct LocalMachine {
     /// Where clients can connect, in the order of [`LocalRun::publish`].
     pub addresses: Vec<SocketAddr>,
     gateway: Option<tokio::task::JoinHandle<Result<(), GatewayError>>>,
+    /// The longest that something which arrived has waited for the guest.
+    pub longest_deferral: Duration,
     /// Removed when the guest has ended.
     _disks: tempfile::TempDir,
 }
@@ -139,6 +141,7 @@ impl LocalMachine {
             from_gateway,
             addresses,
             gateway: task,
+            longest_deferral: Duration::ZERO,
             _disks: disks,
         })
     }
@@ -177,6 +180,7 @@ impl LocalMachine {
             FromVm::Paused { .. } => return Ok(Said::Paused),
             FromVm::Failed { reason, .. } => return Err(LocalError::Failed { reason }),
             FromVm::Shipped { batch, .. } => self.keep(batch)?,
+            FromVm::Deferred { longest } => self.longest_deferral = Duration::from_nanos(longest),
             FromVm::Output(output) => self.let_out(output, console).await,
             _ => {}
         }

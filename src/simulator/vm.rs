@@ -7,7 +7,7 @@ use replay_log::{
     Batch, DiskBase, Entry, FrameNumber, FrameSource, GatewayIncarnation, Header, ImageDigest,
     LogIndex, LogTip, Position, RequestNumber, Term,
 };
-use vmm::host::{DiskData, DiskReply, FromOutside, Host, HostTime, Output, Shipment};
+use vmm::host::{Came, DiskData, DiskReply, FromOutside, Host, HostTime, Output, Shipment};
 use vmm::machine::MachineError;
 use vmm::model::{DISK_SIZE, Model};
 use vmm::outbox::Outbox;
@@ -92,15 +92,13 @@ impl Host for Edge {
         (can_take.frame && !self.frames.is_empty()) || !self.replies.is_empty()
     }
 
-    fn arrival(&mut self, can_take: Sources) -> Result<Option<FromOutside>, TapeError> {
-        if let Some(reply) = self.replies.pop_front() {
-            return Ok(Some(FromOutside::Disk(reply)));
-        }
-        Ok(if can_take.frame {
-            self.frames.pop_front()
-        } else {
-            None
-        })
+    fn arrival(&mut self, can_take: Sources) -> Result<Option<Came>, TapeError> {
+        let what = match self.replies.pop_front() {
+            Some(reply) => Some(FromOutside::Disk(reply)),
+            None if can_take.frame => self.frames.pop_front(),
+            None => None,
+        };
+        Ok(what.map(|what| Came { at: self.now, what }))
     }
 
     fn submit(&mut self, requests: Vec<DiskRequest>) -> Result<(), TapeError> {

@@ -63,6 +63,15 @@ pub enum FromOutside {
     Console(Bytes),
 }
 
+/// Something for the machine, and when it reached the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Came {
+    /// When.
+    pub at: HostTime,
+    /// What.
+    pub what: FromOutside,
+}
+
 /// An output of the machine, made by the primary and again by every replay.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Output {
@@ -110,7 +119,7 @@ pub trait Host {
 
     /// The next thing for the machine that it can take now. Frames come in order, and those it
     /// cannot take wait here. A disk error ends here, as [`TapeError::Host`].
-    fn arrival(&mut self, can_take: Sources) -> Result<Option<FromOutside>, TapeError>;
+    fn arrival(&mut self, can_take: Sources) -> Result<Option<Came>, TapeError>;
 
     /// Submits the requests of one exit, in order, to this host's own disks.
     fn submit(&mut self, requests: Vec<DiskRequest>) -> Result<(), TapeError>;

@@ -10,6 +10,7 @@
 
 pub mod boot;
 pub mod config;
+mod deferral;
 pub mod devices;
 mod digest;
 pub mod disk;

@@ -12,8 +12,9 @@ use replay_log::{
     Term, TermChange, TimerId,
 };
 
+use crate::deferral::Deferral;
 use crate::devices::layout::MAX_FRAME;
-use crate::host::{DiskData, FromOutside, Host, HostTime, Output, OutputKind, Shipment};
+use crate::host::{Came, DiskData, FromOutside, Host, HostTime, Output, OutputKind, Shipment};
 use crate::tape::{
     Command, CpuState, Delivery, DigestKey, DiskRequest, Next, Pending, Query, Sources, Tape,
     TapeError,
@@ -116,6 +117,7 @@ pub struct Recorder<H> {
     /// Frames delivered in the batch under construction.
     batch_frames: BTreeMap<GatewayIncarnation, FrameNumber>,
     overlong: u64,
+    deferral: Deferral,
     last_mark: HostTime,
     marked_at: Option<Position>,
     /// Something was delivered at the marked position after the mark.
@@ -167,6 +169,7 @@ impl<H: Host> Recorder<H> {
             requests: Vec::new(),
             batch_frames: BTreeMap::new(),
             overlong: 0,
+            deferral: Deferral::default(),
             last_mark: now,
             marked_at: None,
             stale_mark: true,
@@ -199,6 +202,12 @@ impl<H: Host> Recorder<H> {
     /// How many frames came that no guest can take, longer than [`MAX_FRAME`].
     pub const fn overlong(&self) -> u64 {
         self.overlong
+    }
+
+    /// The longest that something which arrived has waited because the guest made no exit or took
+    /// no interrupts, in nanoseconds.
+    pub const fn longest_deferral(&self) -> u64 {
+        self.deferral.longest()
     }
 
     /// Asks the run loop to leave at the next landmark, everything shipped (`true`), or lets it
@@ -321,8 +330,9 @@ impl<H: Host> Recorder<H> {
             || (passed > 0 && now.since(self.last_mark) >= self.policy.mark_age)
     }
 
-    fn arrive(&mut self, at: Position, from: FromOutside) -> Result<Next, TapeError> {
-        let (arrival, data) = match from {
+    fn arrive(&mut self, at: Position, came: Came) -> Result<Next, TapeError> {
+        self.deferral.delivered(came.at);
+        let (arrival, data) = match came.what {
             FromOutside::Frame { source, mut bytes } => {
                 self.ongoing.frames.insert(source.gateway, source.number);
                 if bytes.len() > MAX_FRAME {
@@ -412,6 +422,7 @@ impl<H: Host> Tape for Recorder<H> {
         if self.due_timer(now).is_some() || self.mark_due(at, now) {
             return Ok(Pending::Act);
         }
+        self.deferral.nothing(now);
         if self.batch_due(now) {
             // The exit's group is closed, so nothing needs to be completed first.
             self.flush()?;
@@ -427,13 +438,17 @@ impl<H: Host> Tape for Recorder<H> {
             if let Some(timer) = self.due_timer(now) {
                 let due = self.ongoing.timers[timer].take();
                 self.ongoing.pass(due);
+                if let Some(due) = due {
+                    self.deferral.delivered(self.host_time(due));
+                }
                 let timer = TimerId(timer as u8);
                 return self.deliver(at, Arrival::TimerDue { timer }, None);
             }
-            if let Some(from) = self.host.arrival(can_take)? {
-                return self.arrive(at, from);
+            if let Some(came) = self.host.arrival(can_take)? {
+                return self.arrive(at, came);
             }
         }
+        self.deferral.nothing(now);
         let rests = cpu != CpuState::Ready || held;
         if rests && self.waiting_since.is_none() {
             self.waiting_since = Some(now);
@@ -520,6 +535,13 @@ impl<H: Host> Tape for Recorder<H> {
             })?;
         }
         self.host.send()
+    }
+
+    fn entering(&mut self, interrupt_waits: bool) {
+        if !interrupt_waits && self.deferral.is_running() {
+            let now = self.host.now();
+            self.deferral.ended(now);
+        }
     }
 
     fn mark(&mut self, at: Position, digest: MarkDigest) -> Result<(), TapeError> {

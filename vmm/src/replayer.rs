@@ -145,7 +145,7 @@ impl<H: Host> Replayer<H> {
     /// Moves finished disk requests to where the log will ask for them.
     fn collect_disk(&mut self) -> Result<(), TapeError> {
         while let Some(from) = self.host.arrival(Sources::default())? {
-            if let FromOutside::Disk(reply) = from {
+            if let FromOutside::Disk(reply) = from.what {
                 self.disk.insert(reply.number, reply.data);
             }
         }

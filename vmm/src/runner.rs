@@ -110,6 +110,7 @@ impl<M: Machine> Runner<M> {
             {
                 return Ok(turn);
             }
+            tape.entering(self.machine.interrupt_waits());
             if self.enter(Enter::Run, tape)? == Entered::Kicked {
                 return Ok(Turn::Ran);
             }

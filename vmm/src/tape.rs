@@ -192,6 +192,11 @@ pub trait Tape {
     /// The exit that led to landmark `at` is served: its group ends.
     fn close(&mut self, at: Position) -> Result<(), TapeError>;
 
+    /// The guest is about to execute; an interrupt may wait until it can take one.
+    fn entering(&mut self, interrupt_waits: bool) {
+        let _ = interrupt_waits;
+    }
+
     /// Takes the digest asked for by [`Next::Mark`]: written down, or compared.
     fn mark(&mut self, at: Position, digest: MarkDigest) -> Result<(), TapeError>;
 }

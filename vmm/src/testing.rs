@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 use bytes::Bytes;
 use replay_log::{Batch, FrameNumber, FrameSource, GatewayIncarnation, RequestNumber};
 
-use crate::host::{DiskData, DiskReply, FromOutside, Host, HostTime, Output, Shipment};
+use crate::host::{Came, DiskData, DiskReply, FromOutside, Host, HostTime, Output, Shipment};
 use crate::replayer::Requeue;
 use crate::tape::{DiskOp, DiskRequest, Sources, TapeError};
 
@@ -17,7 +17,7 @@ pub struct MemoryHost {
     now: HostTime,
     step: u64,
     random: u64,
-    frames: VecDeque<FromOutside>,
+    frames: VecDeque<Came>,
     next_frame: FrameNumber,
     console: VecDeque<Bytes>,
     replies: VecDeque<DiskReply>,
@@ -61,7 +61,8 @@ impl MemoryHost {
             gateway: GatewayIncarnation(7),
             number: self.next_frame,
         };
-        self.frames.push_back(FromOutside::Frame { source, bytes });
+        let what = FromOutside::Frame { source, bytes };
+        self.frames.push_back(Came { at: self.now, what });
     }
 
     /// The gateway has sent so many frames before, to another host.
@@ -132,18 +133,19 @@ impl Host for MemoryHost {
             || (can_take.frame && !self.frames.is_empty())
     }
 
-    fn arrival(&mut self, can_take: Sources) -> Result<Option<FromOutside>, TapeError> {
+    fn arrival(&mut self, can_take: Sources) -> Result<Option<Came>, TapeError> {
+        let came = |what| Came { at: self.now, what };
         if !self.replies.is_empty() {
             self.disk_wait = self.disk_wait.saturating_sub(1);
             if self.disk_wait == 0 {
                 self.disk_wait = self.disk_delay;
-                return Ok(self.replies.pop_front().map(FromOutside::Disk));
+                return Ok(self.replies.pop_front().map(FromOutside::Disk).map(came));
             }
         }
         if can_take.console > 0
             && let Some(bytes) = self.console.pop_front()
         {
-            return Ok(Some(FromOutside::Console(bytes)));
+            return Ok(Some(came(FromOutside::Console(bytes))));
         }
         if can_take.frame {
             return Ok(self.frames.pop_front());

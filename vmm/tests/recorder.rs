@@ -157,3 +157,36 @@ fn an_output_takes_its_batch_along_under_output_commit_only() {
         assert_eq!(tape.host().batches.len(), shipped + 1);
     }
 }
+
+/// The wait of what arrives lasts until the guest is entered with nothing left to tell it of.
+#[test]
+fn the_longest_wait_is_measured_from_the_host_to_the_guest() {
+    let mut tape = recorder(Policy::default());
+    let next = |tape: &mut Recorder<MemoryHost>| {
+        tape.next(Position(1), CpuState::Ready, ALL)
+            .expect("the recorder stands")
+    };
+    assert_eq!(next(&mut tape), Next::Run);
+    tape.entering(false);
+    assert_eq!(tape.longest_deferral(), 0, "nothing has come");
+    tape.host().advance(1_000_000);
+    tape.host().send_frame(vec![7; 60].into());
+    // The guest makes no exit for so long, and takes no interrupts for a while after.
+    tape.host().advance(5_000_000);
+    assert!(matches!(next(&mut tape), Next::Deliver(_)));
+    assert_eq!(next(&mut tape), Next::Run);
+    tape.entering(true);
+    tape.host().advance(3_000_000);
+    tape.entering(false);
+    let longest = tape.longest_deferral();
+    assert!((8_000_000..9_000_000).contains(&longest), "{longest}");
+    // What waits for a machine that is held back does not wait for the guest.
+    tape.pause(true);
+    tape.host().send_frame(vec![7; 60].into());
+    tape.host().advance(50_000_000);
+    next(&mut tape);
+    tape.pause(false);
+    while let Next::Mark | Next::Pause = next(&mut tape) {}
+    tape.entering(false);
+    assert_eq!(tape.longest_deferral(), longest);
+}

@@ -12,10 +12,11 @@ use vmm::config::MachineConfig;
 
 use super::keeper::{Cursor, LogKeeper};
 use crate::agent::budget::{Budget, OverBudget, Taken};
+use crate::agent::clock::now;
 use crate::agent::vm_process::{
     DiskSetup, FromVm, IpcError, SpawnError, Start, StartAs, ToVm, VmProcess,
 };
-use crate::protocol::VmRun;
+use crate::protocol::{Span, Time, VmRun};
 
 /// So many bytes of log may be with the VMM process and not executed.
 const WINDOW: usize = 4 << 20;
@@ -72,6 +73,9 @@ pub struct Guest {
     frames: std::collections::VecDeque<(FrameSource, usize)>,
     frame_bytes: usize,
     go_live: Option<(Term, LogTip)>,
+    /// When it last showed that it came past a landmark, while recording.
+    passed_at: Time,
+    longest_deferral: Span,
     /// Given back when the guest is gone.
     _memory: Taken,
 }
@@ -127,6 +131,8 @@ impl Guest {
             frames: std::collections::VecDeque::new(),
             frame_bytes: 0,
             go_live: None,
+            passed_at: now(),
+            longest_deferral: Span::ZERO,
             _memory: memory,
         })
     }
@@ -190,8 +196,25 @@ impl Guest {
     }
 
     /// It has told, while recording, which landmark it has passed.
-    pub const fn passed(&mut self, at: Position) {
+    pub fn passed(&mut self, at: Position) {
         self.at = at;
+        self.passed_at = now();
+    }
+
+    /// How long it has not shown that it came past a landmark. A guest that waits does so several
+    /// times a second, by its marks.
+    pub fn silence(&self) -> Span {
+        now().since(self.passed_at)
+    }
+
+    /// Something that arrived had to wait so long for it.
+    pub fn deferred(&mut self, longest: Span) {
+        self.longest_deferral = self.longest_deferral.max(longest);
+    }
+
+    /// The longest that something which arrived has waited for it.
+    pub const fn longest_deferral(&self) -> Span {
+        self.longest_deferral
     }
 
     /// The last landmark it told of while recording.

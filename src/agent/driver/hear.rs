@@ -12,7 +12,7 @@ use crate::agent::frames::{DropReason, FrameEvent};
 use crate::agent::journal::Incident;
 use crate::agent::operator::{VmAnswer, VmQuestion};
 use crate::agent::vm_process::{FromVm, IpcError};
-use crate::protocol::{Input, Message};
+use crate::protocol::{Input, Message, Span};
 
 /// What comes from the VMM process: a message, its end, or nonsense.
 pub(super) type GuestSaid = Result<Option<FromVm>, IpcError>;
@@ -140,6 +140,7 @@ impl VmDriver {
                 self.gateways.port.lead(term, frames, now());
                 self.inputs.push_back(Input::WentLive { run });
             }
+            FromVm::Deferred { longest } => guest.deferred(Span::from_nanos(longest)),
             FromVm::Paused { .. } => self.inputs.push_back(Input::Paused { run }),
             FromVm::Ended { end, at } => {
                 let how = format!("{end:?} at position {at}");

@@ -22,6 +22,8 @@ impl VmDriver {
             guest: self.guest.as_ref().map(|guest| GuestStatus {
                 pid: guest.pid(),
                 recording: guest.doing() == Doing::Recording,
+                longest_deferral: guest.longest_deferral(),
+                silence: guest.silence(),
             }),
             log_bytes: self.log.bytes(),
             waiting_output: self.outbox.bytes() as u64,

@@ -30,7 +30,7 @@ use vmm::tape::TapeError;
 
 use super::background::Background;
 use super::disks::open_disks;
-use super::host::{Inbox, ProcessHost};
+use super::host::{Inbox, ProcessHost, Stamped, stamped};
 use super::ipc::{FailureKind, FromVm, Inlet, Start, StartAs, ToVm};
 use crate::agent::thread::ahead_of_others;
 
@@ -117,7 +117,7 @@ pub fn run(agent: u32) -> ExitCode {
 
 /// Moves the agent's messages into the inbox until the agent is gone. What comes together is handed
 /// on together: the vCPU thread is woken once.
-fn read_agent(stream: UnixStream, inbox: &Sender<Inbox>, background: &Background) {
+fn read_agent(stream: UnixStream, inbox: &Sender<Stamped>, background: &Background) {
     let mut inlet = Inlet::new(stream);
     loop {
         let heard = match inlet.messages::<ToVm>() {
@@ -129,7 +129,7 @@ fn read_agent(stream: UnixStream, inbox: &Sender<Inbox>, background: &Background
             Err(error) => Inbox::Lost(Some(error)),
         };
         let lost = matches!(heard, Inbox::Lost(_));
-        if inbox.send(heard).is_err() || lost {
+        if inbox.send(stamped(heard)).is_err() || lost {
             return;
         }
     }
@@ -146,7 +146,11 @@ fn watch(messages: &[ToVm], background: &Background) {
     }
 }
 
-fn serve(mut host: ProcessHost, for_disk: Sender<Inbox>, background: Arc<Background>) -> ExitCode {
+fn serve(
+    mut host: ProcessHost,
+    for_disk: Sender<Stamped>,
+    background: Arc<Background>,
+) -> ExitCode {
     let start = match await_start(&mut host) {
         Ok(Some(start)) => start,
         Ok(None) => return ExitCode::SUCCESS,
@@ -203,7 +207,7 @@ fn await_start(host: &mut ProcessHost) -> Result<Option<Start>, ChildError> {
 fn build(
     start: &Start,
     host: &mut ProcessHost,
-    for_disk: Sender<Inbox>,
+    for_disk: Sender<Stamped>,
     may_go_ahead: bool,
 ) -> Result<KvmMachine, ChildError> {
     let build_error = |error: &dyn std::error::Error| ChildError::Build(error.to_string());
@@ -211,7 +215,7 @@ fn build(
     let disks = open_disks(&start.header, &start.disks).map_err(|e| build_error(&e))?;
     let notify = move |news| {
         // The vCPU thread outlives the worker; if it is gone, so is the process.
-        let _ = for_disk.send(Inbox::Disk(news));
+        let _ = for_disk.send(stamped(Inbox::Disk(news)));
     };
     let finish = match start.start_as {
         StartAs::Recorded | StartAs::Unrecorded => Finish::Done,
@@ -226,6 +230,11 @@ fn build(
         host.set_worker(worker, finish);
     }
     KvmMachine::new(&config, &start.image).map_err(|e| build_error(&e))
+}
+
+/// Whether a longest wait is longer than the one before by so much that it is worth a message.
+const fn is_news(longest: u64, told: u64) -> bool {
+    longest > told.saturating_add(told / 8)
 }
 
 fn policy(start_as: StartAs) -> Policy {
@@ -258,6 +267,8 @@ struct Vmm {
     reported_at: HostTime,
     told_paused: bool,
     told_ended: bool,
+    /// The longest deferral that the agent knows of, in nanoseconds.
+    told_deferral: u64,
 }
 
 impl Vmm {
@@ -285,6 +296,7 @@ impl Vmm {
             reported_at: HostTime(0),
             told_paused: false,
             told_ended: false,
+            told_deferral: 0,
         })
     }
 
@@ -387,6 +399,14 @@ impl Vmm {
                 let index = recorder.index();
                 recorder.host().say(&FromVm::Paused { at, index })?;
                 recorder.host().send()?;
+            }
+            Play::Recording(recorder)
+                if is_news(recorder.longest_deferral(), self.told_deferral) =>
+            {
+                self.told_deferral = recorder.longest_deferral();
+                let longest = self.told_deferral;
+                // It leaves with whatever leaves next.
+                recorder.host().say(&FromVm::Deferred { longest })?;
             }
             _ => {}
         }

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use replay_log::RequestNumber;
 use ring::rand::{SecureRandom, SystemRandom};
 use vmm::disk::{DiskCompletion, DiskNews, DiskWorker, Finish};
-use vmm::host::{DiskData, DiskReply, FromOutside, Host, HostTime, Output, Shipment};
+use vmm::host::{Came, DiskData, DiskReply, FromOutside, Host, HostTime, Output, Shipment};
 use vmm::replayer::Requeue;
 use vmm::tape::{DiskOp, DiskRequest, Sources, TapeError};
 
@@ -23,6 +23,14 @@ const SEND_AT_ONCE: usize = 256 << 10;
 
 /// So many bytes of outputs wait for the disk at most.
 const HELD_MOST: usize = 8 << 20;
+
+/// What reaches the vCPU thread, and when it reached this process.
+pub type Stamped = (HostTime, Inbox);
+
+/// Stamps what has just come.
+pub fn stamped(inbox: Inbox) -> Stamped {
+    (HostTime(clock::now().as_nanos()), inbox)
+}
 
 /// What reaches the vCPU thread.
 pub enum Inbox {
@@ -36,10 +44,10 @@ pub enum Inbox {
 
 /// The host of a VMM process.
 pub struct ProcessHost {
-    inbox: Receiver<Inbox>,
-    frames: VecDeque<FromOutside>,
-    console: VecDeque<Bytes>,
-    disk: VecDeque<Result<DiskReply, String>>,
+    inbox: Receiver<Stamped>,
+    frames: VecDeque<Came>,
+    console: VecDeque<(HostTime, Bytes)>,
+    disk: VecDeque<(HostTime, Result<DiskReply, String>)>,
     /// What the agent wants done between two turns.
     control: VecDeque<ToVm>,
     lost: bool,
@@ -61,7 +69,7 @@ pub struct ProcessHost {
 
 impl ProcessHost {
     /// A host that hears through `inbox` and speaks through `agent`.
-    pub fn new(inbox: Receiver<Inbox>, agent: UnixStream) -> Self {
+    pub fn new(inbox: Receiver<Stamped>, agent: UnixStream) -> Self {
         Self {
             inbox,
             frames: VecDeque::new(),
@@ -105,10 +113,10 @@ impl ProcessHost {
     }
 
     /// Sorts what has come in.
-    fn sort(&mut self, inbox: Inbox) {
+    fn sort(&mut self, (at, inbox): Stamped) {
         match inbox {
-            Inbox::Agent(messages) => messages.into_iter().for_each(|one| self.hear(one)),
-            Inbox::Disk(DiskNews::Finished(completions)) => self.finished(completions),
+            Inbox::Agent(messages) => messages.into_iter().for_each(|one| self.hear(at, one)),
+            Inbox::Disk(DiskNews::Finished(completions)) => self.finished(at, completions),
             Inbox::Disk(DiskNews::Durable(flush)) => self.durable(flush),
             Inbox::Lost(error) => {
                 if let Some(error) = error {
@@ -119,11 +127,11 @@ impl ProcessHost {
         }
     }
 
-    fn finished(&mut self, completions: Vec<DiskCompletion>) {
+    fn finished(&mut self, at: HostTime, completions: Vec<DiskCompletion>) {
         self.disk.extend(completions.into_iter().map(|one| {
             let number = one.number;
-            let data = one.result.map_err(|error| error.to_string())?;
-            Ok(DiskReply { number, data })
+            let reply = |data| DiskReply { number, data };
+            (at, one.result.map(reply).map_err(|error| error.to_string()))
         }));
     }
 
@@ -147,8 +155,8 @@ impl ProcessHost {
     /// Waits until no output waits for the disk.
     pub fn finish_outputs(&mut self) -> Result<(), TapeError> {
         while !self.held.is_empty() && !self.lost {
-            if let Some(Err(reason)) = self.disk.iter().find(|reply| reply.is_err()) {
-                let reason = reason.clone();
+            let failed = |(_, reply): &(_, Result<_, String>)| reply.as_ref().err().cloned();
+            if let Some(reason) = self.disk.iter().find_map(failed) {
                 return Err(TapeError::Host { reason });
             }
             match self.inbox.recv() {
@@ -166,12 +174,13 @@ impl ProcessHost {
         self.send()
     }
 
-    fn hear(&mut self, message: ToVm) {
+    fn hear(&mut self, at: HostTime, message: ToVm) {
         match message {
             ToVm::Frame { source, bytes } => {
-                self.frames.push_back(FromOutside::Frame { source, bytes });
+                let what = FromOutside::Frame { source, bytes };
+                self.frames.push_back(Came { at, what });
             }
-            ToVm::Console(bytes) => self.console.push_back(bytes),
+            ToVm::Console(bytes) => self.console.push_back((at, bytes)),
             control => self.control.push_back(control),
         }
     }
@@ -267,14 +276,15 @@ impl Host for ProcessHost {
             || (can_take.console > 0 && !self.console.is_empty())
     }
 
-    fn arrival(&mut self, can_take: Sources) -> Result<Option<FromOutside>, TapeError> {
+    fn arrival(&mut self, can_take: Sources) -> Result<Option<Came>, TapeError> {
         self.drain();
-        if let Some(reply) = self.disk.pop_front() {
+        if let Some((at, reply)) = self.disk.pop_front() {
             let reply = reply.map_err(|reason| TapeError::Host { reason })?;
             if self.holds && reply.data == DiskData::Flushed {
                 self.flushed = self.flushed.max(reply.number);
             }
-            return Ok(Some(FromOutside::Disk(reply)));
+            let what = FromOutside::Disk(reply);
+            return Ok(Some(Came { at, what }));
         }
         if can_take.frame
             && let Some(frame) = self.frames.pop_front()
@@ -282,12 +292,14 @@ impl Host for ProcessHost {
             return Ok(Some(frame));
         }
         if can_take.console > 0
-            && let Some(mut bytes) = self.console.pop_front()
+            && let Some((at, mut bytes)) = self.console.pop_front()
         {
             if bytes.len() > can_take.console {
-                self.console.push_front(bytes.split_off(can_take.console));
+                let rest = bytes.split_off(can_take.console);
+                self.console.push_front((at, rest));
             }
-            return Ok(Some(FromOutside::Console(bytes)));
+            let what = FromOutside::Console(bytes);
+            return Ok(Some(Came { at, what }));
         }
         Ok(None)
     }
@@ -303,7 +315,8 @@ impl Host for ProcessHost {
         let submitted = worker.submit(requests).map_err(|error| TapeError::Host {
             reason: error.to_string(),
         });
-        self.finished(submitted?);
+        let now = self.now();
+        self.finished(now, submitted?);
         Ok(())
     }
 
@@ -345,7 +358,8 @@ impl Host for ProcessHost {
 impl Requeue for ProcessHost {
     fn requeue(&mut self, finished: BTreeMap<RequestNumber, DiskData>) {
         for (number, data) in finished.into_iter().rev() {
-            self.disk.push_front(Ok(DiskReply { number, data }));
+            let reply = DiskReply { number, data };
+            self.disk.push_front((HostTime(0), Ok(reply)));
         }
     }
 }
@@ -356,18 +370,18 @@ mod tests {
 
     use super::*;
 
-    fn host() -> (ProcessHost, std::sync::mpsc::Sender<Inbox>, UnixStream) {
+    fn host() -> (ProcessHost, std::sync::mpsc::Sender<Stamped>, UnixStream) {
         let (sender, inbox) = channel();
         let (ours, theirs) = UnixStream::pair().expect("a socket");
         theirs.set_nonblocking(true).expect("an option");
         (ProcessHost::new(inbox, ours), sender, theirs)
     }
 
-    fn flushed(number: u64) -> Inbox {
-        Inbox::Disk(DiskNews::Finished(vec![DiskCompletion {
+    fn flushed(number: u64) -> Stamped {
+        stamped(Inbox::Disk(DiskNews::Finished(vec![DiskCompletion {
             number: RequestNumber(number),
             result: Ok(DiskData::Flushed),
-        }]))
+        }])))
     }
 
     fn output(number: u64) -> Output {
@@ -409,11 +423,17 @@ mod tests {
         answer(&mut host, 1);
         assert_eq!(said(&theirs), [1], "the machine does not know of the flush");
         let told = host.arrival(Sources::default()).expect("no failure");
-        assert!(matches!(told, Some(FromOutside::Disk(_))));
+        assert!(matches!(
+            told,
+            Some(Came {
+                what: FromOutside::Disk(_),
+                ..
+            })
+        ));
         answer(&mut host, 2);
         assert!(said(&theirs).is_empty());
         sender
-            .send(Inbox::Disk(DiskNews::Durable(RequestNumber(2))))
+            .send(stamped(Inbox::Disk(DiskNews::Durable(RequestNumber(2)))))
             .expect("sent");
         host.wait(None);
         assert_eq!(said(&theirs), [2]);
@@ -430,20 +450,22 @@ mod tests {
         host.held_bytes = HELD_MOST;
         // Comes while the machine waits in the middle of its output.
         sender
-            .send(Inbox::Disk(DiskNews::Durable(RequestNumber(2))))
+            .send(stamped(Inbox::Disk(DiskNews::Durable(RequestNumber(2)))))
             .expect("sent");
         answer(&mut host, 1);
         assert_eq!(said(&theirs), [1]);
         sender.send(flushed(4)).expect("sent");
         host.arrival(Sources::default()).expect("no failure");
         sender
-            .send(Inbox::Disk(DiskNews::Finished(vec![DiskCompletion {
-                number: RequestNumber(4),
-                result: Err(vmm::disk::DiskError::NoSuchDisk {
+            .send(stamped(Inbox::Disk(DiskNews::Finished(vec![
+                DiskCompletion {
                     number: RequestNumber(4),
-                    disk: 0,
-                }),
-            }])))
+                    result: Err(vmm::disk::DiskError::NoSuchDisk {
+                        number: RequestNumber(4),
+                        disk: 0,
+                    }),
+                },
+            ]))))
             .expect("sent");
         host.output(output(2)).expect_err("its disk has failed");
         assert!(said(&theirs).is_empty());
@@ -457,7 +479,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let overlay = Overlay::open(folder.path(), Base::empty(1 << 20), Durability::Sync);
         let (mut host, sender, theirs) = host();
-        let notify = move |news| drop(sender.send(Inbox::Disk(news)));
+        let notify = move |news| drop(sender.send(stamped(Inbox::Disk(news))));
         let disks = vec![overlay.expect("a disk")];
         let worker = DiskWorker::new(disks, Finish::Later, Box::new(notify)).expect("a thread");
         host.set_worker(worker, Finish::Later);
@@ -469,7 +491,13 @@ mod tests {
         host.submit(vec![flush]).expect("submitted");
         host.sync_disks().expect("durable");
         let told = host.arrival(Sources::default()).expect("no failure");
-        assert!(matches!(told, Some(FromOutside::Disk(_))));
+        assert!(matches!(
+            told,
+            Some(Came {
+                what: FromOutside::Disk(_),
+                ..
+            })
+        ));
         answer(&mut host, 1);
         assert_eq!(said(&theirs), [1]);
     }
@@ -482,14 +510,14 @@ mod tests {
         let (ours, _theirs) = UnixStream::pair().expect("a socket");
         let mut host = ProcessHost::new(inbox, ours);
         sender
-            .send(Inbox::Agent(vec![ToVm::Pause(true)]))
+            .send(stamped(Inbox::Agent(vec![ToVm::Pause(true)])))
             .expect("sent");
         let arrival = host.arrival(Sources::default()).expect("no failure");
         assert!(arrival.is_none());
         // Would never end: nothing else comes.
         host.wait(None);
         assert!(matches!(host.control(), Some(ToVm::Pause(true))));
-        sender.send(Inbox::Lost(None)).expect("sent");
+        sender.send(stamped(Inbox::Lost(None))).expect("sent");
         assert!(!host.arrival_waits(Sources::default()));
         host.wait(None);
         assert!(host.lost());

@@ -125,6 +125,11 @@ pub enum FromVm {
         /// The end of the log.
         index: LogIndex,
     },
+    /// Something that arrived has waited longer for the guest than anything before (primary).
+    Deferred {
+        /// How long, in nanoseconds.
+        longest: u64,
+    },
     /// The guest has ended by its own doing.
     Ended {
         /// How.
