@@ -9,7 +9,6 @@ use super::failure::{Exit, Failure, OrExit as _};
 use super::operator::{ClusterArgs, known_host, record, refusal, start_vm};
 use super::{block_on, output};
 use crate::agent::operator::{Client, Request};
-use crate::images;
 use crate::protocol::{self, HostName, Policy, Record, Rule, VmName};
 
 /// How often the record is looked at while it is waited for.
@@ -130,10 +129,6 @@ fn order(
         Some(_) => Ok(Request::Pair { vm, hosts, policy }),
         None => {
             let image = args.image.clone().unwrap_or_else(|| vm.to_string());
-            // A folder is one on the host; embedded images are the same everywhere.
-            if !image.contains('/') {
-                images::find(&image).or_fail()?;
-            }
             Ok(Request::Run {
                 vm,
                 image,

@@ -3,6 +3,7 @@
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::failure::{Exit, Failure, OrExit as _};
 use super::output;
@@ -10,6 +11,9 @@ use super::process::until_stopped;
 use crate::gateway::Publish;
 use crate::images;
 use crate::local::{LocalError, LocalMachine, LocalRun, RecordingError};
+
+/// What an arrival may wait before it is worth a word (DESIGN.md, section 2: the deferral limit).
+pub(super) const LONG_DEFERRAL: Duration = Duration::from_millis(20);
 
 /// What `run` is told.
 #[derive(Debug, clap::Args)]
@@ -63,6 +67,10 @@ async fn serve(run: LocalRun, stop: impl Future<Output = ()>) -> Result<(), Fail
         served = machine.serve(show) => Some(served),
         () = stop => None,
     };
+    if machine.longest_deferral >= LONG_DEFERRAL {
+        let longest = output::span(machine.longest_deferral);
+        eprintln!("what arrived has waited for an exit of the guest up to {longest}");
+    }
     let recorded = machine.end(show).await.map_err(failure);
     if let Ok(Some(recorded)) = &recorded {
         let bytes = output::bytes(recorded.bytes);

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::failure::{Failure, OrExit as _, sentence};
 use super::operator::ClusterArgs;
+use super::run::LONG_DEFERRAL;
 use super::{block_on, output};
 use crate::agent::operator::{Client, GuestStatus, HostStatus, OperatorError, VmStatus};
 use crate::protocol::{HostName, Record, RoleName, Span, Time, VmName};
@@ -16,8 +17,6 @@ use crate::protocol::{HostName, Record, RoleName, Span, Time, VmName};
 /// A guest that comes past no landmark for so long does nothing but compute: others come past
 /// several a second.
 const NO_EXIT: Span = Span::from_millis(1_000);
-/// What an arrival may wait before it is worth a word (DESIGN.md, section 2: the deferral limit).
-const LONG_DEFERRAL: Span = Span::from_millis(20);
 /// Between two looks of `--watch`.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// Clears the screen and goes to its first line.
@@ -250,8 +249,8 @@ fn slow_exits(guest: &GuestStatus) -> Option<String> {
     if guest.silence >= NO_EXIT {
         return Some(format!("computes without an exit for {}", guest.silence));
     }
-    (guest.longest_deferral >= LONG_DEFERRAL)
-        .then(|| format!("an arrival has waited {}", guest.longest_deferral))
+    let longest = Duration::from_nanos(guest.longest_deferral.as_nanos());
+    (longest >= LONG_DEFERRAL).then(|| format!("an arrival has waited {}", output::span(longest)))
 }
 
 /// How far a replica's execution is behind, as its primary sees it.

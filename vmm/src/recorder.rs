@@ -212,13 +212,21 @@ impl<H: Host> Recorder<H> {
 
     /// Asks the run loop to leave at the next landmark, everything shipped (`true`), or lets it
     /// go on (`false`).
-    pub const fn pause(&mut self, pause: bool) {
+    pub fn pause(&mut self, pause: bool) {
         self.pause = pause;
+        self.held_no_longer();
     }
 
     /// Holds the guest back at landmarks while its replicas are too far behind.
-    pub const fn throttle(&mut self, throttled: bool) {
+    pub fn throttle(&mut self, throttled: bool) {
         self.throttled = throttled;
+        self.held_no_longer();
+    }
+
+    /// What came while the guest was held back has waited for others, not for the guest.
+    fn held_no_longer(&mut self) {
+        let now = self.host.now();
+        self.deferral.nothing(now);
     }
 
     /// When a waiting machine has something to do by itself: a timer, a mark, an unshipped batch.

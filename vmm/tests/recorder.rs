@@ -182,9 +182,9 @@ fn the_longest_wait_is_measured_from_the_host_to_the_guest() {
     assert!((8_000_000..9_000_000).contains(&longest), "{longest}");
     // What waits for a machine that is held back does not wait for the guest.
     tape.pause(true);
+    next(&mut tape);
     tape.host().send_frame(vec![7; 60].into());
     tape.host().advance(50_000_000);
-    next(&mut tape);
     tape.pause(false);
     while let Next::Mark | Next::Pause = next(&mut tape) {}
     tape.entering(false);
