@@ -9,7 +9,7 @@ use super::output;
 use super::process::until_stopped;
 use crate::gateway::Publish;
 use crate::images;
-use crate::local::{LocalError, LocalMachine, LocalRun, RecordingError};
+use crate::local::{LocalError, LocalMachine, LocalRun, Log, RecordingError};
 
 /// What `run` is told.
 #[derive(Debug, clap::Args)]
@@ -25,6 +25,35 @@ pub struct Args {
     /// Run without the recorder, to see what recording costs
     #[arg(long)]
     unrecorded: bool,
+    /// What the guest is run as
+    #[arg(long, value_enum, default_value_t)]
+    mode: RunMode,
+}
+
+/// What a guest can be run as here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum RunMode {
+    /// What arrives waits for its next landmark, so that it can be recorded and replayed
+    #[default]
+    Replayed,
+    /// What arrives interrupts it wherever it is, and nothing of it can be recorded
+    None,
+}
+
+impl Args {
+    /// What becomes of the guest's log.
+    fn log(&self) -> Result<Log, Failure> {
+        match (self.mode, &self.record, self.unrecorded) {
+            (RunMode::None, None, false) => Ok(Log::Impossible),
+            (RunMode::None, ..) => Err(Failure::new(
+                Exit::Usage,
+                "nothing of a guest can be recorded with --mode none: leave out --record and --unrecorded, or the mode",
+            )),
+            (RunMode::Replayed, Some(folder), _) => Ok(Log::Kept(folder.clone())),
+            (RunMode::Replayed, None, true) => Ok(Log::Unwritten),
+            (RunMode::Replayed, None, false) => Ok(Log::Dropped),
+        }
+    }
 }
 
 /// Reads `[ADDRESS:]HOST:GUEST`.
@@ -42,11 +71,13 @@ pub(super) fn publish(text: &str) -> Result<Publish, String> {
 /// Does it.
 pub fn run(args: &Args) -> Result<(), Failure> {
     let image = images::find(&args.image).or_exit(Exit::Usage)?;
-    image.check_runnable().or_exit(Exit::Unavailable)?;
+    let log = args.log()?;
+    if log != Log::Impossible {
+        image.check_runnable().or_exit(Exit::Unavailable)?;
+    }
     let run = LocalRun {
         image,
-        record: args.record.clone(),
-        recorder: !args.unrecorded,
+        log,
         publish: args.publish.clone(),
         vmm_binary: None,
     };
