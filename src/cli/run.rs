@@ -1,8 +1,11 @@
 //! `run`: a guest on this host alone.
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
 
 use super::failure::{Exit, Failure, OrExit as _};
 use super::output;
@@ -25,6 +28,9 @@ pub struct Args {
     /// Run without the recorder, to see what recording costs
     #[arg(long)]
     unrecorded: bool,
+    /// Type on the guest's console what comes on standard input
+    #[arg(long)]
+    console: bool,
     /// What the guest is run as
     #[arg(long, value_enum, default_value_t)]
     mode: RunMode,
@@ -81,17 +87,59 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         publish: args.publish.clone(),
         vmm_binary: None,
     };
-    until_stopped(async |stop| serve(run, stop).await)
+    let typed = if args.console {
+        Typed::standard_input()
+    } else {
+        Typed::nothing()
+    };
+    until_stopped(async |stop| serve(run, typed, stop).await)
 }
 
-async fn serve(run: LocalRun, stop: impl Future<Output = ()>) -> Result<(), Failure> {
+/// What is typed on the guest's console.
+struct Typed(mpsc::Receiver<Bytes>);
+
+impl Typed {
+    fn nothing() -> Self {
+        Self(mpsc::channel(1).1)
+    }
+
+    /// Everything up to the end of standard input. Read by a thread of its own, which nobody waits
+    /// for: there is no way to end a read that waits for somebody to type.
+    fn standard_input() -> Self {
+        let (typed, receiver) = mpsc::channel(16);
+        std::thread::spawn(move || {
+            let mut buffer = [0; 256];
+            while let Ok(count @ 1..) = std::io::stdin().lock().read(&mut buffer) {
+                let bytes = Bytes::copy_from_slice(&buffer[..count]);
+                if typed.blocking_send(bytes).is_err() {
+                    break;
+                }
+            }
+        });
+        Self(receiver)
+    }
+
+    /// Never, once there is nothing more.
+    async fn next(&mut self) -> Bytes {
+        match self.0.recv().await {
+            Some(bytes) => bytes,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+async fn serve(
+    run: LocalRun,
+    mut typed: Typed,
+    stop: impl Future<Output = ()>,
+) -> Result<(), Failure> {
     let publish = run.publish.clone();
     let mut machine = LocalMachine::start(run).await.map_err(failure)?;
     for (address, publish) in machine.addresses.iter().zip(&publish) {
         eprintln!("port {} of the guest is {address}", publish.guest_port);
     }
     let served = tokio::select! {
-        served = machine.serve(show) => Some(served),
+        served = machine.serve(show, async || typed.next().await) => Some(served),
         () = stop => None,
     };
     let recorded = machine.end(show).await.map_err(failure);

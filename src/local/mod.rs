@@ -161,8 +161,13 @@ impl LocalMachine {
         self.process.id()
     }
 
-    /// Serves the guest until it ends by its own doing. `console` gets what it says.
-    pub async fn serve(&mut self, mut console: impl FnMut(&[u8])) -> Result<GuestEnd, LocalError> {
+    /// Serves the guest until it ends by its own doing. `console` gets what it says, `typed` is asked
+    /// for what is typed next.
+    pub async fn serve(
+        &mut self,
+        mut console: impl FnMut(&[u8]),
+        mut typed: impl AsyncFnMut() -> Bytes,
+    ) -> Result<GuestEnd, LocalError> {
         loop {
             tokio::select! {
                 said = self.process.recv() => {
@@ -172,6 +177,7 @@ impl LocalMachine {
                     }
                 }
                 Some(frame) = self.from_gateway.recv() => self.let_in(frame)?,
+                bytes = typed() => self.type_console(bytes)?,
                 ended = Self::gateway_ended(&mut self.gateway) => {
                     self.gateway = None;
                     ended?;

@@ -69,7 +69,7 @@ fn fadt() -> impl Aml {
         .flag(Flags::ResetRegSup)
         .flag(Flags::Headless);
     fadt.sci_int = u16::from(layout::ACPI_IRQ).into();
-    fadt.pm1a_evt_blk = u32::from(layout::ACPI_EVENT).into();
+    fadt.pm1a_evt_blk = u32::from(layout::ACPI_STATUS).into();
     fadt.pm1_evt_len = 4;
     fadt.pm1a_cnt_blk = u32::from(layout::ACPI_CONTROL).into();
     fadt.pm1_cnt_len = 2;

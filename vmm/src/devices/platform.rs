@@ -174,7 +174,7 @@ impl Platform {
         } else if port == layout::SPEAKER {
             self.pit.read_speaker(tape)
         } else {
-            Ok(Power::read_acpi(port).unwrap_or(0xff))
+            Ok(self.power.read_acpi(port).unwrap_or(0xff))
         }
     }
 
@@ -209,6 +209,10 @@ impl Platform {
             }
         }
         match (port, data) {
+            (layout::ACPI_ENABLE, &[low, high]) => {
+                self.power.write_acpi_enable([low, high]);
+                return Ok(());
+            }
             (layout::ACPI_CONTROL, &[low, high]) => {
                 self.power
                     .write_acpi_control(u16::from_le_bytes([low, high]));

@@ -199,7 +199,9 @@ fn a_kernel_that_knows_acpi_can_end_the_guest() {
     let mut control = [0xff; 2];
     bench.read(Space::Port, layout::ACPI_CONTROL.into(), &mut control);
     assert_eq!(control, [1, 0], "ACPI is on");
-    assert_eq!(bench.inl(layout::ACPI_EVENT), 0, "no event, none enabled");
+    assert_eq!(bench.inl(layout::ACPI_STATUS), 0, "no event, none enabled");
+    bench.write(Space::Port, layout::ACPI_ENABLE.into(), &[0x20, 1]);
+    assert_eq!(bench.inl(layout::ACPI_STATUS), 0x0120_0000);
     for (port, bytes, end) in [
         (layout::ACPI_CONTROL, &[1, 0x14][..], None),
         (layout::ACPI_CONTROL, &[1, 0x30], None),
@@ -282,6 +284,8 @@ fn everything_a_guest_can_change_changes_the_digest() {
     }
     bench.outb(layout::IDLE, 0);
     check("idle", &bench);
+    bench.write(Space::Port, layout::ACPI_ENABLE.into(), &[0x20, 0]);
+    check("ACPI's enabled events", &bench);
     for device in [0, 1, 2, 5, 6] {
         bench.set_reg(device, 0x70, 1);
         check("a virtio status", &bench);

@@ -28,6 +28,8 @@ pub struct Power {
     just_idled: bool,
     /// Something arrived behind the guest's back since it last wrote to the idle port.
     arrived: bool,
+    /// PM1 enable. None of its events ever happens, but kernels read back what they enable.
+    acpi_enabled: [u8; 2],
 }
 
 impl Power {
@@ -46,13 +48,20 @@ impl Power {
     }
 
     /// A byte of ACPI's fixed registers, if it is there.
-    pub const fn read_acpi(port: u16) -> Option<u8> {
+    pub const fn read_acpi(&self, port: u16) -> Option<u8> {
         match port {
-            layout::ACPI_EVENT..layout::ACPI_CONTROL => Some(0),
+            layout::ACPI_STATUS..layout::ACPI_ENABLE => Some(0),
+            layout::ACPI_ENABLE => Some(self.acpi_enabled[0]),
+            _ if port == layout::ACPI_ENABLE + 1 => Some(self.acpi_enabled[1]),
             layout::ACPI_CONTROL => Some(SCI_ENABLED as u8),
             _ if port == layout::ACPI_CONTROL + 1 => Some((SCI_ENABLED >> 8) as u8),
             _ => None,
         }
+    }
+
+    /// The guest writes PM1 enable.
+    pub const fn write_acpi_enable(&mut self, value: [u8; 2]) {
+        self.acpi_enabled = value;
     }
 
     /// The guest writes PM1 control.
@@ -106,5 +115,6 @@ impl Power {
             u8::from(self.just_idled),
             u8::from(self.arrived),
         ]);
+        hasher.update(&self.acpi_enabled);
     }
 }
