@@ -7,14 +7,17 @@
 //! initrd = "initrd.img"              # optional
 //! command-line = "ip=10.77.0.2/8"
 //! memory = "64 MiB"
-//! disks = ["64 MiB"]
-//! modes = ["replayed"]               # and "checkpointed"
+//! disks = ["64 MiB"]                 # or { size = "64 MiB", content = "a file of the folder" }
+//! acpi = true                        # optional: tell the kernel of its devices by ACPI tables
+//! modes = ["replayed"]               # also "checkpointed", "none" (it runs, and nothing protects it)
 //!
 //! [network]                          # optional
 //! mac = "02:75:64:00:00:02"
 //! address = "10.77.0.2/8"            # what the guest configures itself; gateways share the subnet
 //! ports = [6379]                     # the TCP ports it serves
 //! ```
+
+mod disk;
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -26,6 +29,9 @@ use serde::{Deserialize, Deserializer, de};
 use thiserror::Error;
 use vmm::boot::BootImage;
 use vmm::config::MachineConfig;
+
+use disk::DiskManifest;
+pub use disk::{DiskSpec, FillError};
 
 /// The file that makes a folder an image.
 const MANIFEST: &str = "manifest.toml";
@@ -51,6 +57,8 @@ pub enum Mode {
     Replayed,
     /// By epochs that are cuts.
     Checkpointed,
+    /// Not at all: it runs on one host, and nothing of it is recorded.
+    None,
 }
 
 impl fmt::Display for Mode {
@@ -58,15 +66,9 @@ impl fmt::Display for Mode {
         f.write_str(match self {
             Self::Replayed => "replayed",
             Self::Checkpointed => "checkpointed",
+            Self::None => "none",
         })
     }
-}
-
-/// A disk that an image wants.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DiskSpec {
-    /// Its size in bytes, a multiple of 512.
-    pub size: u64,
 }
 
 /// The network device that an image wants.
@@ -101,6 +103,8 @@ pub struct Image {
     pub disks: Vec<DiskSpec>,
     /// The network device, if it wants one.
     pub network: Option<NetworkSpec>,
+    /// Whether ACPI tables tell the kernel of its devices.
+    pub acpi: bool,
     /// How it can be protected, best first.
     pub modes: Vec<Mode>,
 }
@@ -143,6 +147,19 @@ pub enum ImageError {
         /// What is wrong, and where.
         #[source]
         source: Box<toml::de::Error>,
+    },
+    /// A file that is to fill a disk.
+    #[error(transparent)]
+    Fill(#[from] FillError),
+    /// Nothing that this image does can be repeated.
+    #[error(
+        "the image {image} cannot be recorded or protected, its manifest says: run it on one host with 'understudy run {image} --mode none', or use one of {others}"
+    )]
+    Unprotectable {
+        /// Which.
+        image: String,
+        /// Images that can be.
+        others: String,
     },
     /// This program protects guests by another mode than the image's.
     #[error(
@@ -195,8 +212,10 @@ struct Manifest {
     command_line: String,
     memory: Size<4096>,
     #[serde(default)]
-    disks: Vec<Size<512>>,
+    disks: Vec<DiskManifest>,
     network: Option<NetworkManifest>,
+    #[serde(default)]
+    acpi: bool,
     modes: Vec<Mode>,
 }
 
@@ -230,12 +249,19 @@ impl Image {
             command_line: self.command_line.clone(),
             mac: self.network.as_ref().map(|network| network.mac),
             disks: self.disks.iter().map(|disk| disk.size).collect(),
+            acpi: self.acpi,
         }
     }
 
-    /// Refuses before start what would be run as something that it is not.
+    /// Refuses before start what would be protected as something that it is not.
     pub fn check_runnable(&self) -> Result<(), ImageError> {
         let others = || EMBEDDED.map(|(name, ..)| name).join(", ");
+        if self.modes == [Mode::None] {
+            return Err(ImageError::Unprotectable {
+                image: self.name.clone(),
+                others: others(),
+            });
+        }
         if !self.modes.contains(&Mode::Replayed) {
             let modes: Vec<_> = self.modes.iter().map(Mode::to_string).collect();
             return Err(ImageError::NoMode {
@@ -256,11 +282,12 @@ impl Image {
         self.boot().digest()
     }
 
-    /// The image that a manifest describes; `read` gets its files.
+    /// The image that a manifest describes; `place` says where its files are, `read` gets them.
     fn from_manifest(
         text: &str,
         origin: &str,
-        read: &dyn Fn(&str) -> Result<Bytes, ImageError>,
+        place: &dyn Fn(&str) -> Result<PathBuf, ImageError>,
+        read: &dyn Fn(PathBuf) -> Result<Bytes, ImageError>,
     ) -> Result<Self, ImageError> {
         let manifest: Manifest = toml::from_str(text).map_err(|source| ImageError::Manifest {
             origin: origin.into(),
@@ -272,28 +299,34 @@ impl Image {
                 count: manifest.disks.len(),
             });
         }
-        let disks = manifest.disks.iter();
+        let disks = manifest.disks.into_iter();
+        let file = |name: &str| read(place(name)?);
         Ok(Self {
-            kernel: read(&manifest.kernel)?,
-            initrd: manifest.initrd.as_deref().map(read).transpose()?,
+            kernel: file(&manifest.kernel)?,
+            initrd: manifest.initrd.as_deref().map(file).transpose()?,
             name: manifest.name,
             description: manifest.description,
             command_line: manifest.command_line,
             memory: manifest.memory.0,
-            disks: disks.map(|size| DiskSpec { size: size.0 }).collect(),
+            disks: disks
+                .map(|disk| disk.resolve(place))
+                .collect::<Result<_, _>>()?,
             network: manifest.network.map(|network| NetworkSpec {
                 mac: network.mac,
                 address: network.address.0,
                 prefix: network.address.1,
                 ports: network.ports,
             }),
+            acpi: manifest.acpi,
             modes: manifest.modes,
         })
     }
 
     /// An embedded image.
     fn embedded(manifest: &str, name: &str, kernel: &'static [u8]) -> Result<Self, ImageError> {
-        Self::from_manifest(manifest, name, &|_| Ok(Bytes::from_static(kernel)))
+        Self::from_manifest(manifest, name, &|file| Ok(file.into()), &|_| {
+            Ok(Bytes::from_static(kernel))
+        })
     }
 
     /// A folder with a manifest.
@@ -304,7 +337,7 @@ impl Image {
             source,
         })?;
         let origin = path.display().to_string();
-        Self::from_manifest(&text, &origin, &|file| {
+        let place = |file: &str| {
             let inside = Path::new(file).file_name().is_some_and(|name| name == file);
             if !inside {
                 return Err(ImageError::Outside {
@@ -312,9 +345,9 @@ impl Image {
                     file: file.into(),
                 });
             }
-            let path = folder.join(file);
-            read_file(path)
-        })
+            Ok(folder.join(file))
+        };
+        Self::from_manifest(&text, &origin, &place, &read_file)
     }
 }
 
@@ -506,8 +539,8 @@ mod tests {
     fn a_wrong_manifest_is_explained() {
         let image = |lines: &str| {
             let text = format!("name = 'x'\nkernel = 'k'\nmodes = ['replayed']\n{lines}\n");
-            let read = |_: &str| Ok(Bytes::new());
-            Image::from_manifest(&text, "here", &read)
+            let read = |_: PathBuf| Ok(Bytes::new());
+            Image::from_manifest(&text, "here", &|file| Ok(file.into()), &read)
         };
         assert!(image("memory = '1 MiB'").is_ok());
         let network = "memory = '1 MiB'\n[network]\n";
@@ -539,6 +572,20 @@ mod tests {
             let told = message(&image(lines).unwrap_err());
             assert!(told.contains(wanted), "{lines}: {told}");
         }
+    }
+
+    #[test]
+    fn an_image_that_nothing_protects_is_refused_where_it_is_to_be_protected() {
+        let image = |modes: &str| {
+            let text = format!("name = 'x'\nkernel = 'k'\nmemory = 4096\nmodes = {modes}\n");
+            let read = |_: PathBuf| Ok(Bytes::new());
+            Image::from_manifest(&text, "here", &|file| Ok(file.into()), &read).unwrap()
+        };
+        image("['replayed', 'none']").check_runnable().unwrap();
+        let refused = image("['none']").check_runnable().unwrap_err();
+        assert!(refused.to_string().contains("--mode none"), "{refused}");
+        let refused = image("['checkpointed', 'none']").check_runnable();
+        assert!(matches!(refused, Err(ImageError::NoMode { .. })));
     }
 
     #[test]

@@ -269,6 +269,30 @@ fn cluster() -> (tempfile::TempDir, String) {
 }
 
 #[test]
+fn what_nothing_protects_is_recorded_by_nothing() {
+    for more in [["--record", "/nowhere/log"].as_slice(), &["--unrecorded"]] {
+        let command = [&["run", "ledger", "--mode", "none"], more].concat();
+        let (code, _, err) = run(&command);
+        assert_eq!(code, 2, "{command:?}: {err}");
+        assert!(err.contains("can be recorded with --mode none"), "{err}");
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let manifest = "name = 'mine'\nkernel = 'k'\nmemory = '4 MiB'\nmodes = ['none']\n";
+    std::fs::write(folder.path().join("manifest.toml"), manifest).expect("a file");
+    std::fs::write(folder.path().join("k"), "no kernel").expect("a file");
+    let image = folder.path().display().to_string();
+    for command in [
+        vec!["run", &image],
+        vec!["run", &image, "--record", "/nowhere/log"],
+    ] {
+        let (code, _, err) = run(&command);
+        assert_eq!(code, 3, "{command:?}: {err}");
+        assert!(err.contains("cannot be recorded or protected"), "{err}");
+        assert!(err.contains("--mode none"), "{err}");
+    }
+}
+
+#[test]
 fn operators_are_told_how_to_name_the_cluster() {
     for command in [vec!["status"], vec!["events"], vec!["switchover", "vm"]] {
         let (code, _, err) = run(&command);

@@ -75,5 +75,6 @@ const fn word(mode: Mode) -> &'static str {
     match mode {
         Mode::Replayed => "replay",
         Mode::Checkpointed => "cuts",
+        Mode::None => "nothing",
     }
 }

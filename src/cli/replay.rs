@@ -71,6 +71,11 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         .tempdir()
         .or_fail()?;
     let bases = args.bases.as_deref().unwrap_or(scratch.path());
+    if args.bases.is_none() {
+        for disk in &image.disks {
+            disk.seal(bases).or_fail()?;
+        }
+    }
     let mut disks = Vec::new();
     for (number, name) in header.disks.iter().enumerate() {
         let base = Base::open(bases, *name).or_exit(Exit::Usage)?;

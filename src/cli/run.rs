@@ -1,16 +1,19 @@
 //! `run`: a guest on this host alone.
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
 
 use super::failure::{Exit, Failure, OrExit as _};
 use super::output;
 use super::process::until_stopped;
 use crate::gateway::Publish;
 use crate::images;
-use crate::local::{LocalError, LocalMachine, LocalRun, RecordingError};
+use crate::local::{LocalError, LocalMachine, LocalRun, Log, RecordingError};
 
 /// What an arrival may wait before it is worth a word (DESIGN.md, section 2: the deferral limit).
 pub(super) const LONG_DEFERRAL: Duration = Duration::from_millis(20);
@@ -29,6 +32,38 @@ pub struct Args {
     /// Run without the recorder, to see what recording costs
     #[arg(long)]
     unrecorded: bool,
+    /// Type on the guest's console what comes on standard input
+    #[arg(long)]
+    console: bool,
+    /// What the guest is run as
+    #[arg(long, value_enum, default_value_t)]
+    mode: RunMode,
+}
+
+/// What a guest can be run as here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum RunMode {
+    /// What arrives waits for its next landmark, so that it can be recorded and replayed
+    #[default]
+    Replayed,
+    /// What arrives interrupts it wherever it is, and nothing of it can be recorded
+    None,
+}
+
+impl Args {
+    /// What becomes of the guest's log.
+    fn log(&self) -> Result<Log, Failure> {
+        match (self.mode, &self.record, self.unrecorded) {
+            (RunMode::None, None, false) => Ok(Log::Impossible),
+            (RunMode::None, ..) => Err(Failure::new(
+                Exit::Usage,
+                "nothing of a guest can be recorded with --mode none: leave out --record and --unrecorded, or the mode",
+            )),
+            (RunMode::Replayed, Some(folder), _) => Ok(Log::Kept(folder.clone())),
+            (RunMode::Replayed, None, true) => Ok(Log::Unwritten),
+            (RunMode::Replayed, None, false) => Ok(Log::Dropped),
+        }
+    }
 }
 
 /// Reads `[ADDRESS:]HOST:GUEST`.
@@ -46,25 +81,69 @@ pub(super) fn publish(text: &str) -> Result<Publish, String> {
 /// Does it.
 pub fn run(args: &Args) -> Result<(), Failure> {
     let image = images::find(&args.image).or_exit(Exit::Usage)?;
-    image.check_runnable().or_exit(Exit::Unavailable)?;
+    let log = args.log()?;
+    if log != Log::Impossible {
+        image.check_runnable().or_exit(Exit::Unavailable)?;
+    }
     let run = LocalRun {
         image,
-        record: args.record.clone(),
-        recorder: !args.unrecorded,
+        log,
         publish: args.publish.clone(),
         vmm_binary: None,
     };
-    until_stopped(async |stop| serve(run, stop).await)
+    let typed = if args.console {
+        Typed::standard_input()
+    } else {
+        Typed::nothing()
+    };
+    until_stopped(async |stop| serve(run, typed, stop).await)
 }
 
-async fn serve(run: LocalRun, stop: impl Future<Output = ()>) -> Result<(), Failure> {
+/// What is typed on the guest's console.
+struct Typed(mpsc::Receiver<Bytes>);
+
+impl Typed {
+    fn nothing() -> Self {
+        Self(mpsc::channel(1).1)
+    }
+
+    /// Everything up to the end of standard input. Read by a thread of its own, which nobody waits
+    /// for: there is no way to end a read that waits for somebody to type.
+    fn standard_input() -> Self {
+        let (typed, receiver) = mpsc::channel(16);
+        std::thread::spawn(move || {
+            let mut buffer = [0; 256];
+            while let Ok(count @ 1..) = std::io::stdin().lock().read(&mut buffer) {
+                let bytes = Bytes::copy_from_slice(&buffer[..count]);
+                if typed.blocking_send(bytes).is_err() {
+                    break;
+                }
+            }
+        });
+        Self(receiver)
+    }
+
+    /// Never, once there is nothing more.
+    async fn next(&mut self) -> Bytes {
+        match self.0.recv().await {
+            Some(bytes) => bytes,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+async fn serve(
+    run: LocalRun,
+    mut typed: Typed,
+    stop: impl Future<Output = ()>,
+) -> Result<(), Failure> {
     let publish = run.publish.clone();
     let mut machine = LocalMachine::start(run).await.map_err(failure)?;
     for (address, publish) in machine.addresses.iter().zip(&publish) {
         eprintln!("port {} of the guest is {address}", publish.guest_port);
     }
     let served = tokio::select! {
-        served = machine.serve(show) => Some(served),
+        served = machine.serve(show, async || typed.next().await) => Some(served),
         () = stop => None,
     };
     if machine.longest_deferral >= LONG_DEFERRAL {

@@ -249,6 +249,7 @@ fn config() -> MachineConfig {
         command_line: String::new(),
         mac: None,
         disks: Vec::new(),
+        acpi: false,
     }
 }
 

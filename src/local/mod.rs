@@ -12,7 +12,6 @@ use replay_log::{FrameNumber, FrameSource, Header, Term};
 use ring::rand::{SecureRandom, SystemRandom};
 use thiserror::Error;
 use tokio::sync::mpsc;
-use vmm::disk::Base;
 use vmm::host::{Output, OutputKind};
 use vmm::tape::GuestEnd;
 
@@ -21,7 +20,7 @@ use crate::agent::vm_process::{
 };
 use crate::gateway::stack::StackConfig;
 use crate::gateway::{Gateway, GatewayConfig, GatewayError, LocalGateway, Publish};
-use crate::images::Image;
+use crate::images::{FillError, Image};
 use recording::Recording;
 pub use recording::{Recorded, RecordingError};
 
@@ -30,14 +29,25 @@ const FRAMES_WAITING: usize = 256;
 /// A guest that computes without an exit is not waited for longer when its recording ends.
 const LAST_LANDMARK: Duration = Duration::from_secs(1);
 
+/// What becomes of a guest's log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Log {
+    /// It is kept in this folder.
+    Kept(PathBuf),
+    /// It is written and kept nowhere.
+    Dropped,
+    /// It is not written. Only to measure what it costs.
+    Unwritten,
+    /// There cannot be one: the guest is given what arrives wherever it is, not at landmarks only.
+    Impossible,
+}
+
 /// What is to be run.
 pub struct LocalRun {
     /// The image.
     pub image: Image,
-    /// Where its log is kept; without, nothing is kept.
-    pub record: Option<PathBuf>,
-    /// Whether the recorder runs at all. Off only to measure what it costs.
-    pub recorder: bool,
+    /// Its log.
+    pub log: Log,
     /// Which ports are published.
     pub publish: Vec<Publish>,
     /// The program that is a VMM process; `None`: this program itself.
@@ -74,6 +84,9 @@ pub enum LocalError {
         /// The image.
         image: String,
     },
+    /// What a disk holds.
+    #[error(transparent)]
+    Fill(#[from] FillError),
     /// A folder for its disks.
     #[error("no temporary folder for the guest's disks: {0}")]
     Temporary(#[source] std::io::Error),
@@ -107,18 +120,18 @@ pub struct LocalMachine {
 impl LocalMachine {
     /// Starts a guest. Call it on a thread that lives as long as the guest.
     pub async fn start(run: LocalRun) -> Result<Self, LocalError> {
-        let recording = run.record.as_deref().map(Recording::begin).transpose()?;
+        let (recording, start_as) = match &run.log {
+            Log::Kept(folder) => (Some(Recording::begin(folder)?), StartAs::Recorded),
+            Log::Dropped => (None, StartAs::Recorded),
+            Log::Unwritten => (None, StartAs::Unrecorded),
+            Log::Impossible => (None, StartAs::Unprotected),
+        };
         let disks = tempfile::Builder::new()
             .prefix("understudy-disks-")
             .tempdir()
             .map_err(LocalError::Temporary)?;
-        let header = header_of(&run.image)?;
+        let header = header_of(&run.image, disks.path())?;
         let gateway = gateway_of(&run).await?;
-        let start_as = if run.recorder {
-            StartAs::Recorded
-        } else {
-            StartAs::Unrecorded
-        };
         let start = Start {
             image: run.image.boot(),
             disks: setups(disks.path(), header.disks.len()),
@@ -151,8 +164,13 @@ impl LocalMachine {
         self.process.id()
     }
 
-    /// Serves the guest until it ends by its own doing. `console` gets what it says.
-    pub async fn serve(&mut self, mut console: impl FnMut(&[u8])) -> Result<GuestEnd, LocalError> {
+    /// Serves the guest until it ends by its own doing. `console` gets what it says, `typed` is asked
+    /// for what is typed next.
+    pub async fn serve(
+        &mut self,
+        mut console: impl FnMut(&[u8]),
+        mut typed: impl AsyncFnMut() -> Bytes,
+    ) -> Result<GuestEnd, LocalError> {
         loop {
             tokio::select! {
                 said = self.process.recv() => {
@@ -162,6 +180,7 @@ impl LocalMachine {
                     }
                 }
                 Some(frame) = self.from_gateway.recv() => self.let_in(frame)?,
+                bytes = typed() => self.type_console(bytes)?,
                 ended = Self::gateway_ended(&mut self.gateway) => {
                     self.gateway = None;
                     ended?;
@@ -259,7 +278,8 @@ impl LocalMachine {
     }
 }
 
-fn header_of(image: &Image) -> Result<Header, LocalError> {
+/// The header of its log; what its disks hold at first is put into `bases`.
+fn header_of(image: &Image, bases: &Path) -> Result<Header, LocalError> {
     let mut boot = [0; 16];
     SystemRandom::new()
         .fill(&mut boot)
@@ -271,8 +291,8 @@ fn header_of(image: &Image) -> Result<Header, LocalError> {
         disks: image
             .disks
             .iter()
-            .map(|disk| Base::empty(disk.size).name())
-            .collect(),
+            .map(|disk| disk.seal(bases))
+            .collect::<Result<_, _>>()?,
         term: Term(1),
         boot,
     })

@@ -54,6 +54,7 @@ fn image() -> Image {
 fn config() -> MachineConfig {
     MachineConfig {
         disks: vec![DISK],
+        acpi: false,
         ..image().machine()
     }
 }

@@ -25,6 +25,8 @@ pub struct MachineConfig {
     pub mac: Option<[u8; 6]>,
     /// The sizes of the disks in bytes, multiples of 512 up to [`DISK_MAX`].
     pub disks: Vec<u64>,
+    /// Whether ACPI tables tell the kernel of its virtio devices and how to switch off.
+    pub acpi: bool,
 }
 
 /// The header's configuration is not one that this version can build a machine from.
@@ -154,6 +156,7 @@ mod tests {
             command_line: String::new(),
             mac: None,
             disks: disks.to_vec(),
+            acpi: false,
         }
     }
 

@@ -11,6 +11,9 @@ use crate::tape::{CpuState, Delivery, DigestKey, Sources, Tape, TapeError};
 pub enum Enter {
     /// To the next exit of a numbered kind.
     Run,
+    /// The same, or to where an interrupt that waits can be injected: for a machine that nobody
+    /// replays.
+    RunAnywhere,
     /// Only until the I/O of the last exit is completed; the guest executes nothing beyond that
     /// instruction (which may itself bring further numbered exits: `rep movs`, 16-byte MMIO).
     Complete,
@@ -24,7 +27,8 @@ pub enum Entered {
     Exit,
     /// Nothing is pending any more (only after [`Enter::Complete`]).
     Settled,
-    /// A kick took the vCPU out at no landmark. Nothing happened that the guest can know of.
+    /// A kick took the vCPU out at no landmark (or, after [`Enter::RunAnywhere`], an interrupt can be
+    /// injected here). Nothing happened that the guest can know of.
     Kicked,
 }
 

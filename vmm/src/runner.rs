@@ -10,6 +10,9 @@
 //!   │      Waiting                           Waiting, Paused, Ended                     │
 //!   └───────────────────────── exit served, group closed, position + 1 ◄────────────────┘
 //! ```
+//!
+//! A machine that nobody replays ([`Runner::unrepeatable`]) is also attended to wherever a kick takes
+//! it out; that has no position of its own.
 
 use replay_log::Position;
 
@@ -38,6 +41,24 @@ pub enum Turn {
     Ended(GuestEnd),
 }
 
+/// Where the machine may be given something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stops {
+    /// At landmarks, which a replay finds again.
+    Landmarks,
+    /// Wherever a kick takes it out: nobody replays it.
+    Anywhere,
+}
+
+impl Stops {
+    const fn run(self) -> Enter {
+        match self {
+            Self::Landmarks => Enter::Run,
+            Self::Anywhere => Enter::RunAnywhere,
+        }
+    }
+}
+
 /// What has happened since the last mark: exits and arrivals, or nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum SinceMark {
@@ -48,6 +69,7 @@ enum SinceMark {
 /// A machine together with the place it has reached.
 pub struct Runner<M> {
     machine: M,
+    stops: Stops,
     at: Position,
     /// The last exit's I/O may be pending.
     unsettled: bool,
@@ -65,8 +87,19 @@ pub struct Runner<M> {
 impl<M: Machine> Runner<M> {
     /// A machine that was just powered on.
     pub fn new(machine: M) -> Self {
+        Self::stopping(machine, Stops::Landmarks)
+    }
+
+    /// The same, whose kicks are as good as landmarks: what arrives is delivered at once, whatever
+    /// the guest does, and no log of it could be replayed.
+    pub fn unrepeatable(machine: M) -> Self {
+        Self::stopping(machine, Stops::Anywhere)
+    }
+
+    fn stopping(machine: M, stops: Stops) -> Self {
         Self {
             machine,
+            stops,
             at: Position::START,
             unsettled: false,
             injected: false,
@@ -111,7 +144,7 @@ impl<M: Machine> Runner<M> {
                 return Ok(turn);
             }
             tape.entering(self.machine.interrupt_waits());
-            if self.enter(Enter::Run, tape)? == Entered::Kicked {
+            if self.enter(self.stops.run(), tape)? == Entered::Kicked {
                 return Ok(Turn::Ran);
             }
         }
@@ -188,7 +221,7 @@ impl<M: Machine> Runner<M> {
             Entered::Exit => {
                 self.at = self.at.next();
                 self.since_mark = SinceMark::Something;
-                if how == Enter::Run {
+                if how != Enter::Complete {
                     self.injected = false;
                     self.in_slice = false;
                 }
@@ -198,7 +231,14 @@ impl<M: Machine> Runner<M> {
             Entered::Settled => self.unsettled = false,
             Entered::Kicked => {
                 self.kicks += 1;
-                self.in_slice |= how == Enter::Run;
+                match self.stops {
+                    Stops::Landmarks => self.in_slice |= how == Enter::Run,
+                    // The vCPU knows whether the guest has seen what was injected last.
+                    Stops::Anywhere => {
+                        self.injected = false;
+                        self.unsettled = true;
+                    }
+                }
             }
         }
         Ok(entered)

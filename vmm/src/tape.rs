@@ -107,7 +107,7 @@ pub enum GuestEnd {
 pub struct Sources {
     /// The network device has a receive buffer for a frame.
     pub frame: bool,
-    /// How many console bytes fit the serial port's receive queue.
+    /// How many typed bytes the console has room for.
     pub console: usize,
 }
 

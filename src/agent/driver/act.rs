@@ -508,7 +508,7 @@ fn boot_parts(
     let bases = if cold {
         home.seal_disks()?
     } else {
-        home.image_disks(&image)
+        home.image_disks(&image)?
     };
     let header = super::home::new_header(&image, &bases, term)?;
     home.keep_header(&header)?;

@@ -24,7 +24,7 @@ use crate::agent::durable;
 use crate::agent::library::{Library, LibraryError};
 use crate::agent::vm_process::{DiskSetup, DiskSetupError};
 use crate::config::{Config, SyncWhen};
-use crate::images::Image;
+use crate::images::{FillError, Image};
 use crate::protocol::{Acks, Durable, Incarnation, VmName};
 
 /// The longest small file.
@@ -61,6 +61,9 @@ pub enum HomeError {
     /// The image, or a base.
     #[error(transparent)]
     Library(#[from] LibraryError),
+    /// What an image's disk holds.
+    #[error(transparent)]
+    Fill(#[from] FillError),
     /// No entropy.
     #[error("the kernel gives no random bytes")]
     NoRandom,
@@ -237,13 +240,10 @@ impl Home {
         Ok(bases.into_iter().enumerate().map(setup).collect())
     }
 
-    /// The bases of the image's own disks: empty ones.
-    pub fn image_disks(&self, image: &Image) -> Vec<DiskBase> {
-        image
-            .disks
-            .iter()
-            .map(|disk| Base::empty(disk.size).name())
-            .collect()
+    /// The bases of the image's own disks. Blocks where they have content.
+    pub fn image_disks(&self, image: &Image) -> Result<Vec<DiskBase>, HomeError> {
+        let sealed = image.disks.iter().map(|disk| disk.seal(&self.bases));
+        Ok(sealed.collect::<Result<_, _>>()?)
     }
 
     /// Makes bases of the disks as the last run left them. Blocks, for as long as the disks are

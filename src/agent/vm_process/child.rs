@@ -32,10 +32,13 @@ use super::background::Background;
 use super::disks::open_disks;
 use super::host::{Inbox, ProcessHost, Stamped, stamped};
 use super::ipc::{FailureKind, FromVm, Inlet, Start, StartAs, ToVm};
+use super::prompter::Prompter;
 use crate::agent::thread::ahead_of_others;
 
 /// Landmarks between two looks at the agent's messages.
 const TURN_BUDGET: u32 = 64;
+/// The same of a machine whose next deadline somebody else has to know before it executes on.
+const TURN_BUDGET_PROMPTED: u32 = 1;
 /// A replica reports how far it has come, with the outputs that it has made, at most this often, in
 /// nanoseconds: nobody waits for them.
 const REPORT_EVERY: u64 = 5_000_000;
@@ -105,19 +108,26 @@ pub fn run(agent: u32) -> ExitCode {
     let (sender, receiver) = channel();
     let for_disk = sender.clone();
     let background = Arc::new(Background::new(reversible));
-    let for_reader = Arc::clone(&background);
+    let prompter = Arc::new(Prompter::default());
+    let for_reader = (Arc::clone(&background), Arc::clone(&prompter));
     ahead_of_others(reversible, || {
         std::thread::Builder::new()
             .name("agent-reader".into())
-            .spawn(move || read_agent(reading, &sender, &for_reader))
+            .spawn(move || read_agent(reading, &sender, &for_reader.0, &for_reader.1))
             .expect("a thread for the agent's messages")
     });
-    serve(ProcessHost::new(receiver, stream), for_disk, background)
+    let host = ProcessHost::new(receiver, stream);
+    serve(host, for_disk, background, prompter)
 }
 
 /// Moves the agent's messages into the inbox until the agent is gone. What comes together is handed
 /// on together: the vCPU thread is woken once.
-fn read_agent(stream: UnixStream, inbox: &Sender<Stamped>, background: &Background) {
+fn read_agent(
+    stream: UnixStream,
+    inbox: &Sender<Stamped>,
+    background: &Background,
+    prompter: &Prompter,
+) {
     let mut inlet = Inlet::new(stream);
     loop {
         let heard = match inlet.messages::<ToVm>() {
@@ -129,7 +139,9 @@ fn read_agent(stream: UnixStream, inbox: &Sender<Stamped>, background: &Backgrou
             Err(error) => Inbox::Lost(Some(error)),
         };
         let lost = matches!(heard, Inbox::Lost(_));
-        if inbox.send(stamped(heard)).is_err() || lost {
+        let sent = inbox.send(stamped(heard));
+        prompter.arrived();
+        if sent.is_err() || lost {
             return;
         }
     }
@@ -150,17 +162,19 @@ fn serve(
     mut host: ProcessHost,
     for_disk: Sender<Stamped>,
     background: Arc<Background>,
+    prompter: Arc<Prompter>,
 ) -> ExitCode {
     let start = match await_start(&mut host) {
         Ok(Some(start)) => start,
         Ok(None) => return ExitCode::SUCCESS,
         Err(error) => return fail(&mut host, &error),
     };
-    let machine = match build(&start, &mut host, for_disk, background.reversible()) {
+    let reversible = background.reversible();
+    let machine = match build(&start, &mut host, for_disk, &prompter, reversible) {
         Ok(machine) => machine,
         Err(error) => return fail(&mut host, &error),
     };
-    let mut vmm = match Vmm::start(machine, host, start, background) {
+    let mut vmm = match Vmm::start(machine, host, start, background, prompter) {
         Ok(vmm) => vmm,
         Err(error) => {
             tracing::error!(%error, "the machine did not start");
@@ -208,17 +222,20 @@ fn build(
     start: &Start,
     host: &mut ProcessHost,
     for_disk: Sender<Stamped>,
+    prompter: &Arc<Prompter>,
     may_go_ahead: bool,
 ) -> Result<KvmMachine, ChildError> {
     let build_error = |error: &dyn std::error::Error| ChildError::Build(error.to_string());
     let config = MachineConfig::of(&start.header).map_err(|e| build_error(&e))?;
     let disks = open_disks(&start.header, &start.disks).map_err(|e| build_error(&e))?;
+    let for_worker = Arc::clone(prompter);
     let notify = move |news| {
         // The vCPU thread outlives the worker; if it is gone, so is the process.
         let _ = for_disk.send(stamped(Inbox::Disk(news)));
+        for_worker.arrived();
     };
     let finish = match start.start_as {
-        StartAs::Recorded | StartAs::Unrecorded => Finish::Done,
+        StartAs::Recorded | StartAs::Unrecorded | StartAs::Unprotected => Finish::Done,
         StartAs::Primary => Finish::Ahead,
         StartAs::Replica => Finish::Later,
     };
@@ -229,7 +246,13 @@ fn build(
         let worker = worker.map_err(|e| build_error(&e))?;
         host.set_worker(worker, finish);
     }
-    KvmMachine::new(&config, &start.image).map_err(|e| build_error(&e))
+    let machine = KvmMachine::new(&config, &start.image).map_err(|e| build_error(&e))?;
+    if start.start_as == StartAs::Unprotected {
+        prompter
+            .set(machine.kicker())
+            .map_err(|e| build_error(&e))?;
+    }
+    Ok(machine)
 }
 
 /// Whether a longest wait is longer than the one before by so much that it is worth a message.
@@ -241,7 +264,7 @@ fn policy(start_as: StartAs) -> Policy {
     match start_as {
         StartAs::Primary | StartAs::Replica => Policy::default(),
         StartAs::Recorded => Policy::recording(),
-        StartAs::Unrecorded => Policy {
+        StartAs::Unrecorded | StartAs::Unprotected => Policy {
             record: false,
             ..Policy::recording()
         },
@@ -259,9 +282,11 @@ enum Play {
 /// A running machine.
 struct Vmm {
     runner: Runner<KvmMachine>,
+    budget: u32,
     play: Play,
     go_live: Option<(Term, LogIndex)>,
     background: Arc<Background>,
+    prompter: Arc<Prompter>,
     /// What was last told to the agent.
     reported: LogIndex,
     reported_at: HostTime,
@@ -277,21 +302,28 @@ impl Vmm {
         mut host: ProcessHost,
         start: Start,
         background: Arc<Background>,
+        prompter: Arc<Prompter>,
     ) -> Result<Self, ChildError> {
         host.say(&FromVm::Ready)?;
         host.send()?;
+        let (runner, budget) = match start.start_as {
+            StartAs::Unprotected => (Runner::unrepeatable(machine), TURN_BUDGET_PROMPTED),
+            _ => (Runner::new(machine), TURN_BUDGET),
+        };
         let play = match start.start_as {
             StartAs::Replica => Play::Replaying(Box::new(Replayer::new(host, start.header))),
-            StartAs::Primary | StartAs::Recorded | StartAs::Unrecorded => {
+            _ => {
                 let policy = policy(start.start_as);
                 Play::Recording(Box::new(Recorder::start(host, policy, start.header)?))
             }
         };
         Ok(Self {
-            runner: Runner::new(machine),
+            runner,
+            budget,
             play,
             go_live: None,
             background,
+            prompter,
             reported: LogIndex::START,
             reported_at: HostTime(0),
             told_paused: false,
@@ -323,8 +355,11 @@ impl Vmm {
             self.control(message)?;
         }
         let turn = match &mut self.play {
-            Play::Replaying(replayer) => self.runner.turn(replayer.as_mut(), TURN_BUDGET)?,
-            Play::Recording(recorder) => self.runner.turn(recorder.as_mut(), TURN_BUDGET)?,
+            Play::Replaying(replayer) => self.runner.turn(replayer.as_mut(), self.budget)?,
+            Play::Recording(recorder) => {
+                self.prompter.due_at(recorder.wake_at());
+                self.runner.turn(recorder.as_mut(), self.budget)?
+            }
             Play::Changing => unreachable!("left within the function that sets it"),
         };
         self.report(turn)?;

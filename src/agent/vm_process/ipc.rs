@@ -40,6 +40,8 @@ pub enum StartAs {
     Recorded,
     /// A machine whose log nobody keeps: no recorder, to measure what recording costs.
     Unrecorded,
+    /// A machine of which there can be no log: what arrives is delivered wherever the guest is.
+    Unprotected,
     /// A replica: replay what is fed.
     Replica,
 }

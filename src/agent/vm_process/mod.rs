@@ -7,6 +7,7 @@ pub mod child;
 mod disks;
 mod host;
 pub mod ipc;
+mod prompter;
 
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::os::fd::OwnedFd;

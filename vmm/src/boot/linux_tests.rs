@@ -22,6 +22,7 @@ fn config() -> MachineConfig {
         command_line: "console=ttyS0".to_owned(),
         mac: None,
         disks: Vec::new(),
+        acpi: false,
     }
 }
 
@@ -188,4 +189,51 @@ proptest! {
         file.truncate(len);
         let _ = start(&memory(), file, Some(vec![1; initrd]));
     }
+}
+
+/// Every table is where the one before it says, and its bytes add up to zero.
+#[test]
+fn acpi_tables_are_there_if_they_are_wanted() {
+    let image = BootImage::new(bzimage(&header(), &code()));
+    let without = memory();
+    load(&without, &config(), &image).expect("bootable");
+    assert_eq!(read(&without, acpi::RSDP, 0x2000), [0; 0x2000]);
+
+    let with = memory();
+    let config = MachineConfig {
+        acpi: true,
+        mac: Some([2, 0, 0, 0, 0, 1]),
+        disks: vec![512, 512],
+        ..config()
+    };
+    load(&with, &config, &image).expect("bootable");
+    let params: boot_params = with.read_obj(GuestAddress(BOOT_PARAMS)).expect("inside");
+    let rsdp = params.acpi_rsdp_addr;
+    assert_eq!(rsdp, acpi::RSDP);
+    assert_eq!(read(&with, rsdp, 8), b"RSD PTR ");
+    let number = |at: u64, len: usize| {
+        let bytes = read(&with, at, len);
+        let digits = bytes.iter().rev();
+        digits.fold(0, |sum, byte| sum << 8 | u64::from(*byte))
+    };
+    let table = |at: u64, signature: &[u8]| {
+        let bytes = read(&with, at, number(at + 4, 4) as usize);
+        assert_eq!(&bytes[..4], signature);
+        let sum = bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
+        assert_eq!(sum, 0, "{}", String::from_utf8_lossy(signature));
+        bytes
+    };
+    let xsdt = number(rsdp + 24, 8);
+    table(xsdt, b"XSDT");
+    let fadt = number(xsdt + 36, 8);
+    table(fadt, b"FACP");
+    assert_eq!(read(&with, number(fadt + 36, 4), 4), b"FACS");
+    let dsdt = table(number(fadt + 40, 4), b"DSDT");
+    let count = |what: &[u8]| dsdt.windows(what.len()).filter(|it| *it == what).count();
+    assert_eq!(
+        count(b"LNRO0005"),
+        5,
+        "network, two disks, console, entropy"
+    );
+    assert_eq!(count(b"_S5_"), 1);
 }

@@ -7,6 +7,7 @@
 //! 0x0000_9000  PML4, 0xa000 PDPT, 0xb000 to 0xf000 four page directories: the first 4 GiB
 //!              identity mapped with 2-MiB pages, A and D set, ring 0 only
 //! 0x0002_0000  command line, at most 2,047 bytes and a zero
+//! 0x000e_0000  ACPI tables, if the machine is to have them
 //! 0x0010_0000  the kernel: an ELF says where its segments go, a bzImage where it prefers to be,
 //!              never below
 //! top          the initial RAM disk ends here, or where the kernel can read it at most
@@ -14,6 +15,7 @@
 //!
 //! All of it is part of the machine model: a log counts on every byte.
 
+mod acpi;
 mod bzimage;
 mod elf;
 mod image;
@@ -176,6 +178,9 @@ pub fn load(
     };
     write_command_line(memory, &config.command_line)?;
     write_boot_params(memory, config, kernel.header, initrd)?;
+    if config.acpi {
+        acpi::write(memory, config)?;
+    }
     tables::write_page_tables(memory)?;
     tables::write_gdt(memory)?;
     Ok(EntryState {
@@ -216,6 +221,9 @@ fn write_boot_params(
     params.hdr.cmd_line_ptr = COMMAND_LINE as u32;
     params.hdr.cmdline_size = config.command_line.len() as u32;
     (params.hdr.ramdisk_image, params.hdr.ramdisk_size) = initrd.unwrap_or_default();
+    if config.acpi {
+        params.acpi_rsdp_addr = acpi::RSDP;
+    }
     let map = [
         (0, LOW_MEMORY_END),
         (KERNEL_MIN, config.memory.saturating_sub(KERNEL_MIN)),

@@ -21,6 +21,7 @@ fn config() -> MachineConfig {
         command_line: "quiet".to_owned(),
         mac: None,
         disks: Vec::new(),
+        acpi: false,
     }
 }
 

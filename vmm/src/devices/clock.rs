@@ -57,7 +57,7 @@ pub fn read_entropy(data: &mut [u8], tape: &mut dyn Tape) -> Result<(), TapeErro
     }
 }
 
-fn wrong_answer(asked: &str, got: &Answer) -> TapeError {
+pub(super) fn wrong_answer(asked: &str, got: &Answer) -> TapeError {
     TapeError::Host {
         reason: format!("a device asked for {asked} and the tape answered {got:?}"),
     }

@@ -10,7 +10,8 @@
 //! | entropy | `0x530` R8/R16/R32: random bits | |
 //! | power | `0x540` W32: 1 switches off, 2 resets | |
 //! | idle | `0x544` W, any size: looks at all virtio queues as if they were notified, then waits until anything arrives; written with a value other than 0, it does not wait if something has arrived at another exit since the last write here | |
-//! | virtio-mmio | `0xd000_0000 + n * 0x1000`: n = 0 network, n = 1… disks | 5, then 10 + disk (at most 4 disks: 10, 11, 14, 15) |
+//! | ACPI's fixed registers | `0x600` PM1 status: reads as 0; `0x602` PM1 enable, R W16: kept; `0x604` R16: 1 (ACPI is on), W16: bit 13 with 5 in bits 10 to 12 switches off; `0x606` W8: 2 resets | 9, never raised |
+//! | virtio-mmio | `0xd000_0000 + n * 0x1000`: n = 0 network, n = 1 to 4 disks, n = 5 console, n = 6 entropy | 5 network, 10 11 14 15 disks, 3 console, 6 entropy |
 
 /// First port of the master 8259 (command, data).
 pub const PIC_MASTER: u16 = 0x20;
@@ -50,6 +51,18 @@ pub const POWER_OFF: u32 = 1;
 pub const POWER_RESET: u32 = 2;
 /// Idle: wait until anything arrives.
 pub const IDLE: u16 = 0x544;
+/// ACPI: PM1 status, two bytes, and PM1 enable after it. No event ever happens.
+pub const ACPI_STATUS: u16 = 0x600;
+/// ACPI: PM1 enable.
+pub const ACPI_ENABLE: u16 = 0x602;
+/// ACPI: PM1 control.
+pub const ACPI_CONTROL: u16 = 0x604;
+/// ACPI: the reset register, a byte; takes [`POWER_RESET`].
+pub const ACPI_RESET: u16 = 0x606;
+/// The sleep type that, written to [`ACPI_CONTROL`], switches off.
+pub const ACPI_OFF: u8 = 5;
+/// The line of ACPI's interrupt, which is never raised.
+pub const ACPI_IRQ: u8 = 9;
 /// The first virtio-mmio window.
 pub const VIRTIO_BASE: u64 = 0xd000_0000;
 /// The size of a virtio-mmio window and the distance between two.
@@ -63,3 +76,16 @@ pub const MAX_FRAME: usize = 1518;
 pub const DISK_IRQS: [u8; MAX_DISKS] = [10, 11, 14, 15];
 /// How many disks a machine can have.
 pub const MAX_DISKS: usize = 4;
+/// Which virtio-mmio window is the network device's, the first disk's, the console's, the entropy
+/// device's.
+pub const NET_WINDOW: u8 = 0;
+/// See [`NET_WINDOW`].
+pub const DISK_WINDOW: u8 = 1;
+/// See [`NET_WINDOW`].
+pub const CONSOLE_WINDOW: u8 = 5;
+/// See [`NET_WINDOW`].
+pub const RNG_WINDOW: u8 = 6;
+/// Interrupt line of the virtio console.
+pub const CONSOLE_IRQ: u8 = 3;
+/// Interrupt line of the entropy device.
+pub const RNG_IRQ: u8 = 6;

@@ -10,8 +10,10 @@ use super::power::Power;
 use super::serial::Serial;
 use super::timer::{TIMER, Timer};
 use super::virtio::block::{Block, REQUESTS};
+use super::virtio::console::{self, Console};
 use super::virtio::mmio::Mmio;
-use super::virtio::net::{Net, RECEIVE};
+use super::virtio::net::{self, Net};
+use super::virtio::rng::Rng;
 use super::virtio::{Outside, RequestCounter};
 use crate::GuestMemory;
 use crate::config::MachineConfig;
@@ -38,12 +40,16 @@ pub struct Platform {
     requests: RequestCounter,
     net: Option<Mmio<Net>>,
     disks: Vec<Mmio<Block>>,
+    console: Mmio<Console>,
+    rng: Mmio<Rng>,
 }
 
 /// A virtio device by its window.
 enum Window {
     Net,
     Disk(usize),
+    Console,
+    Rng,
 }
 
 impl Platform {
@@ -67,6 +73,8 @@ impl Platform {
                 .zip(&config.disks)
                 .map(|(disk, size)| Mmio::new(Block::new(disk, *size)))
                 .collect(),
+            console: Mmio::new(Console::default()),
+            rng: Mmio::new(Rng),
         }
     }
 
@@ -166,7 +174,7 @@ impl Platform {
         } else if port == layout::SPEAKER {
             self.pit.read_speaker(tape)
         } else {
-            Ok(0xff)
+            Ok(self.power.read_acpi(port).unwrap_or(0xff))
         }
     }
 
@@ -199,6 +207,25 @@ impl Platform {
                 }
                 _ => {}
             }
+        }
+        match (port, data) {
+            (layout::ACPI_ENABLE, &[low, high]) => {
+                self.power.write_acpi_enable([low, high]);
+                return Ok(());
+            }
+            (layout::ACPI_CONTROL, &[low, high]) => {
+                self.power
+                    .write_acpi_control(u16::from_le_bytes([low, high]));
+                return Ok(());
+            }
+            (layout::ACPI_RESET, &[value]) => {
+                // What would switch off elsewhere does not here.
+                if u32::from(value) == layout::POWER_RESET {
+                    self.power.write(layout::POWER_RESET);
+                }
+                return Ok(());
+            }
+            _ => {}
         }
         for (port, byte) in (u32::from(port)..).zip(data) {
             let Ok(port) = u16::try_from(port) else {
@@ -239,7 +266,8 @@ impl Platform {
         for disk in &mut self.disks {
             disk.look(&mut outside)?;
         }
-        Ok(())
+        self.console.look(&mut outside)?;
+        self.rng.look(&mut outside)
     }
 
     fn read_mmio(&self, address: u64, data: &mut [u8]) {
@@ -250,6 +278,8 @@ impl Platform {
                 }
             }
             Some((Window::Disk(disk), offset)) => self.disks[disk].read(offset, data),
+            Some((Window::Console, offset)) => self.console.read(offset, data),
+            Some((Window::Rng, offset)) => self.rng.read(offset, data),
             None => data.fill(0xff),
         }
     }
@@ -273,6 +303,8 @@ impl Platform {
             (Window::Net, Some(net)) => net.write(offset, data, &mut outside),
             (Window::Net, None) => Ok(()),
             (Window::Disk(disk), _) => self.disks[disk].write(offset, data, &mut outside),
+            (Window::Console, _) => self.console.write(offset, data, &mut outside),
+            (Window::Rng, _) => self.rng.write(offset, data, &mut outside),
         }
     }
 
@@ -284,9 +316,14 @@ impl Platform {
             offset % layout::VIRTIO_WINDOW,
         );
         let end = offset.checked_add(len as u64)?;
-        let window = match usize::try_from(index).ok()?.checked_sub(1) {
-            None => self.net.as_ref().map(|_| Window::Net)?,
-            Some(disk) => (disk < self.disks.len()).then_some(Window::Disk(disk))?,
+        let window = match u8::try_from(index).ok()? {
+            layout::NET_WINDOW => self.net.as_ref().map(|_| Window::Net)?,
+            layout::CONSOLE_WINDOW => Window::Console,
+            layout::RNG_WINDOW => Window::Rng,
+            index => {
+                let disk = usize::from(index - layout::DISK_WINDOW);
+                (disk < self.disks.len()).then_some(Window::Disk(disk))?
+            }
         };
         (end <= layout::VIRTIO_WINDOW).then_some((window, offset))
     }
@@ -315,7 +352,7 @@ impl Platform {
                 true
             }
             Arrival::TimerDue { .. } => false,
-            Arrival::Console { bytes } => self.serial.receive(bytes),
+            Arrival::Console { bytes } => self.typed(bytes, memory)?,
         };
         if !taken {
             return Err(MachineError::CannotTake {
@@ -332,9 +369,27 @@ impl Platform {
             return Ok(false);
         }
         if let Some(net) = &mut self.net {
-            net.serve(RECEIVE, |_, ring| Net::receive(frame, ring, memory))?;
+            net.serve(net::RECEIVE, |_, ring| Net::receive(frame, ring, memory))?;
         }
         Ok(true)
+    }
+
+    /// What is typed goes to the virtio console once its driver is live, else to the serial port.
+    fn typed(&mut self, bytes: &[u8], memory: &GuestMemory) -> Result<bool, MachineError> {
+        if !self.console_is_live() {
+            return Ok(self.serial.receive(bytes));
+        }
+        if bytes.len() > self.console.device().room() {
+            return Ok(false);
+        }
+        self.console.serve(console::RECEIVE, |console, ring| {
+            console.receive(bytes, ring, memory)
+        })?;
+        Ok(true)
+    }
+
+    fn console_is_live(&self) -> bool {
+        self.console.live_ring(console::RECEIVE).is_some()
     }
 
     fn disk_done(
@@ -361,7 +416,7 @@ impl Platform {
     fn takes_frame(&self, memory: &GuestMemory) -> bool {
         self.net
             .as_ref()
-            .and_then(|net| net.live_ring(RECEIVE))
+            .and_then(|net| net.live_ring(net::RECEIVE))
             .is_some_and(|ring| ring.available(memory))
     }
 
@@ -369,7 +424,11 @@ impl Platform {
     pub fn can_take(&self, memory: &GuestMemory) -> Sources {
         Sources {
             frame: self.takes_frame(memory),
-            console: self.serial.room(),
+            console: if self.console_is_live() {
+                self.console.device().room()
+            } else {
+                self.serial.room()
+            },
         }
     }
 
@@ -409,6 +468,8 @@ impl Platform {
         for disk in &self.disks {
             disk.digest(hasher);
         }
+        self.console.digest(hasher);
+        self.rng.digest(hasher);
     }
 
     /// Puts the levels of all lines to the interrupt controller.
@@ -421,6 +482,8 @@ impl Platform {
         for (disk, line) in self.disks.iter().zip(layout::DISK_IRQS) {
             self.pic.set_line(line, disk.line());
         }
+        self.pic.set_line(layout::CONSOLE_IRQ, self.console.line());
+        self.pic.set_line(layout::RNG_IRQ, self.rng.line());
     }
 }
 

@@ -194,6 +194,29 @@ fn the_power_port_ends_the_guest() {
 }
 
 #[test]
+fn a_kernel_that_knows_acpi_can_end_the_guest() {
+    let mut bench = Bench::new();
+    let mut control = [0xff; 2];
+    bench.read(Space::Port, layout::ACPI_CONTROL.into(), &mut control);
+    assert_eq!(control, [1, 0], "ACPI is on");
+    assert_eq!(bench.inl(layout::ACPI_STATUS), 0, "no event, none enabled");
+    bench.write(Space::Port, layout::ACPI_ENABLE.into(), &[0x20, 1]);
+    assert_eq!(bench.inl(layout::ACPI_STATUS), 0x0120_0000);
+    for (port, bytes, end) in [
+        (layout::ACPI_CONTROL, &[1, 0x14][..], None),
+        (layout::ACPI_CONTROL, &[1, 0x30], None),
+        (layout::ACPI_CONTROL, &[1, 0x34], Some(GuestEnd::PowerOff)),
+        (layout::ACPI_CONTROL, &[1, 0x34, 0, 0], None),
+        (layout::ACPI_RESET, &[1], None),
+        (layout::ACPI_RESET, &[2], Some(GuestEnd::Reset)),
+    ] {
+        let mut bench = Bench::new();
+        bench.write(Space::Port, port.into(), bytes);
+        assert_eq!(bench.platform.ended(), end, "{port:#x} {bytes:x?}");
+    }
+}
+
+#[test]
 fn idle_ends_with_an_arrival_or_an_interrupt() {
     let mut bench = Bench::new();
     bench.init_pic();
@@ -261,7 +284,9 @@ fn everything_a_guest_can_change_changes_the_digest() {
     }
     bench.outb(layout::IDLE, 0);
     check("idle", &bench);
-    for device in 0..3 {
+    bench.write(Space::Port, layout::ACPI_ENABLE.into(), &[0x20, 0]);
+    check("ACPI's enabled events", &bench);
+    for device in [0, 1, 2, 5, 6] {
         bench.set_reg(device, 0x70, 1);
         check("a virtio status", &bench);
     }

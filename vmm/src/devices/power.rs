@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   Running ──idle port──▶ Idle ──anything arrives, or an interrupt is taken──▶ Running
-//!      └──power port──▶ Ended
+//!      └──power port, or ACPI's registers──▶ Ended
 //! ```
 //!
 //! An arrival may be delivered at any exit between a guest's last look at its queues and its
@@ -12,7 +12,13 @@
 use super::layout;
 use crate::tape::GuestEnd;
 
-/// The power and the idle port.
+/// PM1 control: ACPI is on, always (ACPI 6.5, table 4.13).
+const SCI_ENABLED: u16 = 1;
+/// PM1 control: enter the sleep state whose type is written beside it.
+const SLEEP: u16 = 1 << 13;
+const SLEEP_TYPE: u16 = 10;
+
+/// The power and the idle port, and ACPI's fixed registers.
 #[derive(Debug, Default)]
 pub struct Power {
     ended: Option<GuestEnd>,
@@ -22,6 +28,8 @@ pub struct Power {
     just_idled: bool,
     /// Something arrived behind the guest's back since it last wrote to the idle port.
     arrived: bool,
+    /// PM1 enable. None of its events ever happens, but kernels read back what they enable.
+    acpi_enabled: [u8; 2],
 }
 
 impl Power {
@@ -36,6 +44,30 @@ impl Power {
             layout::POWER_OFF => self.ended = Some(GuestEnd::PowerOff),
             layout::POWER_RESET => self.ended = Some(GuestEnd::Reset),
             _ => {}
+        }
+    }
+
+    /// A byte of ACPI's fixed registers, if it is there.
+    pub const fn read_acpi(&self, port: u16) -> Option<u8> {
+        match port {
+            layout::ACPI_STATUS..layout::ACPI_ENABLE => Some(0),
+            layout::ACPI_ENABLE => Some(self.acpi_enabled[0]),
+            _ if port == layout::ACPI_ENABLE + 1 => Some(self.acpi_enabled[1]),
+            layout::ACPI_CONTROL => Some(SCI_ENABLED as u8),
+            _ if port == layout::ACPI_CONTROL + 1 => Some((SCI_ENABLED >> 8) as u8),
+            _ => None,
+        }
+    }
+
+    /// The guest writes PM1 enable.
+    pub const fn write_acpi_enable(&mut self, value: [u8; 2]) {
+        self.acpi_enabled = value;
+    }
+
+    /// The guest writes PM1 control.
+    pub const fn write_acpi_control(&mut self, value: u16) {
+        if value & SLEEP != 0 && value >> SLEEP_TYPE & 7 == layout::ACPI_OFF as u16 {
+            self.ended = Some(GuestEnd::PowerOff);
         }
     }
 
@@ -83,5 +115,6 @@ impl Power {
             u8::from(self.just_idled),
             u8::from(self.arrived),
         ]);
+        hasher.update(&self.acpi_enabled);
     }
 }

@@ -89,6 +89,7 @@ impl Bench {
             command_line: String::new(),
             mac: Some(MAC),
             disks: disks.to_vec(),
+            acpi: false,
         };
         Self {
             platform: Platform::new(&config),

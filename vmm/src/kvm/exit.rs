@@ -5,8 +5,8 @@
 
 use kvm_bindings::{
     KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_HYPERCALL, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR,
-    KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR,
-    KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, kvm_run,
+    KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO,
+    KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, kvm_run,
 };
 
 /// Which way data goes.
@@ -115,8 +115,9 @@ pub(super) fn decode(run: &kvm_run) -> Option<Exit> {
 }
 
 /// Whether `KVM_RUN` came back without an event of the guest (a signal, in an old form).
+/// An interrupt window is asked for only where no landmark comes of it.
 pub(super) fn is_interrupted(run: &kvm_run) -> bool {
-    run.exit_reason == KVM_EXIT_INTR
+    matches!(run.exit_reason, KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN)
 }
 
 /// Everything KVM says about an exit that is a failure of the host.

@@ -159,9 +159,10 @@ impl KvmMachine {
 impl Machine for KvmMachine {
     fn enter(&mut self, how: Enter, tape: &mut dyn Tape) -> Result<Entered, MachineError> {
         let (left, interrupted) = match how {
-            Enter::Run => {
+            Enter::Run | Enter::RunAnywhere => {
                 assert_eq!(self.cpu(), CpuState::Ready, "only a ready vCPU may run");
-                (self.vcpu.run()?, Entered::Kicked)
+                let waits = how == Enter::RunAnywhere && self.platform.interrupt_waits();
+                (self.vcpu.run(waits)?, Entered::Kicked)
             }
             Enter::Complete => (self.vcpu.settle()?, Entered::Settled),
         };

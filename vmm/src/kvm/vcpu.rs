@@ -79,16 +79,27 @@ impl Vcpu {
         &self.fd
     }
 
-    /// Executes to the next exit.
-    pub(super) fn run(&mut self) -> Result<Left, MachineError> {
+    /// Executes to the next exit; with `window` set, only to where an interrupt can be injected.
+    pub(super) fn run(&mut self, window: bool) -> Result<Left, MachineError> {
         self.kicks.entering();
         self.settled = false;
+        self.fd.get_kvm_run().request_interrupt_window = u8::from(window);
         let left = self.enter("running the guest")?;
         match left {
-            Left::Interrupted => self.kicks.take(immediate_exit(&mut self.fd)),
+            Left::Interrupted => {
+                self.kicks.take(immediate_exit(&mut self.fd));
+                self.queued = self.queued && self.still_queued()?;
+            }
             Left::Exit(_) => self.queued = false,
         }
         Ok(left)
+    }
+
+    /// Whether the guest was taken out before it saw the interrupt that was injected last.
+    fn still_queued(&self) -> Result<bool, MachineError> {
+        let events = self.fd.get_vcpu_events();
+        let events = events.map_err(|e| refused("KVM_GET_VCPU_EVENTS", e))?;
+        Ok(events.interrupt.injected != 0)
     }
 
     /// Completes pending I/O without executing anything beyond it.

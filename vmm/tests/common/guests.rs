@@ -84,6 +84,32 @@ pub fn idling(ring: Ring, rounds: u32) -> BootImage {
     guest.build()
 }
 
+/// Computes without exits until the timer has interrupted it, `rounds` times. In ring 0 it has
+/// interrupts off for part of that.
+pub fn computing(ring: Ring, rounds: u32) -> BootImage {
+    let mut guest = Guest::new(ring);
+    ok(guest.asm.xor(r14d, r14d));
+    guest.repeat(rounds, |guest| {
+        arm(guest, 900_000);
+        let mut off = guest.asm.create_label();
+        let mut on = guest.asm.create_label();
+        if ring == Ring::Zero {
+            ok(guest.asm.cli());
+            ok(guest.asm.mov(ecx, 20_000));
+            ok(guest.asm.set_label(&mut off));
+            ok(guest.asm.dec(ecx));
+            ok(guest.asm.jnz(off));
+            ok(guest.asm.sti());
+        }
+        ok(guest.asm.set_label(&mut on));
+        ok(guest.asm.mov(rax, qword_ptr(COUNTERS)));
+        ok(guest.asm.cmp(rax, r14));
+        ok(guest.asm.je(on));
+        ok(guest.asm.mov(r14, rax));
+    });
+    guest.build()
+}
+
 /// Computes and looks at a port by turns until the timer has interrupted it, `rounds` times. What
 /// it folds tells where the interrupts hit.
 pub fn interrupted(ring: Ring, rounds: u32) -> BootImage {

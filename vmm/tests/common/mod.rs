@@ -35,6 +35,7 @@ pub fn config() -> MachineConfig {
         command_line: "console=ttyS0".to_owned(),
         mac: None,
         disks: Vec::new(),
+        acpi: false,
     }
 }
 

@@ -14,8 +14,18 @@ use crate::devices::testing::{
 };
 use crate::tape::{Command, DiskOp};
 
-/// Where the rings of the three devices' queues are: net's two, then the disks'.
-const RINGS: [u64; 4] = [0x1000, 0x1400, 0x1800, 0x1c00];
+/// Where the rings of the devices' queues are: net's two, the disks', the console's two, entropy's.
+const RINGS: [u64; 7] = [0x1000, 0x1200, 0x1400, 0x1600, 0x1800, 0x1a00, 0x1c00];
+/// Which device and which of its queues each of them belongs to.
+const QUEUES: [(u64, u32); 7] = [
+    (0, 0),
+    (0, 1),
+    (1, 0),
+    (2, 0),
+    (layout::CONSOLE_WINDOW as u64, 0),
+    (layout::CONSOLE_WINDOW as u64, 1),
+    (layout::RNG_WINDOW as u64, 0),
+];
 /// Where buffers are; the rings lie just before them and are used as buffers, too.
 const BUFFERS: u64 = 0x2000;
 /// Request headers: type and sector, 16 bytes each.
@@ -30,6 +40,7 @@ enum Step {
     /// Makes a chain available and notifies.
     Chain(usize, Vec<Descriptor>),
     Frame(usize),
+    Typed(usize),
     Timer,
     Finish,
     Acknowledge,
@@ -55,7 +66,7 @@ fn address() -> impl Strategy<Value = (Space, u64)> {
         0x10_u64, 0x14, 0x20, 0x24, 0x30, 0x34, 0x38, 0x44, 0x50, 0x60, 0x64, 0x70, 0x80, 0x84,
         0x90, 0x94, 0xa0, 0xa4, 0xfc, 0x100, 0x104,
     ]);
-    let window = (0..4_u64, prop_oneof![4 => register, 1 => 0..0x1000_u64])
+    let window = (0..8_u64, prop_oneof![4 => register, 1 => 0..0x1000_u64])
         .prop_map(|(n, at)| layout::VIRTIO_BASE + n * layout::VIRTIO_WINDOW + at);
     prop_oneof![
         port.prop_map(|at| (Space::Port, at)),
@@ -147,8 +158,9 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (address(), data).prop_map(|((space, at), data)| Step::Write(space, at, data)),
         2 => (0..0x200_u64, poke).prop_map(|(at, data)| Step::Poke(RINGS[0] + at * 8, data)),
         6 => (2..4_usize, request()).prop_map(|(queue, chain)| Step::Chain(queue, chain)),
-        12 => (0..4_usize, chain()).prop_map(|(queue, chain)| Step::Chain(queue, chain)),
+        12 => (0..QUEUES.len(), chain()).prop_map(|(queue, chain)| Step::Chain(queue, chain)),
         4 => (0..1600_usize).prop_map(Step::Frame),
+        2 => (0..300_usize).prop_map(Step::Typed),
         1 => Just(Step::Timer),
         4 => Just(Step::Finish),
         1 => Just(Step::Acknowledge),
@@ -158,7 +170,7 @@ fn step() -> impl Strategy<Value = Step> {
 /// A machine with the drivers of its devices.
 struct Guest {
     bench: Bench,
-    drivers: [DriverQueue; 4],
+    drivers: [DriverQueue; QUEUES.len()],
 }
 
 impl Guest {
@@ -184,14 +196,12 @@ impl Guest {
             return;
         }
         negotiate(&mut self.bench, device, 0);
-        let queues = if device == 0 {
-            0..2
-        } else {
-            device as usize + 1..device as usize + 2
-        };
-        for (number, queue) in (0..).zip(queues) {
+        for (queue, (owner, number)) in QUEUES.into_iter().enumerate() {
+            if owner != device {
+                continue;
+            }
             let zeros = GuestAddress(RINGS[queue]);
-            self.bench.memory.write_slice(&[0; 0x400], zeros).unwrap();
+            self.bench.memory.write_slice(&[0; 0x200], zeros).unwrap();
             self.drivers[queue] = DriverQueue::new(RINGS[queue], 16);
             self.drivers[queue].set_up(&mut self.bench, device, number);
         }
@@ -199,7 +209,7 @@ impl Guest {
     }
 
     fn offer(&mut self, queue: usize, chain: &[Descriptor]) {
-        let device = queue.saturating_sub(1) as u64;
+        let (device, number) = QUEUES[queue];
         self.live(device);
         let driver = &mut self.drivers[queue];
         let head = driver.next_descriptor;
@@ -221,7 +231,7 @@ impl Guest {
             driver.put_descriptor(&self.bench.memory, index, address, len, flags, next);
         }
         driver.offer(&self.bench.memory, head);
-        self.bench.set_reg(device, 0x50, u32::from(queue == 1));
+        self.bench.set_reg(device, 0x50, number);
     }
 
     /// Answers a disk request, if there is one left.
@@ -269,6 +279,10 @@ impl Guest {
                         bench.deliver(frame(&vec![5; *len])).unwrap();
                     }
                 }
+                Step::Typed(len) => {
+                    let bytes = Bytes::from(vec![b'x'; bench.can_take().console.min(*len)]);
+                    bench.deliver(Arrival::Console { bytes }).unwrap();
+                }
                 Step::Timer => bench.deliver(timer_due()).unwrap(),
                 Step::Finish => self.finish(&mut answered),
                 Step::Acknowledge => {
@@ -302,7 +316,9 @@ proptest! {
                     prop_assert!(offset % 512 == 0 && len % 512 == 0);
                     prop_assert!(offset + len <= DISK_SIZE);
                 }
-                Command::Console(_) | Command::ArmTimer { .. } => {}
+                // Not more than a whole queue of chains, each cut off at 64 KiB.
+                Command::Console(bytes) => prop_assert!(bytes.len() <= 64 * (64 << 10)),
+                Command::ArmTimer { .. } => {}
             }
         }
     }

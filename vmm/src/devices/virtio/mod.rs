@@ -1,12 +1,13 @@
-//! Virtio 1.2: the MMIO transport, the network and the block device.
+//! Virtio 1.2: the MMIO transport, and the network, block, console and entropy devices.
 //!
-//! `console` and `rng` will stand beside `net` and `block`; a device is what implements
-//! [`Device`], and [`mmio::Mmio`] is everything that all of them share.
+//! A device is what implements [`Device`], and [`mmio::Mmio`] is everything that all of them share.
 
 pub mod block;
+pub mod console;
 pub mod mmio;
 pub mod net;
 pub mod ring;
+pub mod rng;
 
 use replay_log::RequestNumber;
 
@@ -104,6 +105,8 @@ pub trait Device {
     fn digest(&self, hasher: &mut blake3::Hasher);
 }
 
+#[cfg(test)]
+mod console_tests;
 #[cfg(test)]
 mod hostile_tests;
 #[cfg(test)]
