@@ -9,6 +9,7 @@
 )]
 
 mod background;
+mod cpu_model;
 mod cpuid;
 mod exit;
 mod fingerprint;
@@ -20,8 +21,9 @@ mod vcpu;
 mod vm;
 
 pub use background::Thread;
+pub use cpu_model::{CPU_MODEL, NotOffered};
 pub use cpuid::Leaf;
-pub use fingerprint::{HostFingerprint, KvmKind, Reason, Severity, host_fingerprint};
+pub use fingerprint::{HostFingerprint, KvmKind, Reason, Severity, Unmasked, host_fingerprint};
 pub use kick::Kicker;
 pub use memory::PAGE;
 pub use vm::Capabilities;
@@ -292,6 +294,9 @@ pub enum KvmError {
         /// Its name.
         capability: &'static str,
     },
+    /// A guest would see another CPU than on other hosts.
+    #[error(transparent)]
+    CpuModel(#[from] NotOffered),
     /// KVM refused.
     #[error("KVM refused {doing}")]
     Ioctl {
