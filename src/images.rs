@@ -9,6 +9,7 @@
 //! memory = "64 MiB"
 //! disks = ["64 MiB"]
 //! modes = ["replayed"]               # and "checkpointed"
+//! needs = ["native-ring-0"]          # optional: what a host must have (here VMX or SVM)
 //!
 //! [network]                          # optional
 //! mac = "02:75:64:00:00:02"
@@ -22,7 +23,7 @@ use std::{fmt, fs, io};
 
 use bytes::Bytes;
 use replay_log::ImageDigest;
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer, Serialize, de};
 use thiserror::Error;
 use vmm::boot::BootImage;
 use vmm::config::MachineConfig;
@@ -43,14 +44,43 @@ const EMBEDDED: [(&str, &str, &[u8]); 1] = [(
     include_bytes!(concat!(env!("OUT_DIR"), "/ledger.elf")),
 )];
 
+/// Images of this repository that are not embedded: manifest, and how they are had.
+const BUILT_ELSEWHERE: [(&str, &str); 1] = [(
+    include_str!("../images/linux/manifest.toml"),
+    "build it with images/linux/build and name its folder",
+)];
+
 /// How a guest can be protected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// Every event recorded and replayed.
     Replayed,
     /// By epochs that are cuts.
     Checkpointed,
+}
+
+/// What an image needs of a host beyond what every guest does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Need {
+    /// The CPU executes ring 0 by itself, as with VMX and SVM: a kernel that was not made for
+    /// Understudy executes what KVM cannot emulate.
+    #[serde(rename = "native-ring-0")]
+    NativeRing0,
+}
+
+impl Need {
+    /// What it is, in a sentence.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::NativeRing0 => "a CPU that executes ring 0 of a guest by itself,",
+        }
+    }
+}
+
+impl Mode {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Replayed, Self::Checkpointed];
 }
 
 impl fmt::Display for Mode {
@@ -103,6 +133,8 @@ pub struct Image {
     pub network: Option<NetworkSpec>,
     /// How it can be protected, best first.
     pub modes: Vec<Mode>,
+    /// What it needs of a host.
+    pub needs: Vec<Need>,
 }
 
 /// Why there is no such image.
@@ -143,18 +175,6 @@ pub enum ImageError {
         /// What is wrong, and where.
         #[source]
         source: Box<toml::de::Error>,
-    },
-    /// This program protects guests by another mode than the image's.
-    #[error(
-        "the image {image} can be run as {modes} only, and this version runs guests as replayed: use one of {others}"
-    )]
-    NoMode {
-        /// Which.
-        image: String,
-        /// What it supports.
-        modes: String,
-        /// Images that can be run.
-        others: String,
     },
     /// More to boot from than is handed to a VMM.
     #[error("{} has {len} bytes: kernel and initrd have at most {FILE_MAX} each", path.display())]
@@ -198,6 +218,8 @@ struct Manifest {
     disks: Vec<Size<512>>,
     network: Option<NetworkManifest>,
     modes: Vec<Mode>,
+    #[serde(default)]
+    needs: Vec<Need>,
 }
 
 #[derive(Deserialize)]
@@ -231,24 +253,6 @@ impl Image {
             mac: self.network.as_ref().map(|network| network.mac),
             disks: self.disks.iter().map(|disk| disk.size).collect(),
         }
-    }
-
-    /// Refuses before start what would be run as something that it is not.
-    pub fn check_runnable(&self) -> Result<(), ImageError> {
-        let others = || EMBEDDED.map(|(name, ..)| name).join(", ");
-        if !self.modes.contains(&Mode::Replayed) {
-            let modes: Vec<_> = self.modes.iter().map(Mode::to_string).collect();
-            return Err(ImageError::NoMode {
-                image: self.name.clone(),
-                modes: if modes.is_empty() {
-                    "nothing".to_owned()
-                } else {
-                    modes.join(" or ")
-                },
-                others: others(),
-            });
-        }
-        Ok(())
     }
 
     /// The hash of what is loaded from it. (What machine it runs on is in the log's header, too.)
@@ -288,6 +292,7 @@ impl Image {
                 ports: network.ports,
             }),
             modes: manifest.modes,
+            needs: manifest.needs,
         })
     }
 
@@ -370,6 +375,15 @@ pub fn embedded() -> Result<Vec<Image>, ImageError> {
         .into_iter()
         .map(|(name, manifest, kernel)| Image::embedded(manifest, name, kernel))
         .collect()
+}
+
+/// Images that this version knows and does not carry: what their manifests say (their kernels are
+/// empty here), and how to get them.
+pub fn built_elsewhere() -> Result<Vec<(Image, &'static str)>, ImageError> {
+    let image = |(manifest, how)| {
+        Image::from_manifest(manifest, "images/", &|_| Ok(Bytes::new())).map(|image| (image, how))
+    };
+    BUILT_ELSEWHERE.into_iter().map(image).collect()
 }
 
 impl<'de, const UNIT: u64> Deserialize<'de> for Size<UNIT> {

@@ -402,8 +402,8 @@ fn image(dir: &std::path::Path, more: &str) -> String {
 #[test]
 fn an_image_is_run_as_what_it_is_or_not_at_all() {
     for (manifest, why) in [
-        ("modes = [\"checkpointed\"]", "run as checkpointed only"),
-        ("modes = []", "run as nothing only"),
+        ("modes = [\"checkpointed\"]", "run as checkpointed only, not as replayed"),
+        ("modes = []", "run as nothing only, not as replayed"),
     ] {
         let dir = tempfile::tempdir().expect("a folder");
         let folder = image(dir.path(), manifest);

@@ -7,8 +7,9 @@ use std::path::PathBuf;
 use super::failure::{Exit, Failure, OrExit as _};
 use super::output;
 use super::process::until_stopped;
+use crate::doctor::offer::{self, Host};
 use crate::gateway::Publish;
-use crate::images;
+use crate::images::{self, Mode};
 use crate::local::{LocalError, LocalMachine, LocalRun, RecordingError};
 
 /// What `run` is told.
@@ -42,7 +43,7 @@ pub(super) fn publish(text: &str) -> Result<Publish, String> {
 /// Does it.
 pub fn run(args: &Args) -> Result<(), Failure> {
     let image = images::find(&args.image).or_exit(Exit::Usage)?;
-    image.check_runnable().or_exit(Exit::Unavailable)?;
+    offer::check(&Host::here(), &image, Mode::Replayed).or_exit(Exit::Unavailable)?;
     let run = LocalRun {
         image,
         record: args.record.clone(),

@@ -4,6 +4,7 @@
 //! with small guests ([`probe`]) on the KVM that is there.
 
 pub mod guest;
+pub mod offer;
 pub mod probe;
 
 use std::fs;
