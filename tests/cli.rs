@@ -402,7 +402,10 @@ fn image(dir: &std::path::Path, more: &str) -> String {
 #[test]
 fn an_image_is_run_as_what_it_is_or_not_at_all() {
     for (manifest, why) in [
-        ("modes = [\"checkpointed\"]", "run as checkpointed only, not as replayed"),
+        (
+            "modes = [\"checkpointed\"]",
+            "run as checkpointed only, not as replayed",
+        ),
         ("modes = []", "run as nothing only, not as replayed"),
     ] {
         let dir = tempfile::tempdir().expect("a folder");

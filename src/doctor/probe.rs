@@ -13,6 +13,7 @@ use thiserror::Error;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
 use vmm::boot::BootImage;
 use vmm::config::MachineConfig;
+use vmm::kvm::trial::Came;
 use vmm::kvm::{Kicker, KvmError, KvmMachine, Leaf};
 use vmm::machine::MachineError;
 use vmm::recorder::{Policy, Recorder};
@@ -57,6 +58,9 @@ pub enum ProbeError {
     /// The guest did something else than it was assembled for.
     #[error("a probe's guest ended unexpectedly: {0:?}")]
     Ended(Turn),
+    /// The same of a guest under trial.
+    #[error("a probe's guest came back unexpectedly: {0:?}")]
+    Came(Came),
     /// Its memory cannot be read.
     #[error(transparent)]
     Memory(#[from] GuestMemoryError),
@@ -139,8 +143,7 @@ pub fn masking(model: &[Leaf]) -> Result<Masking, ProbeError> {
 
 fn wrong_bits(model: &[Leaf], ring: Ring) -> Result<u32, ProbeError> {
     let image = guest::cpuid(ring, &MASKED_LEAVES)?;
-    let mut tape = Recorder::start(host(), Policy::default(), header(&image))?;
-    let runner = run_to_end(&mut tape, &image)?;
+    let runner = run_once(&image)?;
     let mut wrong = 0;
     for (number, (function, index)) in MASKED_LEAVES.into_iter().enumerate() {
         let address = GuestAddress(guest::RESULTS + number as u64 * 16);
@@ -179,7 +182,7 @@ pub fn self_test(ring: Ring) -> Result<SelfTest, ProbeError> {
         ..Policy::default()
     };
     let mut recorder = Recorder::start(host(), policy, header(&image))?;
-    let recorded = run_to_end(&mut recorder, &image)?;
+    let recorded = run_to_end(&mut recorder, KvmMachine::new(&config(), &image)?)?;
     recorder.flush()?;
     let batches = std::mem::take(&mut recorder.host().batches);
     replay(&image, &batches, recorded.machine())
@@ -227,11 +230,24 @@ fn content(machine: &KvmMachine) -> Result<Vec<u8>, GuestMemoryError> {
     Ok(bytes)
 }
 
+/// Runs a guest until it switches itself off.
+pub(super) fn run_once(image: &BootImage) -> Result<Runner<KvmMachine>, ProbeError> {
+    let mut tape = Recorder::start(host(), Policy::default(), header(image))?;
+    run_to_end(&mut tape, KvmMachine::new(&config(), image)?)
+}
+
+/// The same with the dirty log on.
+pub(super) fn run_logged(image: &BootImage) -> Result<Runner<KvmMachine>, ProbeError> {
+    let mut tape = Recorder::start(host(), Policy::default(), header(image))?;
+    let machine = KvmMachine::with_dirty_log(&config(), image)?;
+    run_to_end(&mut tape, machine)
+}
+
 fn run_to_end(
     tape: &mut Recorder<MemoryHost>,
-    image: &BootImage,
+    machine: KvmMachine,
 ) -> Result<Runner<KvmMachine>, ProbeError> {
-    let mut runner = Runner::new(KvmMachine::new(&config(), image)?);
+    let mut runner = Runner::new(machine);
     for _ in 0..TURNS_MAX {
         match runner.turn(tape, 64)? {
             Turn::Ran => {}
@@ -243,7 +259,7 @@ fn run_to_end(
     Err(ProbeError::Ended(Turn::Ran))
 }
 
-fn config() -> MachineConfig {
+pub(super) fn config() -> MachineConfig {
     MachineConfig {
         memory: MEMORY,
         command_line: String::new(),

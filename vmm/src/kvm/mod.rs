@@ -17,6 +17,7 @@ mod kick;
 mod memory;
 mod msr;
 mod setup;
+pub mod trial;
 mod vcpu;
 mod vm;
 
