@@ -64,8 +64,10 @@ pub(super) fn at_masking(report: &mut Report, host: &HostFingerprint) {
                     "CPUID masking",
                     Verdict::Note,
                     format!(
-                        "does not hold: {} bits differ in ring 0, {} in ring 3",
-                        masking.wrong_bits_ring_0, masking.wrong_bits_ring_3
+                        "does not hold: {} bits differ in ring 0, {} in ring 3{}",
+                        masking.wrong_bits_ring_0,
+                        masking.wrong_bits_ring_3,
+                        masking.first.map_or_else(String::new, first_wrong_bit)
                     ),
                     "an image must not use what CPUID offers; pair only with equal CPUs",
                 );
@@ -144,6 +146,11 @@ fn failed(report: &mut Report, what: &'static str, error: &ProbeError) {
         sentence(error),
         "this KVM does not run what every guest needs: try another kernel",
     );
+}
+
+fn first_wrong_bit((function, register, bit): (u32, usize, u32)) -> String {
+    let register = ["EAX", "EBX", "ECX", "EDX"][register];
+    format!(", first of all bit {bit} of {register} in leaf {function:#x}")
 }
 
 /// What no guest needs could not be looked at.

@@ -61,6 +61,9 @@ pub enum ProbeError {
     /// The same of a guest under trial.
     #[error("a probe's guest came back unexpectedly: {0:?}")]
     Came(Came),
+    /// No interrupt could be injected.
+    #[error("a probe's guest never takes an interrupt after a kick")]
+    NeverReady,
     /// Its memory cannot be read.
     #[error(transparent)]
     Memory(#[from] GuestMemoryError),
@@ -118,6 +121,8 @@ pub struct Masking {
     pub wrong_bits_ring_0: u32,
     /// The same in ring 3.
     pub wrong_bits_ring_3: u32,
+    /// The first of them: function, register (0 for EAX) and bit.
+    pub first: Option<(u32, usize, u32)>,
 }
 
 impl Masking {
@@ -134,28 +139,30 @@ const NOT_COMPARED: [[u32; 4]; 4] = [[0, u32::MAX, 1 << 27, 0], [0; 4], [0; 4], 
 
 /// Compares what CPUID tells a guest with `model`, the leaves that KVM was told to give it.
 pub fn masking(model: &[Leaf]) -> Result<Masking, ProbeError> {
-    let wrong = |ring| wrong_bits(model, ring);
+    let ring_0 = wrong_bits(model, Ring::Zero)?;
+    let ring_3 = wrong_bits(model, Ring::Three)?;
     Ok(Masking {
-        wrong_bits_ring_0: wrong(Ring::Zero)?,
-        wrong_bits_ring_3: wrong(Ring::Three)?,
+        wrong_bits_ring_0: ring_0.len() as u32,
+        wrong_bits_ring_3: ring_3.len() as u32,
+        first: ring_0.iter().chain(&ring_3).next().copied(),
     })
 }
 
-fn wrong_bits(model: &[Leaf], ring: Ring) -> Result<u32, ProbeError> {
+fn wrong_bits(model: &[Leaf], ring: Ring) -> Result<Vec<(u32, usize, u32)>, ProbeError> {
     let image = guest::cpuid(ring, &MASKED_LEAVES)?;
     let runner = run_once(&image)?;
-    let mut wrong = 0;
+    let mut wrong = Vec::new();
     for (number, (function, index)) in MASKED_LEAVES.into_iter().enumerate() {
         let address = GuestAddress(guest::RESULTS + number as u64 * 16);
         let found: [u32; 4] = runner.machine().memory().read_obj(address)?;
-        // The first is the model's; where masking fails, the host's own follow it.
         let told = model
             .iter()
             .find(|leaf| (leaf.function, leaf.index) == (function, index))
             .map_or([0; 4], |leaf| leaf.values);
         for register in 0..4 {
-            let differing = found[register] ^ told[register];
-            wrong += (differing & !NOT_COMPARED[number][register]).count_ones();
+            let differing = (found[register] ^ told[register]) & !NOT_COMPARED[number][register];
+            let bits = (0..32).filter(|bit| differing >> bit & 1 == 1);
+            wrong.extend(bits.map(|bit| (function, register, bit)));
         }
     }
     Ok(wrong)

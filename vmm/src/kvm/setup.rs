@@ -103,6 +103,8 @@ fn start_at(fd: &VcpuFd, entry: &EntryState) -> Result<(), KvmError> {
     sregs.cr4 = CR4;
     sregs.cr8 = 0;
     sregs.efer = EFER;
+    // There is no local APIC, and KVM says so in CPUID when its base is off.
+    sregs.apic_base = 0;
     fd.set_sregs(&sregs)
         .map_err(KvmError::ioctl("setting system registers"))?;
     fd.set_regs(&kvm_regs {
