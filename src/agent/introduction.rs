@@ -79,6 +79,7 @@ mod tests {
                 signature: 0x00a1_0f11,
                 cpu_model: CPU_MODEL.to_owned(),
                 cpuid: Vec::new(),
+                arithmetic: [7; 16],
                 unmasked: None,
                 msr_filter: true,
                 msr_exits: true,

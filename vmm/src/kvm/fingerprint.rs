@@ -5,6 +5,7 @@ use std::fmt;
 use kvm_ioctls::{Cap, Kvm};
 use serde::{Deserialize, Serialize};
 
+use super::arithmetic;
 use super::cpu_model::{self, CPU_MODEL};
 use super::cpuid::{self, Leaf};
 use super::{KvmError, vm};
@@ -44,6 +45,8 @@ pub struct HostFingerprint {
     pub cpu_model: String,
     /// The leaves that guests are told.
     pub cpuid: Vec<Leaf>,
+    /// A hash of what the CPU computes where the architecture leaves it open.
+    pub arithmetic: [u8; 16],
     /// What guests see nevertheless.
     pub unmasked: Option<Unmasked>,
     /// Whether unlisted MSRs are denied, and whether that is an exit.
@@ -139,6 +142,13 @@ impl HostFingerprint {
         if let Some((here, there)) = first_differing_leaf(&self.cpuid, &other.cpuid) {
             refuse("a CPUID leaf of guests", here, there);
         }
+        let hash = |of: &Self| format!("{:032x}", u128::from_be_bytes(of.arithmetic));
+        refuse(
+            "what the CPU computes where the architecture leaves it open (approximations, x87 \
+             functions, undefined flags)",
+            hash(self),
+            hash(other),
+        );
         if let (Some(ours), Some(theirs)) = (&self.unmasked, &other.unmasked) {
             refuse(
                 "the CPU, which guests see as it is,",
@@ -200,6 +210,7 @@ pub fn host_fingerprint() -> Result<HostFingerprint, KvmError> {
         signature,
         cpu_model: CPU_MODEL.to_owned(),
         cpuid: cpu_model::of_host(&kvm)?,
+        arithmetic: arithmetic::fingerprint(),
         unmasked: (kind == KvmKind::Pvm).then(|| Unmasked {
             cpuid: cpuid::host_leaves(),
             xcr0: cpuid::host_xcr0(),
@@ -264,6 +275,7 @@ mod tests {
             signature: 0x00a1_0f11,
             cpu_model: CPU_MODEL.to_owned(),
             cpuid: cpuid::host_leaves(),
+            arithmetic: [7; 16],
             unmasked: None,
             msr_filter: true,
             msr_exits: true,
@@ -315,7 +327,8 @@ mod tests {
 
     #[test]
     fn what_a_guest_would_notice_is_refused() {
-        let changes: [(&str, Change); 6] = [
+        let changes: [(&str, Change); 7] = [
+            ("what the CPU computes", |f| f.arithmetic[3] ^= 1),
             ("kind of KVM", |f| f.kvm = KvmKind::Vmx),
             ("vendor", |f| f.vendor = "GenuineIntel".to_owned()),
             ("CPU model", |f| f.cpu_model = "understudy-v2".to_owned()),

@@ -8,6 +8,7 @@
     reason = "ioctls, the run page and kicks cannot be had without; nothing outside this folder needs any"
 )]
 
+mod arithmetic;
 mod background;
 mod cpu_model;
 mod cpuid;
