@@ -10,6 +10,7 @@
 //! disks = ["64 MiB"]                 # or { size = "64 MiB", content = "a file of the folder" }
 //! acpi = true                        # optional: tell the kernel of its devices by ACPI tables
 //! modes = ["replayed"]               # also "checkpointed", "none" (it runs, and nothing protects it)
+//! needs = ["native-ring-0"]          # optional: what a host must have (here VMX or SVM)
 //!
 //! [network]                          # optional
 //! mac = "02:75:64:00:00:02"
@@ -25,7 +26,7 @@ use std::{fmt, fs, io};
 
 use bytes::Bytes;
 use replay_log::ImageDigest;
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer, Serialize, de};
 use thiserror::Error;
 use vmm::boot::BootImage;
 use vmm::config::MachineConfig;
@@ -49,8 +50,14 @@ const EMBEDDED: [(&str, &str, &[u8]); 1] = [(
     include_bytes!(concat!(env!("OUT_DIR"), "/ledger.elf")),
 )];
 
+/// Images of this repository that are not embedded: manifest, and how they are had.
+const BUILT_ELSEWHERE: [(&str, &str); 1] = [(
+    include_str!("../images/linux/manifest.toml"),
+    "build it with images/linux/build and name its folder",
+)];
+
 /// How a guest can be protected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// Every event recorded and replayed.
@@ -59,6 +66,29 @@ pub enum Mode {
     Checkpointed,
     /// Not at all: it runs on one host, and nothing of it is recorded.
     None,
+}
+
+/// What an image needs of a host beyond what every guest does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Need {
+    /// The CPU executes ring 0 by itself, as with VMX and SVM: a kernel that was not made for
+    /// Understudy executes what KVM cannot emulate.
+    #[serde(rename = "native-ring-0")]
+    NativeRing0,
+}
+
+impl Need {
+    /// What it is, in a sentence.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::NativeRing0 => "a CPU that executes ring 0 of a guest by itself,",
+        }
+    }
+}
+
+impl Mode {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Replayed, Self::Checkpointed, Self::None];
 }
 
 impl fmt::Display for Mode {
@@ -107,6 +137,8 @@ pub struct Image {
     pub acpi: bool,
     /// How it can be protected, best first.
     pub modes: Vec<Mode>,
+    /// What it needs of a host.
+    pub needs: Vec<Need>,
 }
 
 /// Why there is no such image.
@@ -151,28 +183,6 @@ pub enum ImageError {
     /// A file that is to fill a disk.
     #[error(transparent)]
     Fill(#[from] FillError),
-    /// Nothing that this image does can be repeated.
-    #[error(
-        "the image {image} cannot be recorded or protected, its manifest says: run it on one host with 'understudy run {image} --mode none', or use one of {others}"
-    )]
-    Unprotectable {
-        /// Which.
-        image: String,
-        /// Images that can be.
-        others: String,
-    },
-    /// This program protects guests by another mode than the image's.
-    #[error(
-        "the image {image} can be run as {modes} only, and this version runs guests as replayed: use one of {others}"
-    )]
-    NoMode {
-        /// Which.
-        image: String,
-        /// What it supports.
-        modes: String,
-        /// Images that can be run.
-        others: String,
-    },
     /// More to boot from than is handed to a VMM.
     #[error("{} has {len} bytes: kernel and initrd have at most {FILE_MAX} each", path.display())]
     TooLarge {
@@ -217,6 +227,8 @@ struct Manifest {
     #[serde(default)]
     acpi: bool,
     modes: Vec<Mode>,
+    #[serde(default)]
+    needs: Vec<Need>,
 }
 
 #[derive(Deserialize)]
@@ -251,30 +263,6 @@ impl Image {
             disks: self.disks.iter().map(|disk| disk.size).collect(),
             acpi: self.acpi,
         }
-    }
-
-    /// Refuses before start what would be protected as something that it is not.
-    pub fn check_runnable(&self) -> Result<(), ImageError> {
-        let others = || EMBEDDED.map(|(name, ..)| name).join(", ");
-        if self.modes == [Mode::None] {
-            return Err(ImageError::Unprotectable {
-                image: self.name.clone(),
-                others: others(),
-            });
-        }
-        if !self.modes.contains(&Mode::Replayed) {
-            let modes: Vec<_> = self.modes.iter().map(Mode::to_string).collect();
-            return Err(ImageError::NoMode {
-                image: self.name.clone(),
-                modes: if modes.is_empty() {
-                    "nothing".to_owned()
-                } else {
-                    modes.join(" or ")
-                },
-                others: others(),
-            });
-        }
-        Ok(())
     }
 
     /// The hash of what is loaded from it. (What machine it runs on is in the log's header, too.)
@@ -319,6 +307,7 @@ impl Image {
             }),
             acpi: manifest.acpi,
             modes: manifest.modes,
+            needs: manifest.needs,
         })
     }
 
@@ -403,6 +392,18 @@ pub fn embedded() -> Result<Vec<Image>, ImageError> {
         .into_iter()
         .map(|(name, manifest, kernel)| Image::embedded(manifest, name, kernel))
         .collect()
+}
+
+/// Images that this version knows and does not carry: what their manifests say (their kernels are
+/// empty here), and how to get them.
+pub fn built_elsewhere() -> Result<Vec<(Image, &'static str)>, ImageError> {
+    let image = |(manifest, how)| {
+        Image::from_manifest(manifest, "images/", &|file| Ok(file.into()), &|_| {
+            Ok(Bytes::new())
+        })
+        .map(|image| (image, how))
+    };
+    BUILT_ELSEWHERE.into_iter().map(image).collect()
 }
 
 impl<'de, const UNIT: u64> Deserialize<'de> for Size<UNIT> {
@@ -572,20 +573,6 @@ mod tests {
             let told = message(&image(lines).unwrap_err());
             assert!(told.contains(wanted), "{lines}: {told}");
         }
-    }
-
-    #[test]
-    fn an_image_that_nothing_protects_is_refused_where_it_is_to_be_protected() {
-        let image = |modes: &str| {
-            let text = format!("name = 'x'\nkernel = 'k'\nmemory = 4096\nmodes = {modes}\n");
-            let read = |_: PathBuf| Ok(Bytes::new());
-            Image::from_manifest(&text, "here", &|file| Ok(file.into()), &read).unwrap()
-        };
-        image("['replayed', 'none']").check_runnable().unwrap();
-        let refused = image("['none']").check_runnable().unwrap_err();
-        assert!(refused.to_string().contains("--mode none"), "{refused}");
-        let refused = image("['checkpointed', 'none']").check_runnable();
-        assert!(matches!(refused, Err(ImageError::NoMode { .. })));
     }
 
     #[test]

@@ -59,6 +59,48 @@ fn doctor_says_in_json_whether_guests_run_here() {
     assert_eq!(code, if lacking { 3 } else { 0 }, "{err}");
     assert_eq!(lacking, err.contains("guests cannot be protected"), "{err}");
     assert!(findings.iter().any(|f| f["what"] == "KVM"));
+    let images = report["images"].as_array().expect("images");
+    let row = |image: &str, mode: &str| {
+        let found = images
+            .iter()
+            .find(|row| row["image"] == image && row["mode"] == mode);
+        found.unwrap_or_else(|| panic!("{image} as {mode}: {out}"))
+    };
+    assert_eq!(row("ledger", "replayed")["here"], !lacking);
+    assert_eq!(row("ledger", "checkpointed")["here"], false);
+    assert!(row("linux", "replayed")["here"].is_boolean());
+    for row in images.iter().filter(|row| row["here"] == false) {
+        assert!(row["why"].is_string(), "{row}");
+    }
+    if !lacking {
+        let measured = &report["measured"];
+        for what in ["speed", "injection", "debugging", "branches", "dirty_log"] {
+            assert!(!measured[what].is_null(), "{what}: {out}");
+        }
+        assert_eq!(measured["fingerprint"]["cpu_model"], vmm::kvm::CPU_MODEL);
+    }
+}
+
+#[test]
+fn what_this_host_lacks_for_an_image_is_said_alike_by_all() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let folder = image(
+        dir.path(),
+        "modes = [\"replayed\"]\nneeds = [\"native-ring-0\"]",
+    );
+    let (_, out, _) = run(&["doctor", "--json", "--image", &folder]);
+    let report: serde_json::Value = serde_json::from_str(&out).expect("JSON");
+    let images = report["images"].as_array().expect("images");
+    let row = images.iter().find(|row| row["image"] == "odd");
+    let row = row.expect("the image that was named");
+    if row["here"] == true {
+        return skip::skipped("what this host lacks", &"this host runs every image");
+    }
+    let why = row["why"].as_str().expect("a reason");
+    let (code, _, err) = run(&["run", &folder]);
+    assert_eq!(code, 3, "{err}");
+    assert!(err.contains(why), "{err}: {why}");
+    assert_eq!(err.lines().count(), 1, "{err}");
 }
 
 #[test]
@@ -426,8 +468,11 @@ fn image(dir: &std::path::Path, more: &str) -> String {
 #[test]
 fn an_image_is_run_as_what_it_is_or_not_at_all() {
     for (manifest, why) in [
-        ("modes = [\"checkpointed\"]", "run as checkpointed only"),
-        ("modes = []", "run as nothing only"),
+        (
+            "modes = [\"checkpointed\"]",
+            "run as checkpointed only, not as replayed",
+        ),
+        ("modes = []", "run as nothing only, not as replayed"),
     ] {
         let dir = tempfile::tempdir().expect("a folder");
         let folder = image(dir.path(), manifest);
@@ -654,6 +699,9 @@ fn without_kvm_what_needs_it_says_so_in_one_sentence() {
     }
     let images = hidden(&[env!("CARGO_BIN_EXE_understudy"), "images"]).expect("it starts");
     assert_eq!(images.status.code(), Some(0));
+    let listed = String::from_utf8_lossy(&images.stdout);
+    let said = "ledger does not run on this host: /dev/kvm cannot be opened";
+    assert!(listed.contains(said), "{listed}");
 }
 
 #[test]

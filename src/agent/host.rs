@@ -30,6 +30,7 @@ use super::operator::{
 use super::thread::on_own_thread;
 use super::witness::client::WitnessClient;
 use crate::config::{Config, ConfigError};
+use crate::doctor::offer;
 use crate::gateway::frames::{Message as _, ToAgent, WireError};
 use crate::protocol::{HostName, Input, Operator, Span, Time, VmName};
 
@@ -173,7 +174,12 @@ async fn run_here(
     let version = env!("CARGO_PKG_VERSION").to_owned();
     journal.write(None, Incident::AgentStarted { version });
     let (link, events) = Link::start(&endpoint, config.other_hosts());
-    let library = Library::new(&config.data, endpoint.clone(), config.other_hosts());
+    let library = Library::new(
+        &config.data,
+        endpoint.clone(),
+        config.other_hosts(),
+        offer::Host::introduced(&introduction),
+    );
     let witness = config
         .witness()
         .map(|peer| WitnessClient::new(&endpoint, peer));
@@ -410,9 +416,8 @@ impl Agent {
 
     /// Makes sure that a VM can be created from an image here.
     fn prepare(&mut self, vm: &VmName, image: &str) -> Result<(), String> {
-        let found: Result<_, LibraryError> = self.env.library.image_named(image);
-        let found = found.map_err(|error| error.to_string())?;
-        found.check_runnable().map_err(|error| error.to_string())?;
+        let found = self.env.library.image_named(image);
+        found.map_err(|error: LibraryError| error.to_string())?;
         let home = super::driver::Home::open(&self.env.config.data, vm);
         let home = home.map_err(|error| error.to_string())?;
         // A VM that has run here keeps what it was created from: the order will be refused.

@@ -66,7 +66,7 @@ pub fn judge(here: &Introduction, there: &Introduction) -> Verdict {
 
 #[cfg(test)]
 mod tests {
-    use vmm::kvm::KvmKind;
+    use vmm::kvm::{CPU_MODEL, KvmKind};
 
     use super::*;
 
@@ -77,8 +77,10 @@ mod tests {
                 kvm: KvmKind::Svm,
                 vendor: "AuthenticAMD".to_owned(),
                 signature: 0x00a1_0f11,
+                cpu_model: CPU_MODEL.to_owned(),
                 cpuid: Vec::new(),
-                xcr0: 7,
+                arithmetic: [7; 16],
+                unmasked: None,
                 msr_filter: true,
                 msr_exits: true,
                 microcode: "0xa101148".to_owned(),

@@ -10,7 +10,8 @@ use vmm::disk::{Base, BaseError};
 
 use crate::agent::bulk::{self, FetchError};
 use crate::agent::link::{Endpoint, Peer};
-use crate::images::{self, Image, ImageError};
+use crate::doctor::offer::{self, CannotRun, Host};
+use crate::images::{self, Image, ImageError, Mode};
 
 /// Why something cannot be run here.
 #[derive(Debug, Error)]
@@ -29,6 +30,9 @@ pub enum LibraryError {
         /// Where it is looked for.
         folder: PathBuf,
     },
+    /// The image, on this host.
+    #[error(transparent)]
+    CannotRun(#[from] CannotRun),
     /// A base is there and is damaged, or cannot be read.
     #[error(transparent)]
     Base(#[from] BaseError),
@@ -43,29 +47,34 @@ pub struct Library {
     bases: PathBuf,
     endpoint: Endpoint,
     peers: Vec<Peer>,
+    host: Host,
 }
 
 impl Library {
-    /// What is in a host's data folder, or with these other hosts.
-    pub fn new(data: &std::path::Path, endpoint: Endpoint, peers: Vec<Peer>) -> Self {
+    /// What is in the data folder of `host`, or with these other hosts.
+    pub fn new(data: &std::path::Path, endpoint: Endpoint, peers: Vec<Peer>, host: Host) -> Self {
         Self {
             images: data.join("images"),
             bases: data.join("bases"),
             endpoint,
             peers,
+            host,
         }
     }
 
-    /// The image of this name: embedded, or a folder.
+    /// The image of this name, embedded or a folder, if it can be run here.
     pub fn image_named(&self, name: &str) -> Result<Image, LibraryError> {
         let folder = self.images.join(name);
-        if !name.contains('/') && folder.is_dir() {
-            return Ok(images::find(&folder.to_string_lossy())?);
-        }
-        Ok(images::find(name)?)
+        let image = if !name.contains('/') && folder.is_dir() {
+            images::find(&folder.to_string_lossy())
+        } else {
+            images::find(name)
+        }?;
+        offer::check(&self.host, &image, Mode::Replayed)?;
+        Ok(image)
     }
 
-    /// The image with this digest.
+    /// The image with this digest, if it can be run here.
     pub fn image(&self, digest: ImageDigest) -> Result<Image, LibraryError> {
         let folders = std::fs::read_dir(&self.images)
             .into_iter()
@@ -76,10 +85,12 @@ impl Library {
             .into_iter()
             .chain(own)
             .find(|i| i.digest() == digest);
-        found.ok_or_else(|| LibraryError::NoImage {
+        let image = found.ok_or_else(|| LibraryError::NoImage {
             digest: blake3::Hash::from_bytes(digest.0).to_hex()[..12].to_owned(),
             folder: self.images.clone(),
-        })
+        })?;
+        offer::check(&self.host, &image, Mode::Replayed)?;
+        Ok(image)
     }
 
     /// What boots and the disk bases that a log names; bases that are not here are fetched.

@@ -2,9 +2,10 @@
 
 use comfy_table::Table;
 
-use super::failure::{Exit, Failure};
+use super::failure::{Exit, Failure, OrExit as _};
 use super::output;
 use crate::doctor::{self, Report, Verdict};
+use crate::images;
 
 /// What `doctor` is told.
 #[derive(Debug, clap::Args)]
@@ -12,12 +13,17 @@ pub struct Args {
     /// Print JSON, figures included
     #[arg(long)]
     json: bool,
+    /// Say of this image, too, whether it runs here: a folder with a manifest
+    #[arg(long = "image", value_name = "DIR")]
+    images: Vec<String>,
 }
 
 /// Does it.
 pub fn run(args: &Args) -> Result<(), Failure> {
+    let more: Result<Vec<_>, _> = args.images.iter().map(|name| images::find(name)).collect();
+    let more = more.or_exit(Exit::Usage)?;
     let bar = output::spinner();
-    let report = doctor::examine(|what| {
+    let report = doctor::examine(&more, |what| {
         bar.set_message(what);
         bar.tick();
     });
@@ -25,7 +31,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     if args.json {
         output::json(&report)?;
     } else {
-        output::line(format_args!("{}", table(&report)))?;
+        output::line(format_args!("{}\n", findings(&report)))?;
+        output::line(format_args!("{}", offers(&report)))?;
     }
     match report
         .findings
@@ -40,7 +47,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     }
 }
 
-fn table(report: &Report) -> Table {
+fn findings(report: &Report) -> Table {
     let mut table = output::table(["", "what", "found"]);
     for finding in &report.findings {
         let sign = match finding.verdict {
@@ -53,6 +60,16 @@ fn table(report: &Report) -> Table {
             None => finding.found.clone(),
         };
         table.add_row([sign, finding.what, &found]);
+    }
+    table
+}
+
+fn offers(report: &Report) -> Table {
+    let mut table = output::table(["image", "mode", "here?", ""]);
+    for offer in &report.images {
+        let here = if offer.here { "yes" } else { "no" };
+        let why = offer.why.as_deref().unwrap_or_default();
+        table.add_row([&offer.image, &offer.mode.to_string(), here, why]);
     }
     table
 }

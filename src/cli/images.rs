@@ -2,8 +2,8 @@
 
 use super::failure::{Failure, OrExit as _};
 use super::output;
-use crate::doctor;
-use crate::images::{self, Image, Mode};
+use crate::doctor::offer::{self, Host};
+use crate::images::{self, Image, Mode, Need};
 
 /// What `images` is told.
 #[derive(Debug, clap::Args)]
@@ -23,39 +23,55 @@ struct Row {
     disks: Vec<u64>,
     ports: Vec<u16>,
     modes: Vec<&'static str>,
+    needs: Vec<Need>,
     runs_here: bool,
+    why_not: Option<String>,
 }
 
 /// Does it.
 pub fn run(args: &Args) -> Result<(), Failure> {
-    let runs_here = doctor::missing_kvm().is_none();
+    let host = Host::here();
     let images = images::embedded().or_fail()?;
-    let rows: Vec<Row> = images.iter().map(|image| row(image, runs_here)).collect();
+    let rows: Vec<Row> = images.iter().map(|image| row(image, &host)).collect();
     if args.json {
         return output::json(&rows);
     }
-    let mut table = output::table(["image", "memory", "disks", "ports", "protected by", "what"]);
-    for row in rows {
+    let heads = [
+        "image",
+        "memory",
+        "disks",
+        "ports",
+        "protected by",
+        "here?",
+        "what",
+    ];
+    let mut table = output::table(heads);
+    for row in &rows {
         let list = |items: Vec<String>| items.join(", ");
         table.add_row([
-            row.name,
+            row.name.clone(),
             output::memory(row.memory),
             list(row.disks.iter().map(|size| output::memory(*size)).collect()),
             list(row.ports.iter().map(u16::to_string).collect()),
             row.modes.join(", "),
-            row.description,
+            (if row.runs_here { "yes" } else { "no" }).to_owned(),
+            row.description.clone(),
         ]);
     }
     output::line(format_args!("{table}"))?;
-    if !runs_here {
-        output::line(format_args!(
-            "\nNone of them runs on this host: see 'understudy doctor'."
-        ))?;
+    for row in &rows {
+        if let Some(why) = &row.why_not {
+            output::line(format_args!(
+                "\n{} does not run on this host: {why}.",
+                row.name
+            ))?;
+        }
     }
     Ok(())
 }
 
-fn row(image: &Image, runs_here: bool) -> Row {
+fn row(image: &Image, host: &Host) -> Row {
+    let refused = offer::check(host, image, Mode::Replayed).err();
     Row {
         name: image.name.clone(),
         description: image.description.clone(),
@@ -67,7 +83,9 @@ fn row(image: &Image, runs_here: bool) -> Row {
             .as_ref()
             .map_or(Vec::new(), |network| network.ports.clone()),
         modes: image.modes.iter().map(|mode| word(*mode)).collect(),
-        runs_here,
+        needs: image.needs.clone(),
+        runs_here: refused.is_none(),
+        why_not: refused.map(|why| why.to_string()),
     }
 }
 

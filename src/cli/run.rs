@@ -11,8 +11,9 @@ use tokio::sync::mpsc;
 use super::failure::{Exit, Failure, OrExit as _};
 use super::output;
 use super::process::until_stopped;
+use crate::doctor::offer::{self, Host};
 use crate::gateway::Publish;
-use crate::images;
+use crate::images::{self, Mode};
 use crate::local::{LocalError, LocalMachine, LocalRun, Log, RecordingError};
 
 /// What an arrival may wait before it is worth a word (DESIGN.md, section 2: the deferral limit).
@@ -82,9 +83,11 @@ pub(super) fn publish(text: &str) -> Result<Publish, String> {
 pub fn run(args: &Args) -> Result<(), Failure> {
     let image = images::find(&args.image).or_exit(Exit::Usage)?;
     let log = args.log()?;
-    if log != Log::Impossible {
-        image.check_runnable().or_exit(Exit::Unavailable)?;
-    }
+    let mode = match log {
+        Log::Impossible => Mode::None,
+        _ => Mode::Replayed,
+    };
+    offer::check(&Host::here(), &image, mode).or_exit(Exit::Unavailable)?;
     let run = LocalRun {
         image,
         log,

@@ -9,7 +9,7 @@
 //! 0x1c_0000  how often the timer came     0x1d_0000  what the body found
 //! ```
 //!
-//! They run on every KVM: ports are open to ring 3 by IOPL and by the bitmap, and ring 3 never
+//! Guests for single instructions are in `trials.rs`. They run on every KVM: ports are open to ring 3 by IOPL and by the bitmap, and ring 3 never
 //! changes IF. An exception finds no handler and ends the guest by a triple fault.
 
 use iced_x86::IcedError;
@@ -32,16 +32,16 @@ const TIMER_COUNT: u64 = 0x1c_0000;
 /// Where [`cpuid`] leaves what it was told: EAX, EBX, ECX, EDX of each leaf in order.
 pub(super) const RESULTS: u64 = 0x1d_0000;
 
-const KERNEL_CODE: u64 = 0x10;
+pub(super) const KERNEL_CODE: u64 = 0x10;
 const USER_DATA: i32 = 0x23;
 const USER_CODE: i32 = 0x2b;
 const TSS_SELECTOR: u32 = 0x30;
-const TIMER_VECTOR: u64 = 0x20;
+pub(super) const TIMER_VECTOR: u64 = 0x20;
 const BITMAP_OFFSET: u16 = 0x68;
 const BITMAP_SIZE: u16 = 8192;
 
 /// A port and an address that no device claims.
-const NOBODYS_PORT: u16 = 0x990;
+pub(super) const NOBODYS_PORT: u16 = 0x990;
 const NOBODYS_ADDRESS: u32 = 0xe000_0000;
 
 /// Where the body of a guest runs.
@@ -51,6 +51,17 @@ pub enum Ring {
     Zero,
     /// As a program does.
     Three,
+}
+
+/// By what ring 3 may get at ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Doors {
+    /// The privilege level in the flags.
+    Iopl,
+    /// The bitmap in the task state segment.
+    Bitmap,
+    /// Either.
+    Both,
 }
 
 /// What leaves the guest.
@@ -152,6 +163,15 @@ fn arm_timer(asm: &mut CodeAssembler, nanos: i32) -> Result<(), IcedError> {
 
 /// Everything before the body.
 fn start(ring: Ring) -> Result<CodeAssembler, IcedError> {
+    start_after(ring, Doors::Both, |_| Ok(()))
+}
+
+/// The same; ring 3 gets at ports by these doors only, and `prepare` is the last thing in ring 0.
+pub(super) fn start_after(
+    ring: Ring,
+    doors: Doors,
+    prepare: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Result<CodeAssembler, IcedError> {
     let mut asm = CodeAssembler::new(64)?;
     asm.mov(rax, PAGE_TABLES)?;
     asm.mov(cr3, rax)?;
@@ -180,12 +200,17 @@ fn start(ring: Ring) -> Result<CodeAssembler, IcedError> {
             out8(&mut asm, port + 1, word)?;
         }
     }
+    prepare(&mut asm)?;
     if ring == Ring::Three {
         let mut body = asm.create_label();
         asm.push(USER_DATA)?;
         asm.push(USER_STACK as i32)?;
-        // IOPL 3, IF, and the bit that is always set.
-        asm.push(0x3202)?;
+        // IOPL 3 or 0, IF, and the bit that is always set.
+        asm.push(if doors == Doors::Bitmap {
+            0x202
+        } else {
+            0x3202
+        })?;
         asm.push(USER_CODE)?;
         asm.lea(rax, ptr(body))?;
         asm.push(rax)?;
@@ -202,7 +227,12 @@ fn out8(asm: &mut CodeAssembler, port: u16, value: u32) -> Result<(), IcedError>
 }
 
 /// Switches the guest off after its body, and makes an image of it all.
-fn finish(mut asm: CodeAssembler) -> Result<BootImage, IcedError> {
+fn finish(asm: CodeAssembler) -> Result<BootImage, IcedError> {
+    finish_with(asm, Doors::Both)
+}
+
+/// The same with these doors to ports, which must be those of the start.
+pub(super) fn finish_with(mut asm: CodeAssembler, doors: Doors) -> Result<BootImage, IcedError> {
     asm.mov(edx, u32::from(layout::POWER))?;
     asm.mov(eax, layout::POWER_OFF)?;
     asm.out(dx, eax)?;
@@ -211,7 +241,7 @@ fn finish(mut asm: CodeAssembler) -> Result<BootImage, IcedError> {
     let pieces = [
         (CODE, asm.assemble(CODE)?),
         (STUB, timer_stub()?),
-        (GDT, gdt()),
+        (GDT, gdt(doors)),
         (IDT, idt()),
         (TSS, tss()),
         (PAGE_TABLES, page_tables()),
@@ -237,8 +267,12 @@ fn words(words: impl IntoIterator<Item = u64>) -> Vec<u8> {
     words.into_iter().flat_map(u64::to_le_bytes).collect()
 }
 
-fn gdt() -> Vec<u8> {
-    let limit = u64::from(BITMAP_OFFSET + BITMAP_SIZE);
+fn gdt(doors: Doors) -> Vec<u8> {
+    let limit = match doors {
+        // The bitmap would begin behind the end.
+        Doors::Iopl => u64::from(BITMAP_OFFSET) - 1,
+        Doors::Bitmap | Doors::Both => u64::from(BITMAP_OFFSET + BITMAP_SIZE),
+    };
     // A 64-bit TSS that is present and not busy.
     let tss = limit | (TSS & 0xff_ffff) << 16 | 0x89 << 40 | (TSS >> 24 & 0xff) << 56;
     let kernel = [0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];

@@ -1,20 +1,26 @@
 //! `understudy doctor`: what this host can do, measured, and what it lacks.
 //!
 //! Nothing here trusts a table: the CPU model, the exits and the exactness of a replay are tried
-//! with small guests ([`probe`]) on the KVM that is there.
+//! with small guests ([`probe`], [`trials`]) on the KVM that is there. What it comes to is a table
+//! of the images and modes that the host can offer ([`offer`]).
 
 pub mod guest;
+mod look;
+pub mod offer;
 pub mod probe;
+pub mod trials;
 
 use std::fs;
 
 use serde::Serialize;
-use vmm::kvm::{HostFingerprint, KvmError, KvmKind, host_fingerprint};
-use vmm::machine::MachineError;
-use vmm::tape::TapeError;
+use vmm::kvm::{HostFingerprint, KvmError, host_fingerprint};
 
+use crate::cli::failure::sentence;
+use crate::images::Image;
 use guest::Ring;
-use probe::{ExitCosts, Masking, ProbeError, SelfTest};
+use offer::{Host, Offer};
+use probe::{ExitCosts, Masking, SelfTest};
+use trials::{Branches, Debugging, Fate, Injection, Speed, Trick};
 
 /// Memory that a guest of 64 MB, its VMM and its agent may take, in bytes.
 const COMFORTABLE_MEMORY: u64 = (64 + 48) << 20;
@@ -56,6 +62,22 @@ pub struct Measured {
     pub masking: Option<Masking>,
     /// What exits cost, in nanoseconds.
     pub exit_costs: Option<ExitCosts>,
+    /// How fast guests compute.
+    pub speed: Option<Speed>,
+    /// What becomes of instructions that differ between the kinds of KVM.
+    pub tricks: Vec<(Trick, Fate)>,
+    /// How long a kick and an interrupt take, in nanoseconds.
+    pub injection: Option<Injection>,
+    /// What a debugger can do.
+    pub debugging: Option<Debugging>,
+    /// Whether a guest's branches can be counted.
+    pub branches: Option<Branches>,
+    /// Whether the dirty log tells what guests write.
+    pub dirty_log: Option<bool>,
+    /// The largest ring of dirty pages in bytes.
+    pub dirty_ring: Option<u32>,
+    /// Whether the guest's time stamp counter can be scaled.
+    pub tsc_scaling: Option<bool>,
     /// The self-test in ring 0.
     pub self_test_ring_0: Option<SelfTest>,
     /// The self-test in ring 3.
@@ -67,6 +89,8 @@ pub struct Measured {
 pub struct Report {
     /// In the order of the table.
     pub findings: Vec<Finding>,
+    /// What can be run here, and what not for which reason.
+    pub images: Vec<Offer>,
     /// The figures behind them.
     pub measured: Measured,
 }
@@ -105,170 +129,70 @@ pub fn missing_kvm() -> Option<KvmError> {
     host_fingerprint().err()
 }
 
-/// Looks at everything. `progress` is told what is looked at next.
-pub fn examine(mut progress: impl FnMut(&'static str)) -> Report {
+/// Looks at everything, and says of every known image and of `more` whether it can be run.
+/// `progress` is told what is looked at next.
+pub fn examine(more: &[Image], mut progress: impl FnMut(&'static str)) -> Report {
     let mut report = Report::default();
     progress("/dev/kvm");
-    match host_fingerprint() {
+    let found = host_fingerprint();
+    let mut host = Host {
+        kvm: found.as_ref().map(|f| f.kvm).map_err(|e| sentence(e)),
+        inexact: None,
+    };
+    match found {
         Ok(fingerprint) => {
-            look_at_kvm(&mut report, &fingerprint);
-            progress("CPUID masking");
-            look_at_masking(&mut report, &fingerprint);
-            progress("the cost of exits");
-            look_at_exits(&mut report);
-            progress("replays under a storm of kicks");
-            report.measured.self_test_ring_3 = look_at_replay(&mut report, Ring::Three);
-            report.measured.self_test_ring_0 = look_at_replay(&mut report, Ring::Zero);
+            examine_guests(&mut report, &fingerprint, &mut progress);
+            host.inexact = look_at_replays(&mut report, &mut progress);
             report.measured.fingerprint = Some(fingerprint);
         }
-        Err(error) => report.add_with(
-            "KVM",
-            Verdict::Lacking,
-            crate::cli::failure::sentence(&error),
-            WITHOUT_KVM,
-        ),
+        Err(error) => look_at_no_kvm(&mut report, &error),
     }
     progress("clock and memory");
     look_at_clock(&mut report);
     look_at_memory(&mut report);
+    report.images = offer::offers(&host, more);
     report
 }
 
-fn look_at_kvm(report: &mut Report, host: &HostFingerprint) {
-    let (family, model, stepping) = host.family_model_stepping();
-    report.add("KVM", Verdict::Good, "/dev/kvm opens");
-    match host.kvm {
-        KvmKind::Vmx | KvmKind::Svm => report.add("kind", Verdict::Good, host.kvm.to_string()),
-        KvmKind::Pvm => report.add_with(
-            "kind",
-            Verdict::Note,
-            "pvm: KVM without VMX or SVM",
-            "ring 0 is emulated: guests that live in ring 3, like the ledger, run; Linux does not",
-        ),
-    }
-    let microcode = if host.microcode.is_empty() {
-        "unknown"
-    } else {
-        &host.microcode
+fn examine_guests(
+    report: &mut Report,
+    host: &HostFingerprint,
+    progress: &mut impl FnMut(&'static str),
+) {
+    look::at_kvm(report, host);
+    progress("CPUID masking");
+    look::at_masking(report, host);
+    progress("how fast guests compute");
+    look::at_speed(report);
+    progress("single instructions");
+    look::at_tricks(report);
+    progress("the cost of exits");
+    look::at_exits(report);
+    progress("kicks and interrupts");
+    look::at_injection(report);
+    progress("debuggers and counters");
+    look::at_debugging(report);
+    look::at_branches(report);
+    look::at_dirty_pages(report);
+}
+
+/// What differed, if anything did.
+fn look_at_replays(report: &mut Report, progress: &mut impl FnMut(&'static str)) -> Option<String> {
+    progress("replays under a storm of kicks");
+    let ring_3 = look::at_replay(report, Ring::Three);
+    let ring_0 = look::at_replay(report, Ring::Zero);
+    let inexact = ring_3.as_ref().err().or(ring_0.as_ref().err()).cloned();
+    report.measured.self_test_ring_3 = ring_3.ok().flatten();
+    report.measured.self_test_ring_0 = ring_0.ok().flatten();
+    inexact
+}
+
+fn look_at_no_kvm(report: &mut Report, error: &KvmError) {
+    let what = match error {
+        KvmError::CpuModel(_) => "CPU model",
+        _ => "KVM",
     };
-    report.add(
-        "CPU",
-        Verdict::Good,
-        format!(
-            "{}, family {family} model {model} stepping {stepping}, microcode {microcode}",
-            host.vendor
-        ),
-    );
-    report.add("kernel", Verdict::Good, host.kernel.clone());
-    if host.msr_filter && host.msr_exits {
-        report.add("MSRs", Verdict::Good, "unlisted ones are denied, and seen");
-    } else {
-        report.add_with(
-            "MSRs",
-            Verdict::Note,
-            format!(
-                "KVM_CAP_X86_MSR_FILTER: {}, KVM_CAP_X86_USER_SPACE_MSR: {}",
-                host.msr_filter, host.msr_exits
-            ),
-            "a guest may read MSRs that differ between hosts: use a kernel of 5.10 or newer for \
-             guests that are not made for Understudy",
-        );
-    }
-}
-
-fn look_at_masking(report: &mut Report, host: &HostFingerprint) {
-    match probe::masking(&host.cpuid) {
-        Ok(masking) => {
-            if masking.holds() {
-                report.add("CPUID masking", Verdict::Good, "holds in both rings");
-            } else {
-                report.add_with(
-                    "CPUID masking",
-                    Verdict::Note,
-                    format!(
-                        "does not hold: {} bits differ in ring 0, {} in ring 3",
-                        masking.wrong_bits_ring_0, masking.wrong_bits_ring_3
-                    ),
-                    "an image must not use what CPUID offers; pair only with equal CPUs",
-                );
-            }
-            report.measured.masking = Some(masking);
-        }
-        Err(error) => failed(report, "CPUID masking", &error),
-    }
-}
-
-fn look_at_exits(report: &mut Report) {
-    match probe::exit_costs() {
-        Ok(costs) => {
-            let micros = |nanos: u64| format!("{}.{} µs", nanos / 1000, nanos % 1000 / 100);
-            report.add(
-                "port exit",
-                Verdict::Good,
-                format!(
-                    "{} in ring 0, {} in ring 3",
-                    micros(costs.port_ring_0),
-                    micros(costs.port_ring_3)
-                ),
-            );
-            report.add(
-                "MMIO exit",
-                Verdict::Good,
-                format!(
-                    "{} in ring 0, {} in ring 3",
-                    micros(costs.mmio_ring_0),
-                    micros(costs.mmio_ring_3)
-                ),
-            );
-            report.measured.exit_costs = Some(costs);
-        }
-        Err(error) => failed(report, "exits", &error),
-    }
-}
-
-fn look_at_replay(report: &mut Report, ring: Ring) -> Option<SelfTest> {
-    let what = match ring {
-        Ring::Zero => "replay, ring 0",
-        Ring::Three => "replay, ring 3",
-    };
-    match probe::self_test(ring) {
-        Ok(test) => {
-            report.add(
-                what,
-                Verdict::Good,
-                format!(
-                    "exact: {} digests equal over {} landmarks, {} kicks",
-                    test.marks, test.landmarks, test.kicks
-                ),
-            );
-            Some(test)
-        }
-        Err(ProbeError::Machine(MachineError::Tape(
-            error @ (TapeError::Diverged { .. } | TapeError::DiskDiffers { .. }),
-        ))) => {
-            report.add_with(
-                what,
-                Verdict::Lacking,
-                error.to_string(),
-                "this host cannot repeat a guest exactly: protect nothing here, and report it \
-                 with the output of 'understudy doctor --json'",
-            );
-            None
-        }
-        Err(error) => {
-            failed(report, what, &error);
-            None
-        }
-    }
-}
-
-fn failed(report: &mut Report, what: &'static str, error: &ProbeError) {
-    report.add_with(
-        what,
-        Verdict::Lacking,
-        crate::cli::failure::sentence(error),
-        "this KVM does not run what every guest needs: try another kernel",
-    );
+    report.add_with(what, Verdict::Lacking, sentence(error), WITHOUT_KVM);
 }
 
 fn look_at_clock(report: &mut Report) {

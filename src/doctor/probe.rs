@@ -13,6 +13,7 @@ use thiserror::Error;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
 use vmm::boot::BootImage;
 use vmm::config::MachineConfig;
+use vmm::kvm::trial::Came;
 use vmm::kvm::{Kicker, KvmError, KvmMachine, Leaf};
 use vmm::machine::MachineError;
 use vmm::recorder::{Policy, Recorder};
@@ -57,6 +58,12 @@ pub enum ProbeError {
     /// The guest did something else than it was assembled for.
     #[error("a probe's guest ended unexpectedly: {0:?}")]
     Ended(Turn),
+    /// The same of a guest under trial.
+    #[error("a probe's guest came back unexpectedly: {0:?}")]
+    Came(Came),
+    /// No interrupt could be injected.
+    #[error("a probe's guest never takes an interrupt after a kick")]
+    NeverReady,
     /// Its memory cannot be read.
     #[error(transparent)]
     Memory(#[from] GuestMemoryError),
@@ -114,6 +121,8 @@ pub struct Masking {
     pub wrong_bits_ring_0: u32,
     /// The same in ring 3.
     pub wrong_bits_ring_3: u32,
+    /// The first of them: function, register (0 for EAX) and bit.
+    pub first: Option<(u32, usize, u32)>,
 }
 
 impl Masking {
@@ -123,36 +132,38 @@ impl Masking {
     }
 }
 
-/// The leaves whose feature bits are masked: function and index.
-const MASKED_LEAVES: [(u32, u32); 4] = [(1, 0), (7, 0), (0x8000_0001, 0), (0x8000_0007, 0)];
-/// Leaf 1, EBX and ECX: the APIC's number; OSXSAVE, which follows CR4.
-const NOT_COMPARED: [[u32; 4]; 4] = [[0, u32::MAX, 1 << 27, 0], [0; 4], [0; 4], [0; 4]];
+/// Leaves that the model lacks, function and index, and where guests must see zeros: counters, XSAVE,
+/// KVM's own, SVM.
+const EMPTY_LEAVES: [(u32, u32); 4] = [(0xa, 0), (0xd, 0), (0x4000_0001, 0), (0x8000_000a, 0)];
 
 /// Compares what CPUID tells a guest with `model`, the leaves that KVM was told to give it.
 pub fn masking(model: &[Leaf]) -> Result<Masking, ProbeError> {
-    let wrong = |ring| wrong_bits(model, ring);
+    let ring_0 = wrong_bits(model, Ring::Zero)?;
+    let ring_3 = wrong_bits(model, Ring::Three)?;
     Ok(Masking {
-        wrong_bits_ring_0: wrong(Ring::Zero)?,
-        wrong_bits_ring_3: wrong(Ring::Three)?,
+        wrong_bits_ring_0: ring_0.len() as u32,
+        wrong_bits_ring_3: ring_3.len() as u32,
+        first: ring_0.iter().chain(&ring_3).next().copied(),
     })
 }
 
-fn wrong_bits(model: &[Leaf], ring: Ring) -> Result<u32, ProbeError> {
-    let image = guest::cpuid(ring, &MASKED_LEAVES)?;
-    let mut tape = Recorder::start(host(), Policy::default(), header(&image))?;
-    let runner = run_to_end(&mut tape, &image)?;
-    let mut wrong = 0;
-    for (number, (function, index)) in MASKED_LEAVES.into_iter().enumerate() {
+fn wrong_bits(model: &[Leaf], ring: Ring) -> Result<Vec<(u32, usize, u32)>, ProbeError> {
+    let told = model.iter().map(|leaf| (leaf.function, leaf.index));
+    let asked: Vec<_> = told.chain(EMPTY_LEAVES).collect();
+    let image = guest::cpuid(ring, &asked)?;
+    let runner = run_once(&image)?;
+    let mut wrong = Vec::new();
+    for (number, (function, index)) in asked.into_iter().enumerate() {
         let address = GuestAddress(guest::RESULTS + number as u64 * 16);
         let found: [u32; 4] = runner.machine().memory().read_obj(address)?;
-        // The first is the model's; where masking fails, the host's own follow it.
         let told = model
             .iter()
             .find(|leaf| (leaf.function, leaf.index) == (function, index))
             .map_or([0; 4], |leaf| leaf.values);
         for register in 0..4 {
             let differing = found[register] ^ told[register];
-            wrong += (differing & !NOT_COMPARED[number][register]).count_ones();
+            let bits = (0..32).filter(|bit| differing >> bit & 1 == 1);
+            wrong.extend(bits.map(|bit| (function, register, bit)));
         }
     }
     Ok(wrong)
@@ -179,7 +190,7 @@ pub fn self_test(ring: Ring) -> Result<SelfTest, ProbeError> {
         ..Policy::default()
     };
     let mut recorder = Recorder::start(host(), policy, header(&image))?;
-    let recorded = run_to_end(&mut recorder, &image)?;
+    let recorded = run_to_end(&mut recorder, KvmMachine::new(&config(), &image)?)?;
     recorder.flush()?;
     let batches = std::mem::take(&mut recorder.host().batches);
     replay(&image, &batches, recorded.machine())
@@ -227,11 +238,24 @@ fn content(machine: &KvmMachine) -> Result<Vec<u8>, GuestMemoryError> {
     Ok(bytes)
 }
 
+/// Runs a guest until it switches itself off.
+pub(super) fn run_once(image: &BootImage) -> Result<Runner<KvmMachine>, ProbeError> {
+    let mut tape = Recorder::start(host(), Policy::default(), header(image))?;
+    run_to_end(&mut tape, KvmMachine::new(&config(), image)?)
+}
+
+/// The same with the dirty log on.
+pub(super) fn run_logged(image: &BootImage) -> Result<Runner<KvmMachine>, ProbeError> {
+    let mut tape = Recorder::start(host(), Policy::default(), header(image))?;
+    let machine = KvmMachine::with_dirty_log(&config(), image)?;
+    run_to_end(&mut tape, machine)
+}
+
 fn run_to_end(
     tape: &mut Recorder<MemoryHost>,
-    image: &BootImage,
+    machine: KvmMachine,
 ) -> Result<Runner<KvmMachine>, ProbeError> {
-    let mut runner = Runner::new(KvmMachine::new(&config(), image)?);
+    let mut runner = Runner::new(machine);
     for _ in 0..TURNS_MAX {
         match runner.turn(tape, 64)? {
             Turn::Ran => {}
@@ -243,7 +267,7 @@ fn run_to_end(
     Err(ProbeError::Ended(Turn::Ran))
 }
 
-fn config() -> MachineConfig {
+pub(super) fn config() -> MachineConfig {
     MachineConfig {
         memory: MEMORY,
         command_line: String::new(),

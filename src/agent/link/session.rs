@@ -31,7 +31,7 @@ use super::{Lane, LinkEvent, LinkMessage, SendRefused, SessionId};
 use crate::agent::certs::{Identity, Name};
 
 /// The version of what travels on the lanes.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 /// The longest hello.
 const HELLO_MAX: usize = 1024;
 /// How long the other side may take for its hello.

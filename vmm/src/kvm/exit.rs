@@ -4,9 +4,10 @@
 //! either no event at all (a signal) or a failure of the host ([`describe_failure`]).
 
 use kvm_bindings::{
-    KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_HYPERCALL, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR,
-    KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO,
-    KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, kvm_run,
+    KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_HYPERCALL, KVM_EXIT_INTERNAL_ERROR,
+    KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT,
+    KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
+    kvm_run,
 };
 
 /// Which way data goes.
@@ -112,6 +113,15 @@ pub(super) fn decode(run: &kvm_run) -> Option<Exit> {
         KVM_EXIT_SHUTDOWN => Exit::Shutdown,
         _ => return None,
     })
+}
+
+/// Where the guest was stopped for a debugger, if it was: no event of the guest either.
+pub(super) fn stopped_at(run: &kvm_run) -> Option<u64> {
+    if run.exit_reason != KVM_EXIT_DEBUG {
+        return None;
+    }
+    // SAFETY: the exit reason names the member of the union, all of it plain integers.
+    Some(unsafe { run.__bindgen_anon_1.debug.arch.pc })
 }
 
 /// Whether `KVM_RUN` came back without an event of the guest (a signal, in an old form).

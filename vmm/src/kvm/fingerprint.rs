@@ -5,6 +5,8 @@ use std::fmt;
 use kvm_ioctls::{Cap, Kvm};
 use serde::{Deserialize, Serialize};
 
+use super::arithmetic;
+use super::cpu_model::{self, CPU_MODEL};
 use super::cpuid::{self, Leaf};
 use super::{KvmError, vm};
 
@@ -39,10 +41,14 @@ pub struct HostFingerprint {
     pub vendor: String,
     /// The CPU's signature (CPUID leaf 1, EAX): family, model, stepping.
     pub signature: u32,
-    /// The CPUID leaves a guest gets; where masking has no effect, the host's own as well.
+    /// The name of the CPU model that guests see; the host offers all of it.
+    pub cpu_model: String,
+    /// The leaves that guests are told.
     pub cpuid: Vec<Leaf>,
-    /// The XSAVE components.
-    pub xcr0: u64,
+    /// A hash of what the CPU computes where the architecture leaves it open.
+    pub arithmetic: [u8; 16],
+    /// What guests see nevertheless.
+    pub unmasked: Option<Unmasked>,
     /// Whether unlisted MSRs are denied, and whether that is an exit.
     pub msr_filter: bool,
     /// Whether denied MSR accesses are exits.
@@ -51,6 +57,15 @@ pub struct HostFingerprint {
     pub microcode: String,
     /// The host's kernel.
     pub kernel: String,
+}
+
+/// What shines through where masking has no effect.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unmasked {
+    /// The CPUID leaves of the host itself.
+    pub cpuid: Vec<Leaf>,
+    /// Its XSAVE components.
+    pub xcr0: u64,
 }
 
 /// Why two hosts may not pair, or should be looked at.
@@ -114,19 +129,40 @@ impl HostFingerprint {
             self.vendor.clone(),
             other.vendor.clone(),
         );
-        refuse("the CPU's model", self.cpu(), other.cpu());
         refuse(
-            "XCR0",
-            format!("{:#x}", self.xcr0),
-            format!("{:#x}", other.xcr0),
+            "the CPU model of guests",
+            self.cpu_model.clone(),
+            other.cpu_model.clone(),
         );
         refuse(
             "MSR protection",
             format!("filter {}, exits {}", self.msr_filter, self.msr_exits),
             format!("filter {}, exits {}", other.msr_filter, other.msr_exits),
         );
-        if let Some((here, there)) = self.first_differing_leaf(other) {
-            refuse("a CPUID leaf", here, there);
+        if let Some((here, there)) = first_differing_leaf(&self.cpuid, &other.cpuid) {
+            refuse("a CPUID leaf of guests", here, there);
+        }
+        let hash = |of: &Self| format!("{:032x}", u128::from_be_bytes(of.arithmetic));
+        refuse(
+            "what the CPU computes where the architecture leaves it open (approximations, x87 \
+             functions, undefined flags)",
+            hash(self),
+            hash(other),
+        );
+        if let (Some(ours), Some(theirs)) = (&self.unmasked, &other.unmasked) {
+            refuse(
+                "the CPU, which guests see as it is,",
+                self.cpu(),
+                other.cpu(),
+            );
+            refuse(
+                "XCR0",
+                format!("{:#x}", ours.xcr0),
+                format!("{:#x}", theirs.xcr0),
+            );
+            if let Some((here, there)) = first_differing_leaf(&ours.cpuid, &theirs.cpuid) {
+                refuse("a CPUID leaf of the host", here, there);
+            }
         }
         let mut warn = |what: &str, here: &str, there: &str| {
             if here != there {
@@ -136,6 +172,9 @@ impl HostFingerprint {
                 });
             }
         };
+        if self.unmasked.is_none() {
+            warn("the generation of the CPU", &self.cpu(), &other.cpu());
+        }
         warn("microcode", &self.microcode, &other.microcode);
         warn("the kernel", &self.kernel, &other.kernel);
         reasons
@@ -145,20 +184,19 @@ impl HostFingerprint {
         let (family, model, stepping) = self.family_model_stepping();
         format!("family {family} model {model} stepping {stepping}")
     }
+}
 
-    fn first_differing_leaf(&self, other: &Self) -> Option<(String, String)> {
-        let show = |leaf: Option<&Leaf>| {
-            leaf.map_or_else(
-                || "absent".to_owned(),
-                |l| format!("{:#x}.{} = {:x?}", l.function, l.index, l.values),
-            )
-        };
-        let longest = self.cpuid.len().max(other.cpuid.len());
-        (0..longest)
-            .map(|i| (self.cpuid.get(i), other.cpuid.get(i)))
-            .find(|(here, there)| here != there)
-            .map(|(here, there)| (show(here), show(there)))
-    }
+fn first_differing_leaf(ours: &[Leaf], theirs: &[Leaf]) -> Option<(String, String)> {
+    let show = |leaf: Option<&Leaf>| {
+        leaf.map_or_else(
+            || "absent".to_owned(),
+            |l| format!("{:#x}.{} = {:x?}", l.function, l.index, l.values),
+        )
+    };
+    (0..ours.len().max(theirs.len()))
+        .map(|i| (ours.get(i), theirs.get(i)))
+        .find(|(here, there)| here != there)
+        .map(|(here, there)| (show(here), show(there)))
 }
 
 /// The fingerprint of this host.
@@ -166,16 +204,17 @@ pub fn host_fingerprint() -> Result<HostFingerprint, KvmError> {
     let kvm = vm::open()?;
     let (vendor, signature) = cpuid::host_identity();
     let kind = host_kind();
-    let mut leaves = cpuid::leaves(&cpuid::model(&kvm)?);
-    if kind == KvmKind::Pvm {
-        leaves.extend(cpuid::host_leaves());
-    }
     Ok(HostFingerprint {
         kvm: kind,
         vendor,
         signature,
-        cpuid: leaves,
-        xcr0: cpuid::host_xcr0(),
+        cpu_model: CPU_MODEL.to_owned(),
+        cpuid: cpu_model::of_host(&kvm)?,
+        arithmetic: arithmetic::fingerprint(),
+        unmasked: (kind == KvmKind::Pvm).then(|| Unmasked {
+            cpuid: cpuid::host_leaves(),
+            xcr0: cpuid::host_xcr0(),
+        }),
         msr_filter: kvm.check_extension(Cap::X86MsrFilter),
         msr_exits: kvm.check_extension(Cap::X86UserSpaceMsr),
         microcode: microcode(),
@@ -234,8 +273,10 @@ mod tests {
             kvm: KvmKind::Svm,
             vendor: "AuthenticAMD".to_owned(),
             signature: 0x00a1_0f11,
+            cpu_model: CPU_MODEL.to_owned(),
             cpuid: cpuid::host_leaves(),
-            xcr0: 7,
+            arithmetic: [7; 16],
+            unmasked: None,
             msr_filter: true,
             msr_exits: true,
             microcode: "0xa101148".to_owned(),
@@ -259,25 +300,69 @@ mod tests {
         assert!(reasons.iter().all(|r| r.severity == Severity::Warning));
     }
 
+    /// What is seen where masking has no effect.
+    fn unmasked() -> HostFingerprint {
+        HostFingerprint {
+            kvm: KvmKind::Pvm,
+            unmasked: Some(Unmasked {
+                cpuid: cpuid::host_leaves(),
+                xcr0: 7,
+            }),
+            ..fingerprint()
+        }
+    }
+
+    type Change = fn(&mut HostFingerprint);
+
+    /// The reasons that come of a change.
+    fn reasons(
+        one: &HostFingerprint,
+        change: impl FnOnce(&mut HostFingerprint),
+    ) -> Vec<(Severity, String)> {
+        let mut other = one.clone();
+        change(&mut other);
+        let reasons = one.compatible_with(&other);
+        reasons.into_iter().map(|r| (r.severity, r.text)).collect()
+    }
+
     #[test]
     fn what_a_guest_would_notice_is_refused() {
-        let changes: [fn(&mut HostFingerprint); 6] = [
-            |f| f.kvm = KvmKind::Pvm,
-            |f| f.vendor = "GenuineIntel".to_owned(),
-            |f| f.signature += 1,
-            |f| f.xcr0 = 3,
-            |f| f.msr_exits = false,
-            |f| f.cpuid[1].values[2] ^= 1,
+        let changes: [(&str, Change); 7] = [
+            ("what the CPU computes", |f| f.arithmetic[3] ^= 1),
+            ("kind of KVM", |f| f.kvm = KvmKind::Vmx),
+            ("vendor", |f| f.vendor = "GenuineIntel".to_owned()),
+            ("CPU model", |f| f.cpu_model = "understudy-v2".to_owned()),
+            ("MSR protection", |f| f.msr_exits = false),
+            ("CPUID leaf", |f| f.cpuid[1].values[2] ^= 1),
+            ("CPUID leaf", |f| f.cpuid.truncate(3)),
+        ];
+        for (what, change) in changes {
+            let found = reasons(&fingerprint(), change);
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert_eq!(found[0].0, Severity::Refusal);
+            assert!(found[0].1.contains(what), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn another_generation_is_refused_only_where_guests_see_it() {
+        let older = |f: &mut HostFingerprint| f.signature = 0x0080_0f12;
+        let found = reasons(&fingerprint(), older);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert_eq!(found[0].0, Severity::Warning);
+        let found = reasons(&unmasked(), older);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert_eq!(found[0].0, Severity::Refusal);
+        assert_eq!(unmasked().compatible_with(&unmasked()), []);
+        let changes: [fn(&mut Unmasked); 3] = [
+            |u| u.xcr0 = 3,
+            |u| u.cpuid[1].values[2] ^= 1,
+            |u| u.cpuid.truncate(3),
         ];
         for change in changes {
-            let mut other = fingerprint();
-            change(&mut other);
-            let reasons = fingerprint().compatible_with(&other);
-            assert_eq!(reasons.len(), 1, "{reasons:?}");
-            assert_eq!(reasons[0].severity, Severity::Refusal);
+            let found = reasons(&unmasked(), |f| f.unmasked.iter_mut().for_each(change));
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert_eq!(found[0].0, Severity::Refusal);
         }
-        let mut shorter = fingerprint();
-        shorter.cpuid.pop();
-        assert_eq!(fingerprint().compatible_with(&shorter).len(), 1);
     }
 }

@@ -8,7 +8,9 @@
     reason = "ioctls, the run page and kicks cannot be had without; nothing outside this folder needs any"
 )]
 
+mod arithmetic;
 mod background;
+mod cpu_model;
 mod cpuid;
 mod exit;
 mod fingerprint;
@@ -16,12 +18,14 @@ mod kick;
 mod memory;
 mod msr;
 mod setup;
+pub mod trial;
 mod vcpu;
 mod vm;
 
 pub use background::Thread;
+pub use cpu_model::{CPU_MODEL, NotOffered};
 pub use cpuid::Leaf;
-pub use fingerprint::{HostFingerprint, KvmKind, Reason, Severity, host_fingerprint};
+pub use fingerprint::{HostFingerprint, KvmKind, Reason, Severity, Unmasked, host_fingerprint};
 pub use kick::Kicker;
 pub use memory::PAGE;
 pub use vm::Capabilities;
@@ -293,6 +297,9 @@ pub enum KvmError {
         /// Its name.
         capability: &'static str,
     },
+    /// A guest would see another CPU than on other hosts.
+    #[error(transparent)]
+    CpuModel(#[from] NotOffered),
     /// KVM refused.
     #[error("KVM refused {doing}")]
     Ioctl {

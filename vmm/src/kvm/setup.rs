@@ -4,7 +4,7 @@ use kvm_bindings::{kvm_fpu, kvm_regs, kvm_segment};
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
 use super::vcpu::Vcpu;
-use super::{Capabilities, KvmError, KvmMachine, PAGE, cpuid, memory, msr, vm};
+use super::{Capabilities, KvmError, KvmMachine, PAGE, cpu_model, memory, msr, vm};
 use crate::boot::{self, BootImage, EntryState};
 use crate::config::MachineConfig;
 use crate::devices::platform::Platform;
@@ -38,7 +38,7 @@ pub(super) fn power_on(
     let fd = vm
         .create_vcpu(0)
         .map_err(KvmError::ioctl("creating the vCPU"))?;
-    fd.set_cpuid2(&cpuid::model(&kvm)?)
+    fd.set_cpuid2(&cpu_model::for_kvm(&kvm)?)
         .map_err(KvmError::ioctl("setting the CPU model"))?;
     start_at(&fd, &entry)?;
     let msrs = msr::readable_state(&fd)?;
@@ -103,6 +103,8 @@ fn start_at(fd: &VcpuFd, entry: &EntryState) -> Result<(), KvmError> {
     sregs.cr4 = CR4;
     sregs.cr8 = 0;
     sregs.efer = EFER;
+    // There is no local APIC, and KVM says so in CPUID when its base is off.
+    sregs.apic_base = 0;
     fd.set_sregs(&sregs)
         .map_err(KvmError::ioctl("setting system registers"))?;
     fd.set_regs(&kvm_regs {

@@ -74,6 +74,11 @@ impl Vcpu {
         self.kicks.kicker()
     }
 
+    /// Where a debugger has stopped the guest, if that is why it came back last.
+    pub(super) fn stopped_at(&mut self) -> Option<u64> {
+        exit::stopped_at(self.fd.get_kvm_run())
+    }
+
     /// The file, for what only set-up and digests need.
     pub(super) fn fd(&self) -> &VcpuFd {
         &self.fd
