@@ -58,15 +58,15 @@ fn transcendental(of: f64) -> [f64; 4] {
     [sine, tangent, power, logarithm]
 }
 
-/// The flags after IMUL and SHL, and the result of BSF for zero, all of them called undefined.
+/// The flags after IMUL and SHL, from cleared ones (a CPU may leave them as they were), and the result of BSF for zero, all of them called undefined.
 fn undefined_flags(of: u32) -> u64 {
     // Carry, parity, adjust, zero, sign, overflow; the rest is not of these instructions.
     const FLAGS: u64 = 0x8d5;
     let (product, shifted, found): (u64, u64, u64);
     // SAFETY: the stack is as before, and only named registers are written.
     unsafe {
-        asm!("imul {v:e}, {v:e}", "pushfq", "pop {f}", v = inout(reg) of => _, f = out(reg) product);
-        asm!("shl {v:e}, 7", "pushfq", "pop {f}", v = inout(reg) of => _, f = out(reg) shifted);
+        asm!("push 2", "popfq", "imul {v:e}, {v:e}", "pushfq", "pop {f}", v = inout(reg) of => _, f = out(reg) product);
+        asm!("push 2", "popfq", "shl {v:e}, 7", "pushfq", "pop {f}", v = inout(reg) of => _, f = out(reg) shifted);
         asm!("bsf {r}, {z}", z = in(reg) 0_u64, r = inout(reg) u64::from(of) => found);
     }
     (product & FLAGS) | (shifted & FLAGS) << 16 | found << 32
