@@ -246,7 +246,7 @@ fn what_no_two_runs_have_in_common_is_replayed() {
     };
     let mut hashes = Vec::new();
     for _ in 0..if soak() { 20 } else { 2 } {
-        let said = stage.record(None, &[]).ended();
+        let said = stage.record(Some("repeat 2"), &[]).ended();
         let hash = hash_of(&said);
         println!("{hash}");
         assert_eq!(hash_of(&stage.replay()), hash);

@@ -30,7 +30,7 @@ def package_closure(packages: Iterable[str]) -> list[str]:
     # Of what they depend on, only libraries are of use here: not Perl, not the tools of the
     # installation. (Virtual packages come in angle brackets, foreign ones with a colon.)
     plain = {name for name in names if "<" not in name and ":" not in name}
-    libraries = {name for name in plain if name.startswith("lib") and "perl" not in name}
+    libraries = {name for name in plain if name.startswith(("lib", "zlib")) and "perl" not in name}
     pythons = {name for name in plain if re.fullmatch(r"python3[\d.]*(-minimal)?", name)}
     return sorted(libraries | pythons | set(packages))
 
