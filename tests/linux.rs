@@ -119,7 +119,9 @@ impl Stage {
         let began = Instant::now();
         let words = ["understudy", "replay", LOG, "--image", IMAGE, "--console"];
         let said = run(&self.host(), &words);
-        let told = said.lines().find(|line| line.contains("digests, all equal"));
+        let told = said
+            .lines()
+            .find(|line| line.contains("digests, all equal"));
         println!("{}, {:?} in all", told.expect(&said), began.elapsed());
         said
     }
@@ -154,14 +156,20 @@ impl Guest<'_> {
 
     /// Waits for its end by its own doing, or anyone's; what was said.
     fn ended(self) -> String {
-        let script = format!("while kill -0 {} 2>/dev/null; do usleep 50000; done", self.pid);
+        let script = format!(
+            "while kill -0 {} 2>/dev/null; do usleep 50000; done",
+            self.pid
+        );
         let seconds = PATIENCE.as_secs().to_string();
         let words = ["timeout", &seconds, "sh", "-c", &script];
         let waited = self.host.run(&words).expect("it runs");
         let said = self.said();
         assert!(waited.success(), "it does not end: {said}");
         let recorded = said.lines().find(|line| line.starts_with("recorded "));
-        println!("{}", recorded.unwrap_or_else(|| panic!("not recorded: {said}")));
+        println!(
+            "{}",
+            recorded.unwrap_or_else(|| panic!("not recorded: {said}"))
+        );
         said
     }
 
@@ -192,7 +200,11 @@ fn redis_under_load_is_replayed() {
     let Some(stage) = Stage::new("redis_under_load_is_replayed", Kind::Small) else {
         return;
     };
-    if Command::new("redis-benchmark").arg("--version").output().is_err() {
+    if Command::new("redis-benchmark")
+        .arg("--version")
+        .output()
+        .is_err()
+    {
         let missing = "redis-benchmark is missing: install the package redis-tools";
         return skipped("redis_under_load_is_replayed", &missing);
     }
@@ -218,16 +230,35 @@ fn load(lab: &Lab, seconds: u32) {
     let address = "10.88.0.1";
     let seconds = seconds.to_string();
     let words = [
-        "timeout", &seconds, "redis-benchmark", "-h", address, "-c", "8", "-l", "-q", "-d", "100",
-        "-r", "1000", "-t", "set,get,incr,lpush,lrange_100",
+        "timeout",
+        &seconds,
+        "redis-benchmark",
+        "-h",
+        address,
+        "-c",
+        "8",
+        "-l",
+        "-q",
+        "-d",
+        "100",
+        "-r",
+        "1000",
+        "-t",
+        "set,get,incr,lpush,lrange_100",
     ];
     let loaded = lab.machine(&words).output().expect("it starts");
     let said = String::from_utf8_lossy(&loaded.stderr);
-    assert_eq!(loaded.status.code(), Some(124), "it ends when its time is up: {said}");
+    assert_eq!(
+        loaded.status.code(),
+        Some(124),
+        "it ends when its time is up: {said}"
+    );
     let words = ["timeout", "30", "redis-cli", "-h", address, "info", "stats"];
     let stats = lab.machine(&words).output().expect("it starts").stdout;
     let stats = String::from_utf8_lossy(&stats);
-    let commands = stats.lines().find_map(|line| line.strip_prefix("total_commands_processed:"));
+    let commands = stats
+        .lines()
+        .find_map(|line| line.strip_prefix("total_commands_processed:"));
     let commands: u32 = commands.expect(&stats).trim().parse().expect("a number");
     println!("{commands} commands");
     assert!(commands > 500, "that is no load");

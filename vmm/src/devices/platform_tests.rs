@@ -25,7 +25,11 @@ fn a_short_reading_says_when_it_is_not_enough() {
     let stale = bench.inl(layout::CLOCK_SHORT);
     assert_eq!(stale, 1 << 31 | 1_000_000_007, "never read in full");
     bench.inl(layout::CLOCK_LOW);
-    assert_eq!(bench.inl(layout::CLOCK_SHORT) >> 31, 1, "3 s are more than 31 bits");
+    assert_eq!(
+        bench.inl(layout::CLOCK_SHORT) >> 31,
+        1,
+        "3 s are more than 31 bits"
+    );
     bench.tape.now = 7 << 31;
     bench.inl(layout::CLOCK_LOW);
     assert_eq!(bench.inl(layout::CLOCK_SHORT), 2_000_000_014);
@@ -280,6 +284,13 @@ fn everything_a_guest_can_change_changes_the_digest() {
     bench.inl(layout::CLOCK_LOW);
     bench.inl(layout::CLOCK_LOW);
     check("the clock's latch", &bench);
+    for (known, what) in [(2, "the time that was told"), (3, "what is known of it")] {
+        bench.tape.now = known << 31;
+        bench.inl(layout::CLOCK_LOW);
+        bench.tape.now = 9 << 32;
+        bench.inl(layout::CLOCK_MILLIS);
+        check(what, &bench);
+    }
     bench.outl(layout::TIMER_LOW, 1);
     check("the timer's latch", &bench);
     bench.outl(layout::TIMER_HIGH, 1);
