@@ -129,11 +129,9 @@ class Archive:
         if not found:
             raise SystemExit(f"no package has brought {pattern}")
         for path in found:
-            name = str(path.relative_to(root))
             if path.is_symlink():
-                self.link(name, os.readlink(path))
-            else:
-                self.program(root, name)
+                self.link(str(path.relative_to(root)), os.readlink(path))
+            self.program(root, str(path.resolve().relative_to(root.resolve())))
 
     def tree(self, root: Path, path: str, skip: tuple[str, ...] = ()) -> None:
         """A whole folder of the packages."""
