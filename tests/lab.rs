@@ -1,6 +1,8 @@
 //! The lab: hosts with a KVM of their own that boot, record and replay, lose power, lose their links
 //! and get them back, and leave nothing behind.
 
+#[path = "common/lab.rs"]
+mod common;
 #[path = "common/skip.rs"]
 mod skip;
 
@@ -9,57 +11,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use common::{host, lab, program, run};
 use skip::skipped;
-use tempfile::TempDir;
-use understudy::lab::{Config, Delay, End, Host, Lab, LabError, Power, StartError, needs};
+use understudy::lab::{Config, Delay, End, Host, Lab, LabError, Power, needs};
 
 /// How long what was killed may take to be gone.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-fn program() -> &'static Path {
-    Path::new(env!("CARGO_BIN_EXE_understudy"))
-}
-
-/// A lab in a folder of its own, where this machine can have one.
-fn lab(test: &str, hosts: u8) -> Option<(Lab, TempDir)> {
-    if let Err(missing) = needs::check() {
-        skipped(test, &missing);
-        return None;
-    }
-    let folder = tempfile::tempdir().expect("a folder");
-    let config = Config {
-        hosts,
-        dir: folder.path().join("lab"),
-        ..Config::new(program())
-    };
-    let started = Instant::now();
-    match Lab::up(&config, &mut |event| println!("{event:?}")) {
-        Ok(lab) => {
-            println!("{hosts} hosts are up after {:?}", started.elapsed());
-            Some((lab, folder))
-        }
-        Err(error @ StartError::Image(_)) => {
-            skipped(test, &error);
-            None
-        }
-        Err(error) => panic!("no lab: {error}"),
-    }
-}
+/// A host's memory, in MiB: enough for the ledger.
+const MEMORY: u32 = 1500;
 
 fn end(name: &str) -> End {
     name.parse().expect("the name of an end")
-}
-
-fn host<'a>(lab: &'a Lab, name: &str) -> Host<'a> {
-    let id = name.parse().expect("the name of a host");
-    lab.host(id).expect("a host")
-}
-
-/// Runs a program that must succeed; what it says on standard output.
-fn run(host: &Host<'_>, words: &[&str]) -> String {
-    let output = host.run(words).expect("it runs");
-    assert!(output.success(), "{words:?}: {}", output.text());
-    String::from_utf8(output.stdout).expect("UTF-8")
 }
 
 /// Everything that a lab consists of on this machine.
@@ -109,7 +71,7 @@ impl Parts {
 
 #[test]
 fn hosts_run_guests_and_live_and_die() {
-    let Some((lab, folder)) = lab("hosts_run_guests_and_live_and_die", 2) else {
+    let Some((lab, folder)) = lab("hosts_run_guests_and_live_and_die", 2, MEMORY) else {
         return;
     };
     kvm_works(&host(&lab, "h1"));
@@ -291,7 +253,7 @@ fn links_are_long(lab: &Lab) {
 
 #[test]
 fn nothing_outlives_the_keeper() {
-    let Some((lab, folder)) = lab("nothing_outlives_the_keeper", 1) else {
+    let Some((lab, folder)) = lab("nothing_outlives_the_keeper", 1, MEMORY) else {
         return;
     };
     let dir = folder.path().join("lab");

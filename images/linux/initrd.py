@@ -6,10 +6,12 @@ packages: sorted, with fixed times, owners and inode numbers.
 """
 
 import os
+import re
 import shutil
 import stat
 import struct
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 # Where programs look for libraries, in order. Debian's are in the second.
@@ -18,8 +20,8 @@ LIBRARY_FOLDERS = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "lib64", 
 MAGIC = b"070701"
 
 
-def package_closure(packages: list[str]) -> list[str]:
-    """The packages and the libraries they depend on, by name."""
+def package_closure(packages: Iterable[str]) -> list[str]:
+    """The packages and the libraries and Pythons they depend on, by name."""
     text = subprocess.run(
         ["apt-cache", "depends", "--recurse", "--no-recommends", "--no-suggests", "--no-conflicts",
          "--no-breaks", "--no-replaces", "--no-enhances", *packages],
@@ -28,8 +30,9 @@ def package_closure(packages: list[str]) -> list[str]:
     # Of what they depend on, only libraries are of use here: not Perl, not the tools of the
     # installation. (Virtual packages come in angle brackets, foreign ones with a colon.)
     plain = {name for name in names if "<" not in name and ":" not in name}
-    libraries = {name for name in plain if name.startswith("lib") and "perl" not in name}
-    return sorted(libraries | set(packages))
+    libraries = {name for name in plain if name.startswith(("lib", "zlib")) and "perl" not in name}
+    pythons = {name for name in plain if re.fullmatch(r"python3[\d.]*(-minimal)?", name)}
+    return sorted(libraries | pythons | set(packages))
 
 
 def versions(packages: list[str]) -> str:
@@ -119,6 +122,16 @@ class Archive:
             if library is None:
                 raise SystemExit(f"{path} needs {name}, which no package has brought")
             self.program(root, str(library.relative_to(root)))
+
+    def programs(self, root: Path, pattern: str) -> None:
+        """The programs of the packages that a pattern names, links among them included."""
+        found = sorted(root.glob(pattern))
+        if not found:
+            raise SystemExit(f"no package has brought {pattern}")
+        for path in found:
+            if path.is_symlink():
+                self.link(str(path.relative_to(root)), os.readlink(path))
+            self.program(root, str(path.resolve().relative_to(root.resolve())))
 
     def tree(self, root: Path, path: str, skip: tuple[str, ...] = ()) -> None:
         """A whole folder of the packages."""

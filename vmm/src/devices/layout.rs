@@ -5,8 +5,8 @@
 //! | 8259 pair | ports `0x20 0x21 0xa0 0xa1`, edge or level `0x4d0 0x4d1` | |
 //! | 8254 | ports `0x40..0x44`, gate of counter 2 `0x61` | 0 |
 //! | serial console, 16550 | ports `0x3f8..0x400` | 4 |
-//! | clock | `0x510` R32: asks the time, returns the low half of the nanoseconds since power-on and latches the high half; `0x514` R32: the latched high half; `0x518` R32: asks the time, returns whole milliseconds, modulo 2^32 | |
-//! | timer 0 | `0x520` W32: low half of the deadline in ns (kept); `0x524` W32: high half, arms (deadline 0 disarms); `0x528` W32: arms with an absolute deadline in ms (0 disarms) | 0 |
+//! | clock | `0x510` R32: asks the time, returns the low half of the nanoseconds since power-on and latches the high half; `0x514` R32: the latched high half; `0x518` R32: asks the time, returns whole milliseconds, modulo 2^32; `0x51c` R32: asks the time, returns its 31 low bits in ns, bit 31 set if the others have changed since `0x510` was read | |
+//! | timer 0 | `0x520` W32: low half of the deadline in ns (kept); `0x524` W32: high half, arms (deadline 0 disarms); `0x528` W32: arms with an absolute deadline in ms (0 disarms); `0x52c` W32: arms with a distance in ns from the time that the clock has told last (0 disarms) | 0 |
 //! | entropy | `0x530` R8/R16/R32: random bits | |
 //! | power | `0x540` W32: 1 switches off, 2 resets | |
 //! | idle | `0x544` W, any size: looks at all virtio queues as if they were notified, then waits until anything arrives; written with a value other than 0, it does not wait if something has arrived at another exit since the last write here | |
@@ -33,12 +33,16 @@ pub const CLOCK_LOW: u16 = 0x510;
 pub const CLOCK_HIGH: u16 = 0x514;
 /// Clock: milliseconds.
 pub const CLOCK_MILLIS: u16 = 0x518;
+/// Clock: the 31 low bits of the nanoseconds, and whether the others have changed.
+pub const CLOCK_SHORT: u16 = 0x51c;
 /// Timer 0: low half of the deadline.
 pub const TIMER_LOW: u16 = 0x520;
 /// Timer 0: high half of the deadline, arms.
 pub const TIMER_HIGH: u16 = 0x524;
 /// Timer 0: deadline in milliseconds, arms.
 pub const TIMER_MILLIS: u16 = 0x528;
+/// Timer 0: distance in nanoseconds from the time that was told last, arms.
+pub const TIMER_DISTANCE: u16 = 0x52c;
 /// Interrupt line of timer 0, and of the 8254: a guest uses one of them.
 pub const TIMER_IRQ: u8 = 0;
 /// Entropy.

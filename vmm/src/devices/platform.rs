@@ -147,7 +147,8 @@ impl Platform {
         let word = match (port, data.len()) {
             (layout::CLOCK_LOW, 4) => Some(self.clock.read_low(tape)?),
             (layout::CLOCK_HIGH, 4) => Some(self.clock.read_high()),
-            (layout::CLOCK_MILLIS, 4) => Some(Clock::read_millis(tape)?),
+            (layout::CLOCK_MILLIS, 4) => Some(self.clock.read_millis(tape)?),
+            (layout::CLOCK_SHORT, 4) => Some(self.clock.read_short(tape)?),
             _ => None,
         };
         if let Some(word) = word {
@@ -201,6 +202,9 @@ impl Platform {
                 }
                 layout::TIMER_HIGH => return self.timer.write_high(word, tape),
                 layout::TIMER_MILLIS => return self.timer.write_millis(word, tape),
+                layout::TIMER_DISTANCE => {
+                    return self.timer.write_distance(word, self.clock.told(), tape);
+                }
                 layout::POWER => {
                     self.power.write(word);
                     return Ok(());

@@ -18,6 +18,41 @@ fn the_clock_reads_in_halves_that_belong_together() {
 }
 
 #[test]
+fn a_short_reading_says_when_it_is_not_enough() {
+    let mut bench = Bench::new();
+    // The tape's clock goes on by a second with each reading.
+    bench.tape.now = 5 << 31;
+    let stale = bench.inl(layout::CLOCK_SHORT);
+    assert_eq!(stale, 1 << 31 | 1_000_000_007, "never read in full");
+    bench.inl(layout::CLOCK_LOW);
+    assert_eq!(
+        bench.inl(layout::CLOCK_SHORT) >> 31,
+        1,
+        "3 s are more than 31 bits"
+    );
+    bench.tape.now = 7 << 31;
+    bench.inl(layout::CLOCK_LOW);
+    assert_eq!(bench.inl(layout::CLOCK_SHORT), 2_000_000_014);
+    bench.tape.now = 2 << 31;
+    assert_eq!(bench.inl(layout::CLOCK_SHORT) >> 31, 1);
+}
+
+#[test]
+fn a_distance_begins_at_the_time_that_was_told() {
+    let mut bench = Bench::new();
+    bench.tape.now = 6_000_000_000;
+    bench.inl(layout::CLOCK_SHORT);
+    bench.outl(layout::TIMER_DISTANCE, 9);
+    bench.outl(layout::TIMER_DISTANCE, 0);
+    let arm = |nanos: Option<u64>| Command::ArmTimer {
+        timer: TimerId(0),
+        deadline: nanos.map(GuestTime),
+    };
+    let expected = [arm(Some(7_000_000_016)), arm(None)];
+    assert_eq!(bench.tape.commands, expected);
+}
+
+#[test]
 fn accesses_of_the_wrong_size_ask_nothing() {
     let mut bench = Bench::new();
     assert_eq!(bench.inb(layout::CLOCK_LOW), 0xff);
@@ -57,7 +92,12 @@ fn entropy_comes_from_the_tape_in_the_size_asked_for() {
 fn a_tape_with_the_wrong_answer_is_an_error() {
     let mut bench = Bench::new();
     bench.tape.confused = true;
-    for port in [layout::CLOCK_LOW, layout::CLOCK_MILLIS, layout::ENTROPY] {
+    for port in [
+        layout::CLOCK_LOW,
+        layout::CLOCK_MILLIS,
+        layout::CLOCK_SHORT,
+        layout::ENTROPY,
+    ] {
         let result = bench.platform.read(
             Space::Port,
             port.into(),
@@ -267,6 +307,13 @@ fn everything_a_guest_can_change_changes_the_digest() {
     bench.inl(layout::CLOCK_LOW);
     bench.inl(layout::CLOCK_LOW);
     check("the clock's latch", &bench);
+    for (known, what) in [(2, "the time that was told"), (3, "what is known of it")] {
+        bench.tape.now = known << 31;
+        bench.inl(layout::CLOCK_LOW);
+        bench.tape.now = 9 << 32;
+        bench.inl(layout::CLOCK_MILLIS);
+        check(what, &bench);
+    }
     bench.outl(layout::TIMER_LOW, 1);
     check("the timer's latch", &bench);
     bench.outl(layout::TIMER_HIGH, 1);

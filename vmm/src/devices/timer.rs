@@ -47,6 +47,20 @@ impl Timer {
         self.arm(u64::from(millis) * NANOS_PER_MILLI, tape)
     }
 
+    /// Arms with a distance in nanoseconds from the time that the clock has told last.
+    pub fn write_distance(
+        &mut self,
+        distance: u32,
+        told: GuestTime,
+        tape: &mut dyn Tape,
+    ) -> Result<(), TapeError> {
+        let deadline = match distance {
+            0 => 0,
+            _ => told.0.saturating_add(distance.into()),
+        };
+        self.arm(deadline, tape)
+    }
+
     fn arm(&mut self, nanos: u64, tape: &mut dyn Tape) -> Result<(), TapeError> {
         let deadline = (nanos != 0).then_some(GuestTime(nanos));
         self.state = deadline.map_or(State::Off, State::Armed);

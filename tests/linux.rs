@@ -1,0 +1,298 @@
+//! Linux guests in the lab: what they do under load, and what no two runs have in common, comes out
+//! the same in the replay. `UNDERSTUDY_SOAK=1` runs 100 boots and 50 minutes of Redis.
+
+#[path = "common/lab.rs"]
+mod common;
+#[path = "common/skip.rs"]
+mod skip;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::{host, lab, program, run};
+use skip::skipped;
+use tempfile::TempDir;
+use understudy::lab::{Host, Lab};
+
+/// A host's memory, in MiB: the guest's, twice while it is loaded, and the host's own files.
+const MEMORY: u32 = 2500;
+/// How long an emulated host may take for one step of a guest. Busy machines take their time.
+const PATIENCE: Duration = Duration::from_secs(300);
+const IMAGE: &str = "/data/image";
+const LOG: &str = "/data/log";
+
+fn soak() -> bool {
+    std::env::var_os("UNDERSTUDY_SOAK").is_some()
+}
+
+/// Which of the two images.
+#[derive(Clone, Copy)]
+enum Kind {
+    Small,
+    Full,
+}
+
+/// Builds an image, or finds it built.
+fn image(test: &str, kind: Kind) -> Option<TempDir> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut build = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("images/linux/build"));
+    if let Kind::Full = kind {
+        build.arg("--full");
+    }
+    let built = build.arg(folder.path()).output();
+    let why = match built {
+        Ok(built) if built.status.success() => return Some(folder),
+        Ok(built) => String::from_utf8_lossy(&built.stderr).into_owned(),
+        Err(error) => format!("images/linux/build cannot be run: {error}"),
+    };
+    // What the build needs and a machine may lack; a kernel that does not compile is a failure.
+    let excused = ["please install", "apt-get", "cannot be run"];
+    assert!(excused.iter().any(|excuse| why.contains(excuse)), "{why}");
+    skipped(test, &why.trim());
+    None
+}
+
+/// What the guest runs instead of what its manifest says; empty for a shell.
+fn told(manifest: &str, command: &str) -> String {
+    let (before, rest) = manifest.split_once("understudy.run=").expect("a command");
+    let (_, after) = rest.split_once('"').expect("the end of the command line");
+    let command = command.replace(' ', "+");
+    format!("{before}understudy.run={command}\"{after}")
+}
+
+/// A host with an image in it.
+struct Stage {
+    lab: Lab,
+    folder: TempDir,
+    manifest: String,
+}
+
+impl Stage {
+    fn new(test: &str, kind: Kind) -> Option<Self> {
+        let (lab, folder) = lab(test, 1, MEMORY)?;
+        let image = image(test, kind)?;
+        let manifest = fs::read_to_string(image.path().join("manifest.toml")).expect("a manifest");
+        let stage = Self {
+            lab,
+            folder,
+            manifest,
+        };
+        for file in ["vmlinux", "initrd.img"] {
+            stage.put(&image.path().join(file), file);
+        }
+        Some(stage)
+    }
+
+    fn host(&self) -> Host<'_> {
+        host(&self.lab, "h1")
+    }
+
+    fn put(&self, file: &Path, name: &str) {
+        let path = Path::new(IMAGE).join(name);
+        self.host().put(file, &path).expect("put");
+    }
+
+    /// Starts a recording of a guest that runs this command; none: what the manifest says.
+    fn record(&self, command: Option<&str>, more: &[&str]) -> Guest<'_> {
+        let manifest = self.folder.path().join("manifest.toml");
+        let text = command.map_or(self.manifest.clone(), |command| {
+            told(&self.manifest, command)
+        });
+        fs::write(&manifest, text).expect("written");
+        self.put(&manifest, "manifest.toml");
+        let host = self.host();
+        run(&host, &["rm", "-rf", LOG]);
+        let mut words = vec!["understudy", "run", IMAGE, "--record", LOG];
+        words.extend(more);
+        let detached = host.detach(&words).expect("it starts");
+        Guest {
+            host,
+            pid: detached.pid.to_string(),
+            output: detached.output,
+        }
+    }
+
+    /// Replays what was recorded last, every digest checked; what the guest says on its console.
+    fn replay(&self) -> String {
+        let began = Instant::now();
+        let words = ["understudy", "replay", LOG, "--image", IMAGE, "--console"];
+        let said = run(&self.host(), &words);
+        let told = said
+            .lines()
+            .find(|line| line.contains("digests, all equal"));
+        println!("{}, {:?} in all", told.expect(&said), began.elapsed());
+        said
+    }
+}
+
+/// A guest that is being recorded.
+struct Guest<'a> {
+    host: Host<'a>,
+    pid: String,
+    output: PathBuf,
+}
+
+impl Guest<'_> {
+    /// All it has said on its console, and its VMM on standard error.
+    fn said(&self) -> String {
+        let output = self.output.to_str().expect("UTF-8");
+        run(&self.host, &["cat", output])
+    }
+
+    /// Waits until it has said this.
+    fn says(&self, what: &str) {
+        let output = self.output.to_str().expect("UTF-8");
+        let script = format!(
+            "until grep -q '{what}' {output}; do kill -0 {} || exit 1; usleep 100000; done",
+            self.pid
+        );
+        let seconds = PATIENCE.as_secs().to_string();
+        let words = ["timeout", &seconds, "sh", "-c", &script];
+        let waited = self.host.run(&words).expect("it runs");
+        assert!(waited.success(), "no '{what}' in: {}", self.said());
+    }
+
+    /// Waits for its end by its own doing, or anyone's; what was said.
+    fn ended(self) -> String {
+        let script = format!(
+            "while kill -0 {} 2>/dev/null; do usleep 50000; done",
+            self.pid
+        );
+        let seconds = PATIENCE.as_secs().to_string();
+        let words = ["timeout", &seconds, "sh", "-c", &script];
+        let waited = self.host.run(&words).expect("it runs");
+        let said = self.said();
+        assert!(waited.success(), "it does not end: {said}");
+        // A prompt may stand before it.
+        let recorded = said.split_once("recorded ").map(|(_, rest)| rest);
+        let recorded = recorded.unwrap_or_else(|| panic!("not recorded: {said}"));
+        println!("recorded {}", recorded.lines().next().unwrap_or_default());
+        said
+    }
+
+    /// Ends it as Ctrl-C does.
+    fn stop(self) -> String {
+        run(&self.host, &["kill", "-INT", &self.pid]);
+        self.ended()
+    }
+}
+
+#[test]
+fn a_boot_to_the_shell_is_replayed() {
+    let Some(stage) = Stage::new("a_boot_to_the_shell_is_replayed", Kind::Small) else {
+        return;
+    };
+    for _ in 0..if soak() { 100 } else { 2 } {
+        let began = Instant::now();
+        let guest = stage.record(Some(""), &[]);
+        guest.says("# ");
+        println!("a shell after {:?}", began.elapsed());
+        guest.stop();
+        assert!(stage.replay().contains("# "));
+    }
+}
+
+#[test]
+fn redis_under_load_is_replayed() {
+    let Some(stage) = Stage::new("redis_under_load_is_replayed", Kind::Small) else {
+        return;
+    };
+    if Command::new("redis-benchmark")
+        .arg("--version")
+        .output()
+        .is_err()
+    {
+        let missing = "redis-benchmark is missing: install the package redis-tools";
+        return skipped("redis_under_load_is_replayed", &missing);
+    }
+    let runs = if soak() { 50 } else { 1 };
+    for number in 0..runs {
+        // In every other run its data go to the disk, too.
+        let command = "redis-server --port 6379 --bind 0.0.0.0 --protected-mode no --save ''";
+        let command = match number % 2 {
+            0 => format!("{command} --dir /data --appendonly yes"),
+            _ => command.to_owned(),
+        };
+        let publish = ["--publish", "0.0.0.0:6379:6379"];
+        let guest = stage.record(Some(&command), &publish);
+        guest.says("Ready to accept connections");
+        load(&stage.lab);
+        guest.stop();
+        stage.replay();
+    }
+}
+
+/// Clients of Redis on this machine: for a minute, or until some requests are answered.
+fn load(lab: &Lab) {
+    let address = "10.88.0.1";
+    let seconds = if soak() { "60" } else { "300" };
+    let words = [
+        "timeout",
+        seconds,
+        "redis-benchmark",
+        "-q",
+        "-h",
+        address,
+        "-c",
+        "8",
+        "-n",
+        "400",
+        "-d",
+        "100",
+        "-r",
+        "1000",
+        "-t",
+        "set,get,incr,lpush,lrange_100",
+    ];
+    let mut words = words.to_vec();
+    if soak() {
+        words.push("-l");
+    }
+    let loaded = lab.machine(&words).output().expect("it starts");
+    let said = String::from_utf8_lossy(&loaded.stderr);
+    let code = if soak() { 124 } else { 0 };
+    assert_eq!(loaded.status.code(), Some(code), "{said}");
+    let words = ["timeout", "30", "redis-cli", "-h", address, "info", "stats"];
+    let stats = lab.machine(&words).output().expect("it starts").stdout;
+    let stats = String::from_utf8_lossy(&stats);
+    let commands = stats
+        .lines()
+        .find_map(|line| line.strip_prefix("total_commands_processed:"));
+    let commands: u32 = commands.expect(&stats).trim().parse().expect("a number");
+    println!("{commands} commands");
+    assert!(commands > 500, "that is no load");
+}
+
+/// What `repeat` says at the end: a hash over everything.
+fn hash_of(said: &str) -> String {
+    let line = said.lines().find(|line| line.starts_with("repeat: "));
+    line.expect(said).trim().to_owned()
+}
+
+#[test]
+fn what_no_two_runs_have_in_common_is_replayed() {
+    let Some(stage) = Stage::new("what_no_two_runs_have_in_common_is_replayed", Kind::Full) else {
+        return;
+    };
+    let mut hashes = Vec::new();
+    for _ in 0..if soak() { 20 } else { 2 } {
+        let said = stage.record(Some("repeat 2"), &[]).ended();
+        let hash = hash_of(&said);
+        println!("{hash}");
+        assert_eq!(hash_of(&stage.replay()), hash);
+        assert!(!hashes.contains(&hash), "two runs have something in common");
+        hashes.push(hash);
+    }
+}
+
+#[test]
+fn manifests_are_told_what_to_run() {
+    let manifest = "command-line = \"a understudy.run=b+c\"\nmemory";
+    assert_eq!(
+        told(manifest, "d e"),
+        "command-line = \"a understudy.run=d+e\"\nmemory"
+    );
+    assert!(program().exists());
+}
