@@ -243,6 +243,7 @@ struct NetworkManifest {
 }
 
 /// A number of bytes that is a multiple of `UNIT`: `"64 MiB"`, or bytes as a number.
+#[derive(Clone, Copy)]
 struct Size<const UNIT: u64>(u64);
 
 impl Image {

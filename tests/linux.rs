@@ -19,7 +19,7 @@ use understudy::lab::{Host, Lab};
 /// A host's memory, in MiB: the guest's, twice while it is loaded, and the host's own files.
 const MEMORY: u32 = 2500;
 /// How long an emulated host may take for one step of a guest. Busy machines take their time.
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_mins(5);
 const IMAGE: &str = "/data/image";
 const LOG: &str = "/data/log";
 

@@ -310,12 +310,11 @@ impl Vmm {
             StartAs::Unprotected => (Runner::unrepeatable(machine), TURN_BUDGET_PROMPTED),
             _ => (Runner::new(machine), TURN_BUDGET),
         };
-        let play = match start.start_as {
-            StartAs::Replica => Play::Replaying(Box::new(Replayer::new(host, start.header))),
-            _ => {
-                let policy = policy(start.start_as);
-                Play::Recording(Box::new(Recorder::start(host, policy, start.header)?))
-            }
+        let play = if start.start_as == StartAs::Replica {
+            Play::Replaying(Box::new(Replayer::new(host, start.header)))
+        } else {
+            let policy = policy(start.start_as);
+            Play::Recording(Box::new(Recorder::start(host, policy, start.header)?))
         };
         Ok(Self {
             runner,
