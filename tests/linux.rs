@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::{host, lab, program, run};
+use common::{host, lab, run};
 use skip::skipped;
 use tempfile::TempDir;
 use understudy::lab::{Host, Lab};
@@ -19,7 +19,7 @@ use understudy::lab::{Host, Lab};
 /// A host's memory, in MiB: the guest's, twice while it is loaded, and the host's own files.
 const MEMORY: u32 = 2500;
 /// How long an emulated host may take for one step of a guest. Busy machines take their time.
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_mins(5);
 const IMAGE: &str = "/data/image";
 const LOG: &str = "/data/log";
 
@@ -294,5 +294,4 @@ fn manifests_are_told_what_to_run() {
         told(manifest, "d e"),
         "command-line = \"a understudy.run=d+e\"\nmemory"
     );
-    assert!(program().exists());
 }

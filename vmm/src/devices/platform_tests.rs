@@ -23,7 +23,7 @@ fn a_short_reading_says_when_it_is_not_enough() {
     // The tape's clock goes on by a second with each reading.
     bench.tape.now = 5 << 31;
     let stale = bench.inl(layout::CLOCK_SHORT);
-    assert_eq!(stale, 1 << 31 | 1_000_000_007, "never read in full");
+    assert_eq!(stale, (1 << 31) + 1_000_000_007, "never read in full");
     bench.inl(layout::CLOCK_LOW);
     assert_eq!(
         bench.inl(layout::CLOCK_SHORT) >> 31,
