@@ -305,7 +305,7 @@ impl Vmm {
         };
         let play = match start.start_as {
             StartAs::Replica => Play::Replaying(Box::new(Replayer::new(host, start.header))),
-            _ => {
+            StartAs::Primary | StartAs::Recorded | StartAs::Unrecorded | StartAs::Unprotected => {
                 let policy = policy(start.start_as);
                 Play::Recording(Box::new(Recorder::start(host, policy, start.header)?))
             }
