@@ -1,5 +1,6 @@
 //! Linux guests in the lab: what they do under load, and what no two runs have in common, comes out
-//! the same in the replay. `UNDERSTUDY_SOAK=1` runs 100 boots and 50 minutes of Redis.
+//! the same in the replay. `UNDERSTUDY_LINUX=1` runs a few of each, `UNDERSTUDY_SOAK=1` 100 boots and 50
+//! minutes of Redis.
 
 #[path = "common/lab.rs"]
 mod common;
@@ -25,6 +26,11 @@ const LOG: &str = "/data/log";
 
 fn soak() -> bool {
     std::env::var_os("UNDERSTUDY_SOAK").is_some()
+}
+
+/// Whether these tests are to run: not by themselves yet, for the time that they take.
+fn wanted() -> bool {
+    soak() || std::env::var_os("UNDERSTUDY_LINUX").is_some()
 }
 
 /// Which of the two images.
@@ -71,6 +77,13 @@ struct Stage {
 
 impl Stage {
     fn new(test: &str, kind: Kind) -> Option<Self> {
+        if !wanted() {
+            skipped(
+                test,
+                &"it builds a kernel and takes minutes: set UNDERSTUDY_LINUX=1",
+            );
+            return None;
+        }
         let (lab, folder) = lab(test, 1, MEMORY)?;
         let image = image(test, kind)?;
         let manifest = fs::read_to_string(image.path().join("manifest.toml")).expect("a manifest");
