@@ -56,13 +56,11 @@ pub enum CannotRun {
     },
     /// Nothing that it does can be repeated.
     #[error(
-        "nothing can protect the image {image}, its manifest says: run it on one host with 'understudy run {image} --mode none'{others}"
+        "the image {image} cannot be recorded or protected, its manifest says: run it on one host with --mode none"
     )]
     Unprotectable {
         /// Which.
         image: String,
-        /// Images that can be protected.
-        others: Others,
     },
     /// No version of this program can.
     #[error(
@@ -123,10 +121,7 @@ fn refusal(host: &Host, image: &Image, mode: Mode) -> Option<CannotRun> {
     let others = || runnable(host, image);
     let name = || image.name.clone();
     if mode != Mode::None && image.modes == [Mode::None] {
-        return Some(CannotRun::Unprotectable {
-            image: name(),
-            others: others(),
-        });
+        return Some(CannotRun::Unprotectable { image: name() });
     }
     // Whatever can be protected can also do without.
     if mode != Mode::None && !image.modes.contains(&mode) {
