@@ -33,7 +33,7 @@ use understudy::protocol::HostName;
 
 const REQUESTS: &str = "30000";
 /// How often a round changes between the guests that stand alone, and with how many requests.
-const BURSTS: usize = 4;
+const BURSTS: usize = 8;
 const BURST: &str = "10000";
 /// The guest's own memory, and what agent and VMM may take beside it.
 const MEMORY_BOUND: f64 = 64.0 + 48.0;

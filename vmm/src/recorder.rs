@@ -39,7 +39,8 @@ pub struct Policy {
     pub mark_age: u64,
     /// …or this many landmarks.
     pub mark_landmarks: u64,
-    /// A guest that has waited this long since its last mark gets one, in nanoseconds.
+    /// A guest that has waited this long since something happened gets one, in nanoseconds: longer
+    /// than it waits for a disk under load, because clients wait with it.
     pub wait_mark: u64,
     /// While it waits, memory is scrubbed with a mark each time this many nanoseconds pass.
     pub idle_mark: u64,
@@ -54,7 +55,7 @@ impl Default for Policy {
             batch_age: 1_000_000,
             mark_age: 2_000_000,
             mark_landmarks: 1_024,
-            wait_mark: 500_000,
+            wait_mark: 2_000_000,
             idle_mark: 250_000_000,
         }
     }
