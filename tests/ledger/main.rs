@@ -97,7 +97,7 @@ impl Ledger {
         let machine = machine(test, config)?;
         let policy = Policy {
             mark_landmarks: 20,
-            ..Policy::default()
+            ..policy()
         };
         let mut tape =
             Recorder::start(host(disk, 11), policy, header()).expect("the recorder starts");
@@ -374,6 +374,14 @@ fn a_recording_replays_under_kicks() {
     assert!(replay.marks() > 20, "{} marks", replay.marks());
     assert_eq!(replay.host().outputs, ledger.tape.host().outputs);
     assert_eq!(replay.host().disk(0), ledger.tape.host().disk(0));
+}
+
+/// Marks whenever the guest has waited for a moment: there is more to compare.
+fn policy() -> Policy {
+    Policy {
+        wait_mark: 200_000,
+        ..Policy::default()
+    }
 }
 
 /// Kicks a vCPU as fast as it can.
