@@ -113,6 +113,8 @@ pub struct LocalMachine {
     gateway: Option<tokio::task::JoinHandle<Result<(), GatewayError>>>,
     /// The longest that something which arrived has waited for the guest.
     pub longest_deferral: Duration,
+    /// It has ended, or failed: nothing more is heard of it.
+    over: bool,
     /// Removed when the guest has ended.
     _disks: tempfile::TempDir,
 }
@@ -155,6 +157,7 @@ impl LocalMachine {
             addresses,
             gateway: task,
             longest_deferral: Duration::ZERO,
+            over: false,
             _disks: disks,
         })
     }
@@ -171,11 +174,21 @@ impl LocalMachine {
         mut console: impl FnMut(&[u8]),
         mut typed: impl AsyncFnMut() -> Bytes,
     ) -> Result<GuestEnd, LocalError> {
+        let served = self.attend(&mut console, &mut typed).await;
+        self.over = true;
+        served
+    }
+
+    async fn attend(
+        &mut self,
+        console: &mut impl FnMut(&[u8]),
+        typed: &mut impl AsyncFnMut() -> Bytes,
+    ) -> Result<GuestEnd, LocalError> {
         loop {
             tokio::select! {
                 said = self.process.recv() => {
                     let said = said?.ok_or(LocalError::Gone)?;
-                    if let Said::Ended(end) = self.hear(said, &mut console).await? {
+                    if let Said::Ended(end) = self.hear(said, console).await? {
                         return Ok(end);
                     }
                 }
@@ -228,17 +241,21 @@ impl LocalMachine {
         mut self,
         mut console: impl FnMut(&[u8]),
     ) -> Result<Option<Recorded>, LocalError> {
-        if self.recording.is_some() {
+        if self.recording.is_some() && !self.over {
             let paused = self.pause(&mut console);
             // Without a landmark there is nothing that the log lacks but the way there.
-            let _ = tokio::time::timeout(LAST_LANDMARK, paused).await;
+            let paused = tokio::time::timeout(LAST_LANDMARK, paused).await;
+            // A process that Ctrl-C has ended, too, has shipped what it could; a log that takes no
+            // more is a failure.
+            if let Ok(Err(error @ LocalError::Recording(_))) = paused {
+                return Err(error);
+            }
         }
         Ok(self.recording.take().map(Recording::end).transpose()?)
     }
 
     /// Brings the guest to a landmark, everything before it shipped.
     async fn pause(&mut self, console: &mut impl FnMut(&[u8])) -> Result<(), LocalError> {
-        // A process that is gone or has failed has said so where it was served.
         self.process.sender().send(&ToVm::Pause(true))?;
         self.process.sender().flush()?;
         while let Some(said) = self.process.recv().await? {

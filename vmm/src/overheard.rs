@@ -116,6 +116,10 @@ impl Tape for Overheard<'_> {
         Ok(answer)
     }
 
+    fn entering(&mut self, interrupt_waits: bool) {
+        self.tape.entering(interrupt_waits);
+    }
+
     fn command(&mut self, command: Command) -> Result<(), TapeError> {
         self.ear.command(&command);
         self.tape.command(command)
