@@ -23,6 +23,12 @@ use crate::tape::{
 /// How many timers a machine can have.
 pub const TIMERS: usize = 4;
 
+/// Marks take at most one part in so many of the time: on a host where a digest takes long they are
+/// further apart…
+const MARK_SHARE: u64 = 16;
+/// …but not further than this, in nanoseconds: replicas execute what marks have shown them.
+const MARK_AGE_MAX: u64 = 20_000_000;
+
 /// When the recorder does what it may choose the time of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
@@ -120,6 +126,10 @@ pub struct Recorder<H> {
     overlong: u64,
     deferral: Deferral,
     last_mark: HostTime,
+    /// When the machine was asked for the mark being made, and how long the last one took, in
+    /// nanoseconds.
+    mark_began: HostTime,
+    mark_took: u64,
     marked_at: Option<Position>,
     /// Something was delivered at the marked position after the mark.
     stale_mark: bool,
@@ -172,6 +182,8 @@ impl<H: Host> Recorder<H> {
             overlong: 0,
             deferral: Deferral::default(),
             last_mark: now,
+            mark_began: now,
+            mark_took: 0,
             marked_at: None,
             stale_mark: true,
             waiting_since: None,
@@ -336,7 +348,13 @@ impl<H: Host> Recorder<H> {
         }
         let passed = at.0 - self.marked_at.unwrap_or_default().0;
         passed >= self.policy.mark_landmarks
-            || (passed > 0 && now.since(self.last_mark) >= self.policy.mark_age)
+            || (passed > 0 && now.since(self.last_mark) >= self.mark_age())
+    }
+
+    /// After how much execution the next mark is due, in nanoseconds.
+    fn mark_age(&self) -> u64 {
+        let affordable = self.mark_took.saturating_mul(MARK_SHARE).min(MARK_AGE_MAX);
+        self.policy.mark_age.max(affordable)
     }
 
     fn arrive(&mut self, at: Position, came: Came) -> Result<Next, TapeError> {
@@ -465,6 +483,7 @@ impl<H: Host> Tape for Recorder<H> {
         // A guest that stops for good, or is paused, shows its last state at once.
         let last_mark = (stopped || self.pause) && self.stale_mark && self.policy.record;
         if last_mark || self.mark_due(at, now) {
+            self.mark_began = now;
             return Ok(Next::Mark);
         }
         if stopped || self.pause || self.batch_due(now) {
@@ -556,6 +575,7 @@ impl<H: Host> Tape for Recorder<H> {
     fn mark(&mut self, at: Position, digest: MarkDigest) -> Result<(), TapeError> {
         self.write(&Entry::Mark(Mark { at, digest }))?;
         self.last_mark = self.host.now();
+        self.mark_took = self.last_mark.since(self.mark_began);
         self.marked_at = Some(at);
         self.stale_mark = false;
         Ok(())

@@ -3,7 +3,9 @@
 
 use bytes::Bytes;
 use replay_log::batch::MAX_BATCH;
-use replay_log::{Arrival, Entry, Group, GroupBody, Header, ImageDigest, Position, Term};
+use replay_log::{
+    Arrival, Entry, Group, GroupBody, Header, ImageDigest, MarkDigest, Position, Term,
+};
 use vmm::devices::layout::MAX_FRAME;
 use vmm::recorder::{Policy, Recorder};
 use vmm::tape::{Command, CpuState, Next, Pending, Query, Sources, Tape};
@@ -17,22 +19,25 @@ const ALL: Sources = Sources {
     console: 16,
 };
 
-/// A recorder that has to do nothing by itself.
-fn recorder(policy: Policy) -> Recorder<MemoryHost> {
-    let header = Header {
+fn header() -> Header {
+    Header {
         machine_model: vmm::MACHINE_MODEL,
         image: ImageDigest::default(),
         config: Bytes::new(),
         disks: Vec::new(),
         term: Term(1),
         boot: [0; 16],
-    };
+    }
+}
+
+/// A recorder that has to do nothing by itself.
+fn recorder(policy: Policy) -> Recorder<MemoryHost> {
     let policy = Policy {
         mark_age: u64::MAX,
         mark_landmarks: u64::MAX,
         ..policy
     };
-    Recorder::start(MemoryHost::new(STEP, &[], 1), policy, header).expect("starts")
+    Recorder::start(MemoryHost::new(STEP, &[], 1), policy, header()).expect("starts")
 }
 
 /// Lets everything that waits arrive at one landmark.
@@ -189,4 +194,38 @@ fn the_longest_wait_is_measured_from_the_host_to_the_guest() {
     while let Next::Mark | Next::Pause = next(&mut tape) {}
     tape.entering(false);
     assert_eq!(tape.longest_deferral(), longest);
+}
+
+/// How long the recorder lets a busy guest run between a mark that took so long and the next one.
+fn until_the_next_mark(took: u64) -> u64 {
+    const LOOK: u64 = 50_000;
+    let header = header();
+    let policy = Policy::default();
+    let mut tape = Recorder::start(MemoryHost::new(0, &[], 1), policy, header).expect("starts");
+    let mut marked = None;
+    for at in 1.. {
+        tape.close(Position(at)).expect("closes");
+        tape.host().advance(LOOK);
+        let next = tape.next(Position(at), CpuState::Ready, ALL);
+        let since = marked.map(|marked| (at - marked) * LOOK);
+        match (next.expect("the recorder stands"), since) {
+            (Next::Mark, Some(since)) => return since,
+            (Next::Mark, None) => {
+                tape.host().advance(took);
+                let digest = MarkDigest::default();
+                tape.mark(Position(at), digest).expect("is written");
+                marked = Some(at);
+            }
+            _ => {}
+        }
+    }
+    unreachable!("positions do not end")
+}
+
+/// A host that makes marks slowly makes fewer, down to a bound.
+#[test]
+fn marks_take_a_small_part_of_the_time() {
+    assert_eq!(until_the_next_mark(10_000), 2_000_000);
+    assert_eq!(until_the_next_mark(500_000), 8_000_000);
+    assert_eq!(until_the_next_mark(100_000_000), 20_000_000);
 }

@@ -10,6 +10,7 @@
 //! | entropy | `0x530` R8/R16/R32: random bits | |
 //! | power | `0x540` W32: 1 switches off, 2 resets | |
 //! | idle | `0x544` W, any size: looks at all virtio queues as if they were notified, then waits until anything arrives; written with a value other than 0, it does not wait if something has arrived at another exit since the last write here | |
+//! | print | `0x550` W32: the physical address of a text (kept; 0 at power-on: none); `0x554` W32: so many bytes of it, at most 4096, go to the console | |
 //! | ACPI's fixed registers | `0x600` PM1 status: reads as 0; `0x602` PM1 enable, R W16: kept; `0x604` R16: 1 (ACPI is on), W16: bit 13 with 5 in bits 10 to 12 switches off; `0x606` W8: 2 resets | 9, never raised |
 //! | virtio-mmio | `0xd000_0000 + n * 0x1000`: n = 0 network, n = 1 to 4 disks, n = 5 console, n = 6 entropy | 5 network, 10 11 14 15 disks, 3 console, 6 entropy |
 
@@ -55,6 +56,10 @@ pub const POWER_OFF: u32 = 1;
 pub const POWER_RESET: u32 = 2;
 /// Idle: wait until anything arrives.
 pub const IDLE: u16 = 0x544;
+/// Print: where the text stands.
+pub const PRINT_WHERE: u16 = 0x550;
+/// Print: how many bytes of the text go to the console.
+pub const PRINT: u16 = 0x554;
 /// ACPI: PM1 status, two bytes, and PM1 enable after it. No event ever happens.
 pub const ACPI_STATUS: u16 = 0x600;
 /// ACPI: PM1 enable.

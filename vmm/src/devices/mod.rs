@@ -8,6 +8,7 @@ mod pic;
 mod pit;
 pub mod platform;
 mod power;
+mod print;
 mod serial;
 #[cfg(test)]
 mod testing;

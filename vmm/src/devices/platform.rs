@@ -7,6 +7,7 @@ use super::layout;
 use super::pic::{Pic, Register, Which};
 use super::pit::{PIT_TIMER, Pit};
 use super::power::Power;
+use super::print::Print;
 use super::serial::Serial;
 use super::timer::{TIMER, Timer};
 use super::virtio::block::{Block, REQUESTS};
@@ -37,6 +38,7 @@ pub struct Platform {
     clock: Clock,
     timer: Timer,
     power: Power,
+    print: Print,
     requests: RequestCounter,
     net: Option<Mmio<Net>>,
     disks: Vec<Mmio<Block>>,
@@ -67,6 +69,7 @@ impl Platform {
             clock: Clock::default(),
             timer: Timer::default(),
             power: Power::default(),
+            print: Print::default(),
             requests: RequestCounter::default(),
             net: config.mac.map(|mac| Mmio::new(Net::new(mac))),
             disks: (0..)
@@ -209,6 +212,11 @@ impl Platform {
                     self.power.write(word);
                     return Ok(());
                 }
+                layout::PRINT_WHERE => {
+                    self.print.write_where(word);
+                    return Ok(());
+                }
+                layout::PRINT => return self.print.write_length(word, memory, tape),
                 _ => {}
             }
         }
@@ -465,6 +473,7 @@ impl Platform {
         self.clock.digest(hasher);
         self.timer.digest(hasher);
         self.power.digest(hasher);
+        self.print.digest(hasher);
         hasher.update(&self.requests.drawn().to_le_bytes());
         if let Some(net) = &self.net {
             net.digest(hasher);

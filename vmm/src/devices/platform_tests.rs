@@ -1,5 +1,6 @@
 use bytes::Bytes;
 use replay_log::{Arrival, GuestTime, TimerId};
+use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemory as _};
 
 use super::super::testing::{Bench, timer_due};
 use super::*;
@@ -295,6 +296,28 @@ fn a_careful_guest_does_not_oversleep() {
 }
 
 #[test]
+fn a_text_is_printed_in_one_exit() {
+    let mut bench = Bench::new();
+    let text = vec![b'x'; 5000];
+    bench.memory.write_slice(&text, GuestAddress(4000)).unwrap();
+    bench.outl(layout::PRINT, 3);
+    assert!(bench.tape.commands.is_empty(), "nobody said where");
+    bench.outl(layout::PRINT_WHERE, 4000);
+    let printed = [(0, 0), (3, 3), (4096, 4096), (4097, 4096), (u32::MAX, 4096)];
+    for (asked, printed) in printed {
+        bench.outl(layout::PRINT, asked);
+        let expected = (printed > 0).then(|| Command::Console(text[..printed].to_vec().into()));
+        assert_eq!(bench.tape.commands.pop(), expected);
+    }
+    let end = bench.memory.last_addr().raw_value() as u32;
+    for nowhere in [end, u32::MAX] {
+        bench.outl(layout::PRINT_WHERE, nowhere);
+        bench.outl(layout::PRINT, 2);
+    }
+    assert!(bench.tape.commands.is_empty(), "not all of it is in memory");
+}
+
+#[test]
 fn everything_a_guest_can_change_changes_the_digest() {
     let mut bench = Bench::new();
     let mut seen = std::collections::HashSet::from([bench.digest()]);
@@ -333,6 +356,8 @@ fn everything_a_guest_can_change_changes_the_digest() {
     check("idle", &bench);
     bench.write(Space::Port, layout::ACPI_ENABLE.into(), &[0x20, 0]);
     check("ACPI's enabled events", &bench);
+    bench.outl(layout::PRINT_WHERE, 1);
+    check("where a text stands", &bench);
     for device in [0, 1, 2, 5, 6] {
         bench.set_reg(device, 0x70, 1);
         check("a virtio status", &bench);
