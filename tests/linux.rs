@@ -1,9 +1,10 @@
 //! Linux guests in the lab: what they do under load, and what no two runs have in common, comes out
-//! the same in the replay. `UNDERSTUDY_LINUX=1` runs a few of each, `UNDERSTUDY_SOAK=1` 100 boots and 50
-//! minutes of Redis.
+//! the same in the replay. A few of each; with `UNDERSTUDY_SOAK=1` 100 boots and 50 minutes of Redis.
 
 #[path = "common/lab.rs"]
 mod common;
+#[path = "common/linux.rs"]
+mod linux;
 #[path = "common/skip.rs"]
 mod skip;
 
@@ -13,6 +14,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::{host, lab, run};
+use linux::{Kind, image, soak};
 use skip::skipped;
 use tempfile::TempDir;
 use understudy::lab::{Host, Lab};
@@ -23,42 +25,6 @@ const MEMORY: u32 = 2500;
 const PATIENCE: Duration = Duration::from_mins(5);
 const IMAGE: &str = "/data/image";
 const LOG: &str = "/data/log";
-
-fn soak() -> bool {
-    std::env::var_os("UNDERSTUDY_SOAK").is_some()
-}
-
-/// Whether these tests are to run: not by themselves yet, for the time that they take.
-fn wanted() -> bool {
-    soak() || std::env::var_os("UNDERSTUDY_LINUX").is_some()
-}
-
-/// Which of the two images.
-#[derive(Clone, Copy)]
-enum Kind {
-    Small,
-    Full,
-}
-
-/// Builds an image, or finds it built.
-fn image(test: &str, kind: Kind) -> Option<TempDir> {
-    let folder = tempfile::tempdir().expect("a folder");
-    let mut build = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("images/linux/build"));
-    if let Kind::Full = kind {
-        build.arg("--full");
-    }
-    let built = build.arg(folder.path()).output();
-    let why = match built {
-        Ok(built) if built.status.success() => return Some(folder),
-        Ok(built) => String::from_utf8_lossy(&built.stderr).into_owned(),
-        Err(error) => format!("images/linux/build cannot be run: {error}"),
-    };
-    // What the build needs and a machine may lack; a kernel that does not compile is a failure.
-    let excused = ["please install", "apt-get", "cannot be run"];
-    assert!(excused.iter().any(|excuse| why.contains(excuse)), "{why}");
-    skipped(test, &why.trim());
-    None
-}
 
 /// What the guest runs instead of what its manifest says; empty for a shell.
 fn told(manifest: &str, command: &str) -> String {
@@ -77,15 +43,8 @@ struct Stage {
 
 impl Stage {
     fn new(test: &str, kind: Kind) -> Option<Self> {
-        if !wanted() {
-            skipped(
-                test,
-                &"it builds a kernel and takes minutes: set UNDERSTUDY_LINUX=1",
-            );
-            return None;
-        }
-        let (lab, folder) = lab(test, 1, MEMORY)?;
         let image = image(test, kind)?;
+        let (lab, folder) = lab(test, 1, MEMORY)?;
         let manifest = fs::read_to_string(image.path().join("manifest.toml")).expect("a manifest");
         let stage = Self {
             lab,

@@ -1,6 +1,6 @@
 use bytes::Bytes;
 use replay_log::{Arrival, GuestTime, TimerId};
-use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemory as _};
+use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemoryBackend as _};
 
 use super::super::testing::{Bench, timer_due};
 use super::*;
