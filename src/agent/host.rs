@@ -97,6 +97,11 @@ enum Wish {
         vm: VmName,
         reply: oneshot::Sender<Answer>,
     },
+    /// An operator asks for a VM, and its image was looked for.
+    Create {
+        asked: Asked,
+        found: Result<(), String>,
+    },
     /// Somebody reads the metrics.
     Status(oneshot::Sender<HostStatus>),
 }
@@ -296,7 +301,11 @@ impl Agent {
                     tokio::spawn(greet(stream, opened.clone()));
                 }
                 Some((vm, gateway)) = gateways.recv() => self.gateway(&vm, gateway).await,
-                Some(asked) = orders.recv() => self.order(asked),
+                Some(asked) = orders.recv() => {
+                    if let Some(asked) = self.asked(asked) {
+                        self.order(asked);
+                    }
+                }
                 Some(wish) = wished.recv() => self.grant(wish),
                 else => return,
             }
@@ -339,6 +348,10 @@ impl Agent {
                 }
             }
             Wish::Remove { vm, reply } => self.remove(vm, reply),
+            Wish::Create { asked, found } => match found {
+                Ok(()) => self.order(asked),
+                Err(why) => drop(asked.reply.send(Answer::Refused { why })),
+            },
             Wish::Status(reply) => {
                 let status = self.status();
                 tokio::spawn(async move { reply.send(status.await) });
@@ -355,6 +368,23 @@ impl Agent {
     }
 
     // ---- operators ----
+
+    /// Takes an operator's request. A VM's image is looked for first, and read for that: heartbeats
+    /// do not wait for a disk.
+    fn asked(&self, asked: Asked) -> Option<Asked> {
+        let Request::Run { image, .. } = &asked.request else {
+            return Some(asked);
+        };
+        let (env, image) = (Arc::clone(&self.env), image.clone());
+        let wishes = self.wishes.clone();
+        tokio::task::spawn_blocking(move || {
+            let found = env.library.image_named(&image).map(drop);
+            let found = found.map_err(|error: LibraryError| error.to_string());
+            // Without the agent there is nobody to create it.
+            let _ = wishes.blocking_send(Wish::Create { asked, found });
+        });
+        None
+    }
 
     /// Begins what is asked for. Answers that have to be waited for come from a task.
     fn order(&mut self, asked: Asked) {
@@ -414,10 +444,8 @@ impl Agent {
         }))
     }
 
-    /// Makes sure that a VM can be created from an image here.
+    /// Notes the image, which is here, that a VM is to be created from.
     fn prepare(&mut self, vm: &VmName, image: &str) -> Result<(), String> {
-        let found = self.env.library.image_named(image);
-        found.map_err(|error: LibraryError| error.to_string())?;
         let home = super::driver::Home::open(&self.env.config.data, vm);
         let home = home.map_err(|error| error.to_string())?;
         // A VM that has run here keeps what it was created from: the order will be refused.

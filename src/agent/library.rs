@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use replay_log::{DiskBase, Header, ImageDigest};
 use thiserror::Error;
-use vmm::boot::BootImage;
 use vmm::disk::{Base, BaseError};
 
 use crate::agent::bulk::{self, FetchError};
@@ -62,7 +61,8 @@ impl Library {
         }
     }
 
-    /// The image of this name, embedded or a folder, if it can be run here.
+    /// The image of this name, embedded or a folder, if it can be run here. Reads it, so it is not
+    /// for the agent's own thread.
     pub fn image_named(&self, name: &str) -> Result<Image, LibraryError> {
         let folder = self.images.join(name);
         let image = if !name.contains('/') && folder.is_dir() {
@@ -74,7 +74,8 @@ impl Library {
         Ok(image)
     }
 
-    /// The image with this digest, if it can be run here.
+    /// The image with this digest, if it can be run here. Reads and hashes images until it has
+    /// found it, so it is not for the agent's own thread.
     pub fn image(&self, digest: ImageDigest) -> Result<Image, LibraryError> {
         let folders = std::fs::read_dir(&self.images)
             .into_iter()
@@ -93,13 +94,12 @@ impl Library {
         Ok(image)
     }
 
-    /// What boots and the disk bases that a log names; bases that are not here are fetched.
-    pub async fn parts(&self, header: &Header) -> Result<(BootImage, Vec<DiskBase>), LibraryError> {
-        let image = self.image(header.image)?;
+    /// Fetches the disk bases that a log names and that are not here.
+    pub async fn fetch_bases(&self, header: &Header) -> Result<(), LibraryError> {
         for base in &header.disks {
             self.have_base(*base).await?;
         }
-        Ok((image.boot(), header.disks.clone()))
+        Ok(())
     }
 
     async fn have_base(&self, name: DiskBase) -> Result<(), LibraryError> {

@@ -7,6 +7,7 @@ use vmm::boot::BootImage;
 use vmm::host::OutputKind;
 use vmm::outbox::Outbox;
 
+use super::Surroundings;
 use super::gather::Gather;
 use super::guest::{Guest, GuestError, Parts};
 use super::home::{Home, HomeError};
@@ -352,26 +353,16 @@ impl VmDriver {
     fn fetch_parts(&mut self, run: VmRun, header: Header) {
         self.awaiting_parts = Some(run);
         let (home, back, env) = (self.home.clone(), self.to_back.clone(), self.env.clone());
-        let binary = env.vmm_binary.clone();
         tokio::spawn(async move {
-            let fetched = tokio::time::timeout(PARTS_PATIENCE, env.library.parts(&header)).await;
-            let parts = match fetched {
-                Err(_) => Err("its image and disks could not be fetched in time".to_owned()),
+            let fetched = env.library.fetch_bases(&header);
+            let parts = match tokio::time::timeout(PARTS_PATIENCE, fetched).await {
+                Err(_) => Err("its disks could not be fetched in time".to_owned()),
                 Ok(Err(error)) => Err(error.to_string()),
-                Ok(Ok((image, bases))) => {
-                    // Heartbeats do not wait for a disk.
-                    let ready = tokio::task::spawn_blocking(move || {
-                        home.keep_header(&header)?;
-                        let disks = home.fresh_disks(bases)?;
-                        Ok(Parts {
-                            header,
-                            image,
-                            disks,
-                            binary,
-                        })
-                    });
-                    match ready.await {
-                        Ok(parts) => parts.map_err(|error: HomeError| error.to_string()),
+                Ok(Ok(())) => {
+                    let ready = move || replica_parts(&home, &env, header);
+                    // Heartbeats do not wait for a disk, nor for the hash of an image.
+                    match tokio::task::spawn_blocking(ready).await {
+                        Ok(parts) => parts.map_err(|error| error.to_string()),
                         Err(ended) => Err(ended.to_string()),
                     }
                 }
@@ -495,6 +486,20 @@ impl VmDriver {
         }
         self.env.journal.write(Some(&self.vm), event.clone());
     }
+}
+
+/// What a replica starts from: the header of the log and what it names, the disks as they were then.
+/// Blocks.
+fn replica_parts(home: &Home, env: &Surroundings, header: Header) -> Result<Parts, HomeError> {
+    let image = env.library.image(header.image)?.boot();
+    home.keep_header(&header)?;
+    let disks = home.fresh_disks(header.disks.clone())?;
+    Ok(Parts {
+        header,
+        image,
+        disks,
+        binary: env.vmm_binary.clone(),
+    })
 }
 
 /// What a machine boots from: the image, and fresh or left-over disks. Blocks.
