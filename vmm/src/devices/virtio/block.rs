@@ -154,7 +154,8 @@ impl Block {
         Ok(finished.map(Finished))
     }
 
-    fn submit(&mut self, chain: Chain, ring: &mut Ring, outside: &mut Outside<'_>) -> Served {
+    /// Serves a chain: how many bytes of it are written, if it is answered already.
+    fn submit(&mut self, chain: Chain, outside: &mut Outside<'_>) -> Result<Option<u32>, Trouble> {
         let Chain {
             head,
             mut readable,
@@ -177,17 +178,14 @@ impl Block {
                     disk: self.disk,
                     op,
                 }))?;
-                Ok(false)
+                Ok(None)
             }
-            Verdict::Refuse(reason) => {
-                answer(ring, outside.memory, head, status, reason, 0)?;
-                Ok(true)
-            }
+            Verdict::Refuse(reason) => Ok(Some(answer(outside.memory, status, reason, 0)?)),
             Verdict::Identify => {
                 writable.write(outside.memory, &self.identity())?;
                 let written = VIRTIO_BLK_ID_BYTES;
-                answer(ring, outside.memory, head, status, VIRTIO_BLK_S_OK, written)?;
-                Ok(true)
+                let written = answer(outside.memory, status, VIRTIO_BLK_S_OK, written)?;
+                Ok(Some(written))
             }
         }
     }
@@ -250,19 +248,10 @@ impl Block {
     }
 }
 
-/// Whether the chain is used already.
-type Served = Result<bool, Trouble>;
-
-fn answer(
-    ring: &mut Ring,
-    memory: &GuestMemory,
-    head: u16,
-    status: GuestAddress,
-    code: u32,
-    data: u32,
-) -> Result<(), Lie> {
+/// Writes a request's status behind `data` bytes; how many bytes are written then.
+fn answer(memory: &GuestMemory, status: GuestAddress, code: u32, data: u32) -> Result<u32, Lie> {
     memory.write_obj(code as u8, status).map_err(Lie::Access)?;
-    ring.complete(memory, head, data + 1)
+    Ok(data + 1)
 }
 
 /// A request that the outside has finished and the driver does not know of yet.
@@ -283,7 +272,8 @@ impl Finished {
             into.write(memory, data)?;
             written = into.len();
         }
-        answer(ring, memory, head, status, VIRTIO_BLK_S_OK, written)?;
+        let written = answer(memory, status, VIRTIO_BLK_S_OK, written)?;
+        ring.complete(memory, head, written)?;
         Ok(ring.tell(memory)?)
     }
 }
@@ -307,19 +297,7 @@ impl Device for Block {
         ring: &mut Ring,
         outside: &mut Outside<'_>,
     ) -> Result<Tell, Trouble> {
-        let mut used = false;
-        // See `Net::send` for the bound.
-        for _ in 0..ring.max_size() {
-            let Some(chain) = ring.pop(outside.memory)? else {
-                break;
-            };
-            used |= self.submit(chain, ring, outside)?;
-        }
-        Ok(if used {
-            ring.tell(outside.memory)?
-        } else {
-            Tell::Nothing
-        })
+        ring.serve(outside.memory, |chain| self.submit(chain, outside))
     }
 
     fn reset(&mut self) {

@@ -50,7 +50,8 @@ impl Console {
 
     fn hand_over(&mut self, ring: &mut Ring, memory: &GuestMemory) -> Result<Tell, Trouble> {
         let mut used = false;
-        // See `Net::send` for the bound: a driver may offer buffers without room.
+        // Not `Ring::serve`: buffers are taken only for what was typed. Its bound holds here, too, as a
+        // driver may offer buffers without room.
         for _ in 0..ring.max_size() {
             if self.typed.is_empty() {
                 break;
@@ -87,23 +88,13 @@ impl Console {
         memory: &GuestMemory,
         written: &mut Vec<u8>,
     ) -> Result<Tell, Trouble> {
-        let mut used = false;
-        for _ in 0..ring.max_size() {
-            let Some(chain) = ring.pop(memory)? else {
-                break;
-            };
-            used = true;
+        ring.serve(memory, |chain| {
             let count = WRITE_MAX.min(chain.readable.len() as usize);
             let before = written.len();
             written.resize(before + count, 0);
             chain.readable.read(memory, &mut written[before..])?;
-            ring.complete(memory, chain.head, 0)?;
-        }
-        if used {
-            Ok(ring.tell(memory)?)
-        } else {
-            Ok(Tell::Nothing)
-        }
+            Ok(Some(0))
+        })
     }
 }
 

@@ -57,14 +57,7 @@ impl Net {
     }
 
     fn send(ring: &mut Ring, outside: &mut Outside<'_>) -> Result<Tell, Trouble> {
-        let mut used = false;
-        // A whole ring is the most that can be available; the bound is for a driver whose rings
-        // overlap, so that our own writes look like more.
-        for _ in 0..ring.max_size() {
-            let Some(mut chain) = ring.pop(outside.memory)? else {
-                break;
-            };
-            used = true;
+        ring.serve(outside.memory, |mut chain| {
             if chain.readable.skip(HEADER as u32) {
                 let length = chain.readable.len() as usize;
                 if (MIN_FRAME..=MAX_FRAME).contains(&length) {
@@ -73,13 +66,8 @@ impl Net {
                     outside.tape.command(Command::Frame(Bytes::from(frame)))?;
                 }
             }
-            ring.complete(outside.memory, chain.head, 0)?;
-        }
-        if used {
-            Ok(ring.tell(outside.memory)?)
-        } else {
-            Ok(Tell::Nothing)
-        }
+            Ok(Some(0))
+        })
     }
 }
 

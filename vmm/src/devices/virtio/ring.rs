@@ -13,7 +13,7 @@ use vm_memory::{
     Address, Bytes as _, GuestAddress, GuestMemory as _, GuestMemoryError, Permissions,
 };
 
-use super::Tell;
+use super::{Tell, Trouble};
 use crate::GuestMemory;
 
 /// More descriptors than this in one chain are a lie; it bounds what a chain makes us keep.
@@ -275,6 +275,33 @@ impl Ring {
         self.queue
             .add_used(memory, head, written)
             .map_err(Lie::Ring)
+    }
+
+    /// Takes what is available, chain by chain, and tells the driver if any of it is used now:
+    /// `serve` says how many bytes it wrote, or nothing of a chain that is given back later.
+    pub fn serve(
+        &mut self,
+        memory: &GuestMemory,
+        mut serve: impl FnMut(Chain) -> Result<Option<u32>, Trouble>,
+    ) -> Result<Tell, Trouble> {
+        let mut used = false;
+        // A whole ring is the most that can be available; the bound is for a driver whose rings
+        // overlap, so that our own writes look like more.
+        for _ in 0..self.max_size() {
+            let Some(chain) = self.pop(memory)? else {
+                break;
+            };
+            let head = chain.head;
+            if let Some(written) = serve(chain)? {
+                self.complete(memory, head, written)?;
+                used = true;
+            }
+        }
+        if used {
+            Ok(self.tell(memory)?)
+        } else {
+            Ok(Tell::Nothing)
+        }
     }
 
     /// Buffers were used: whether the driver is to be told. It can decline by a flag.

@@ -33,12 +33,7 @@ impl Device for Rng {
         ring: &mut Ring,
         outside: &mut Outside<'_>,
     ) -> Result<Tell, Trouble> {
-        let mut used = false;
-        // See `Net::send` for the bound.
-        for _ in 0..ring.max_size() {
-            let Some(chain) = ring.pop(outside.memory)? else {
-                break;
-            };
+        ring.serve(outside.memory, |chain| {
             let count = chain.writable.len().min(FILL_MAX);
             if count == 0 {
                 // At least one byte is to be placed, and there is no room for any.
@@ -49,13 +44,7 @@ impl Device for Rng {
                 other => return Err(clock::wrong_answer("random bytes", &other).into()),
             };
             chain.writable.write(outside.memory, &bytes)?;
-            ring.complete(outside.memory, chain.head, count)?;
-            used = true;
-        }
-        Ok(if used {
-            ring.tell(outside.memory)?
-        } else {
-            Tell::Nothing
+            Ok(Some(count))
         })
     }
 
