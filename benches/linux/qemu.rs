@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use understudy::lab::{exec, needs::QEMU};
 
-use crate::common::program;
+use crate::lab::program;
 use crate::stage::parameter;
 
 /// The machine, as images/linux/README.md has it.
