@@ -40,6 +40,11 @@ pub fn can_run(tools: &[&str]) -> bool {
         println!("SKIPPED: {missing}");
         return unless_wanted();
     }
+    has_tools(tools)
+}
+
+/// Whether these Redis clients are there; says aloud what is missing.
+pub fn has_tools(tools: &[&str]) -> bool {
     for tool in tools {
         let there = Command::new(tool)
             .arg("--version")
@@ -76,6 +81,11 @@ impl Figures {
     /// A figure that must not be below its bound.
     pub fn at_least(&mut self, what: &str, figure: f64, bound: f64, unit: &str) {
         self.judge(what, figure, "at least", bound, unit, figure >= bound);
+    }
+
+    /// A ratio that must be below 1.
+    pub fn below_one(&mut self, what: &str, figure: f64) {
+        self.judge(what, figure, "less than", 1.0, "", figure < 1.0);
     }
 
     fn judge(&mut self, what: &str, figure: f64, than: &str, bound: f64, unit: &str, ok: bool) {
