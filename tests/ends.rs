@@ -138,7 +138,9 @@ fn fills_its_disk(begins: Begins) -> BootImage {
     QUEUE.offer(&mut guest, r13d, true);
     QUEUE.wait_for_used(&mut guest, r14d);
     ok(guest.asm.inc(r14d));
-    ok(guest.asm.add(dword_ptr(SECTOR), (CHUNK / 512) as i32));
+    ok(guest
+        .asm
+        .add(dword_ptr(SECTOR), (CHUNK / 512).cast_signed()));
     ok(guest.asm.cmp(byte_ptr(STATUS), 0));
     ok(guest.asm.je(again));
     say(&mut guest, FULL);

@@ -182,9 +182,8 @@ impl Stage {
             if let Some(seen) = look(self).await {
                 return seen;
             }
-            if began.elapsed() > PATIENCE {
-                panic!("{what} has not happened;\n{}", self.table());
-            }
+            let patient = began.elapsed() < PATIENCE;
+            assert!(patient, "{what} has not happened;\n{}", self.table());
             sleep(LOOK_EVERY).await;
         }
     }
