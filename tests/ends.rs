@@ -32,6 +32,9 @@ const HANGS: &str = "computing\n";
 /// Said by a guest whose disk takes no more.
 const FULL: &str = "the disk is full\n";
 
+/// What a guest that fills its disk writes at once.
+const CHUNK: u32 = 64 << 10;
+
 // ---- guests ----
 
 fn say(guest: &mut Guest, text: &str) {
@@ -107,7 +110,6 @@ fn fills_its_disk(begins: Begins) -> BootImage {
     const SECTOR: u64 = HEADER + 8;
     const STATUS: u64 = FREE + 0x1100;
     const DATA: u64 = FREE + 0x2000;
-    const CHUNK: u32 = 64 << 10;
     /// VIRTIO_BLK_T_OUT, then the sector.
     const WRITE_FIRST_SECTOR: [u8; 16] = [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let mut guest = Guest::new(Ring::Three);
@@ -257,11 +259,10 @@ fn a_full_disk_of_the_host() {
         stage.successor(&full).await;
         let ending = stage.all_end(&left).await;
         assert_eq!(ending.how, GuestEnd::PowerOff);
+        // It has written all of its disk, each chunk with a landmark at least.
+        assert!(ending.at.0 > (64 << 20) / u64::from(CHUNK), "{ending}");
         assert!(stage.journal_has(&full, "abdicated").await);
         stage.says(full.as_str(), "No space left on device").await;
-        // It was not for want of room that the guest ended there: it has not ended there at all.
-        assert!(!stage.row(full.as_str()).contains("has ended"));
-        assert_eq!(stage.console(&full), "");
         let new = stage.primary().await;
         assert_eq!(stage.role(&new).await, Some(RoleName::Primary));
         assert_eq!(stage.console(&new), FULL);
