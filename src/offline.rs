@@ -16,7 +16,7 @@ use vmm::kvm::{KvmError, KvmMachine};
 use vmm::machine::MachineError;
 use vmm::replayer::{FeedError, Replayer};
 use vmm::runner::{Runner, Turn};
-use vmm::tape::{DiskOp, DiskRequest, GuestEnd, Sources, TapeError};
+use vmm::tape::{DiskOp, DiskRequest, Ending, Sources, TapeError};
 
 /// Why a log could not be replayed to its end.
 #[derive(Debug, Error)]
@@ -85,7 +85,7 @@ pub struct Replayed {
     /// How many outputs the guest made.
     pub outputs: u64,
     /// How the guest ended, if it did.
-    pub ended: Option<GuestEnd>,
+    pub ended: Option<Ending>,
 }
 
 /// A source of batches in order; `None` at the end.
@@ -159,8 +159,9 @@ pub fn replay(
         if turn == Turn::Ran || !tape.drained() {
             continue;
         }
-        if let Turn::Ended(end) = turn {
-            ended = Some(end);
+        if let Turn::Ended(how) = turn {
+            let at = runner.at();
+            ended = Some(Ending { how, at });
         }
         match next().map_err(OfflineError::Read)? {
             Some(batch) => tape.feed(&batch)?,

@@ -125,6 +125,7 @@ fn set_vm(vm: &VmStatus) {
     set("understudy_gateways", vm.gateways as u64);
     set("understudy_vmm_running", u64::from(vm.guest.is_some()));
     if let Some(guest) = &vm.guest {
+        set("understudy_guest_ended", u64::from(guest.ended.is_some()));
         let seconds = guest.longest_deferral.as_nanos() as f64 / 1e9;
         gauge!("understudy_guest_longest_deferral_seconds", "vm" => name.clone()).set(seconds);
         let seconds = guest.silence.as_nanos() as f64 / 1e9;

@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
+use vmm::tape::Ending;
 
 use super::certs::{Credentials, Identity, Role};
 use super::journal::{Journal, Line};
@@ -161,8 +162,8 @@ pub struct VmStatus {
     pub node: Status,
     /// The guest, while there is one.
     pub guest: Option<GuestStatus>,
-    /// How the last guest or VMM ended or failed, if it did and none has been started since.
-    pub last_word: Option<String>,
+    /// That the VMM or the store failed here, and why, if no VMM has come beyond that place since.
+    pub failure: Option<String>,
     /// What the log takes on disk, in bytes, when it is known.
     pub log_bytes: Option<u64>,
     /// Output that waits for its commit, in bytes.
@@ -184,6 +185,9 @@ pub struct GuestStatus {
     /// While it is recorded: how long it has come past no landmark. A guest that waits for something
     /// comes past several a second.
     pub silence: Span,
+    /// How the guest ended by its own doing, if it did: the same on every copy that has executed so
+    /// far.
+    pub ended: Option<Ending>,
 }
 
 /// What the agent asks the driver of one VM on behalf of an operator.

@@ -125,7 +125,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         replayed.marks
     ))?;
     if let Some(end) = replayed.ended {
-        output::line(format_args!("the guest had ended: {end:?}"))?;
+        output::line(format_args!("the guest had ended: {end}"))?;
     } else if args.until.is_some_and(|until| replayed.at.0 < until) {
         output::line(format_args!("the log ends there"))?;
     }

@@ -160,7 +160,7 @@ async fn serve(
     }
     match served {
         None => {}
-        Some(Ok(end)) => eprintln!("the guest has ended: {end:?}"),
+        Some(Ok(end)) => eprintln!("the guest has ended: {end}"),
         // Whatever came of the recording came of this.
         Some(Err(error)) => return Err(failure(error)),
     }

@@ -229,10 +229,8 @@ fn row(look: &Look, host: &HostName, now: Time, seen: &VmStatus) -> [String; 7] 
     if let Some(since) = node.stalled_since {
         remarks.push(format!("output stalled for {}", ago(now, since)));
     }
-    if let Some(guest) = seen.guest.as_ref().filter(|guest| guest.recording) {
-        remarks.extend(slow_exits(guest));
-    }
-    remarks.extend(seen.last_word.clone());
+    remarks.extend(seen.guest.as_ref().and_then(guest_state));
+    remarks.extend(seen.failure.clone());
     [
         host.to_string(),
         role(node.role).to_owned(),
@@ -244,10 +242,21 @@ fn row(look: &Look, host: &HostName, now: Time, seen: &VmStatus) -> [String; 7] 
     ]
 }
 
-/// What is to be said of a guest that keeps what arrives waiting.
-fn slow_exits(guest: &GuestStatus) -> Option<String> {
+/// What is to be said of a guest: that it has ended, on every copy; or, where it is recorded, that it
+/// keeps what arrives waiting.
+fn guest_state(guest: &GuestStatus) -> Option<String> {
+    if let Some(ending) = guest.ended {
+        return Some(format!("the guest has ended: {ending}"));
+    }
+    if !guest.recording {
+        return None;
+    }
     if guest.silence >= NO_EXIT {
-        return Some(format!("computes without an exit for {}", guest.silence));
+        let silence = Duration::from_nanos(guest.silence.as_nanos());
+        return Some(format!(
+            "computes without an exit for {}",
+            output::span(silence)
+        ));
     }
     let longest = Duration::from_nanos(guest.longest_deferral.as_nanos());
     (longest >= LONG_DEFERRAL).then(|| format!("an arrival has waited {}", output::span(longest)))

@@ -13,7 +13,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use thiserror::Error;
 use tokio::sync::mpsc;
 use vmm::host::{Output, OutputKind};
-use vmm::tape::GuestEnd;
+use vmm::tape::Ending;
 
 use crate::agent::vm_process::{
     DiskSetup, FromVm, IpcError, SpawnError, Start, StartAs, ToVm, VmProcess,
@@ -97,7 +97,7 @@ pub enum LocalError {
 
 /// What the VMM process has said, as far as it matters to whoever listens.
 enum Said {
-    Ended(GuestEnd),
+    Ended(Ending),
     Paused,
     Other,
 }
@@ -173,7 +173,7 @@ impl LocalMachine {
         &mut self,
         mut console: impl FnMut(&[u8]),
         mut typed: impl AsyncFnMut() -> Bytes,
-    ) -> Result<GuestEnd, LocalError> {
+    ) -> Result<Ending, LocalError> {
         let served = self.attend(&mut console, &mut typed).await;
         self.over = true;
         served
@@ -183,7 +183,7 @@ impl LocalMachine {
         &mut self,
         console: &mut impl FnMut(&[u8]),
         typed: &mut impl AsyncFnMut() -> Bytes,
-    ) -> Result<GuestEnd, LocalError> {
+    ) -> Result<Ending, LocalError> {
         loop {
             tokio::select! {
                 said = self.process.recv() => {
@@ -208,7 +208,7 @@ impl LocalMachine {
         console: &mut impl FnMut(&[u8]),
     ) -> Result<Said, LocalError> {
         match said {
-            FromVm::Ended { end, .. } => return Ok(Said::Ended(end)),
+            FromVm::Ended(end) => return Ok(Said::Ended(end)),
             FromVm::Paused { .. } => return Ok(Said::Paused),
             FromVm::Failed { reason, .. } => return Err(LocalError::Failed { reason }),
             FromVm::Shipped { batch, .. } => self.keep(batch)?,

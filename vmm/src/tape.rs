@@ -4,6 +4,8 @@
 //! [`Query`], what they want done they say as a [`Command`], and what arrives is handed to them by
 //! [`Tape::next`]. The recorder asks the host and writes the log; the replayer reads the log.
 
+use std::fmt;
+
 use bytes::Bytes;
 use replay_log::{
     Answer, Arrival, GuestTime, Header, MarkDigest, Position, RequestNumber, TimerId,
@@ -91,6 +93,7 @@ pub enum CpuState {
 
 /// How a guest ends by its own doing; replicas agree about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum GuestEnd {
     /// It switched itself off.
     PowerOff,
@@ -100,6 +103,32 @@ pub enum GuestEnd {
     Dead,
     /// A triple fault.
     TripleFault,
+}
+
+impl fmt::Display for GuestEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::PowerOff => "power off",
+            Self::Reset => "reset",
+            Self::Dead => "dead (HLT with interrupts off)",
+            Self::TripleFault => "triple fault",
+        })
+    }
+}
+
+/// A guest's end: how, and at which landmark. Every copy comes to the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Ending {
+    /// How.
+    pub how: GuestEnd,
+    /// The last landmark.
+    pub at: Position,
+}
+
+impl fmt::Display for Ending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at position {}", self.how, self.at)
+    }
 }
 
 /// What the machine can take at this landmark. What it cannot take waits outside.

@@ -12,7 +12,7 @@ use super::gather::Gather;
 use super::guest::{Guest, GuestError, Parts};
 use super::home::{Home, HomeError};
 use super::keeper::LogKeeper;
-use super::{Back, CHORES, HostMessage, VmDriver};
+use super::{Back, CHORES, Failure, HostMessage, VmDriver};
 use crate::agent::clock::now;
 use crate::agent::frame_streams::FrameStreams;
 use crate::agent::frames::{FrameLimits, FramePort};
@@ -426,10 +426,8 @@ impl VmDriver {
                 if boots {
                     self.gateways.port.lead(self.known_term, [], now());
                 }
-                self.last_word = None;
             }
             Err(reason) => {
-                self.last_word = Some(reason.clone());
                 self.inputs.push_back(Input::VmFailed { run, reason });
             }
         }
@@ -483,6 +481,12 @@ impl VmDriver {
         if let Event::Deposed { by, .. } = event {
             self.known_term = self.known_term.max(by.term);
             self.gateways.port.follow(self.known_term);
+        }
+        if let Event::VmFailed { .. } | Event::StoreFailed { .. } = event {
+            self.failure = Some(Failure {
+                text: event.to_string(),
+                log: self.log.tip().index,
+            });
         }
         self.env.journal.write(Some(&self.vm), event.clone());
     }

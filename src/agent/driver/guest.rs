@@ -9,6 +9,7 @@ use replay_log::{FrameSource, Header, LogIndex, LogTip, Position, Term};
 use thiserror::Error;
 use vmm::boot::BootImage;
 use vmm::config::MachineConfig;
+use vmm::tape::Ending;
 
 use super::keeper::{Cursor, LogKeeper};
 use crate::agent::budget::{Budget, OverBudget, Taken};
@@ -76,6 +77,7 @@ pub struct Guest {
     /// When it last showed that it came past a landmark, while recording.
     passed_at: Time,
     longest_deferral: Span,
+    ended: Option<Ending>,
     /// Given back when the guest is gone.
     _memory: Taken,
 }
@@ -133,6 +135,7 @@ impl Guest {
             go_live: None,
             passed_at: now(),
             longest_deferral: Span::ZERO,
+            ended: None,
             _memory: memory,
         })
     }
@@ -217,6 +220,16 @@ impl Guest {
         self.longest_deferral
     }
 
+    /// It has ended by its own doing.
+    pub const fn has_ended(&mut self, ending: Ending) {
+        self.ended = Some(ending);
+    }
+
+    /// How it ended by its own doing, if it did.
+    pub const fn ended(&self) -> Option<Ending> {
+        self.ended
+    }
+
     /// The last landmark it told of while recording.
     pub const fn at(&self) -> Position {
         self.at
@@ -274,9 +287,10 @@ impl Guest {
         self.go_live = Some((term, at));
     }
 
-    /// It has said that it records now.
-    pub const fn is_live(&mut self) {
+    /// It has said that it records now. How long it shows no landmark counts from here.
+    pub fn is_live(&mut self) {
         self.doing = Doing::Recording;
+        self.passed_at = now();
     }
 
     /// Ends the process and waits for its end.

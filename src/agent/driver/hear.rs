@@ -106,7 +106,6 @@ impl VmDriver {
     fn guest_failed(&mut self, run: crate::protocol::VmRun, reason: String) {
         // Whom a guest that is gone kept waiting waits no more.
         self.holds_arrivals();
-        self.last_word = Some(reason.clone());
         self.inputs.push_back(Input::VmFailed { run, reason });
     }
 
@@ -120,6 +119,7 @@ impl VmDriver {
             FromVm::Ready => {}
             FromVm::Shipped { batch, at, frames } => {
                 guest.passed(at);
+                self.failure = None;
                 self.shipped(&batch, &frames);
             }
             FromVm::Output(output) => {
@@ -128,6 +128,7 @@ impl VmDriver {
             }
             FromVm::Executed { through, at } => {
                 guest.executed(through);
+                self.failure.take_if(|failure| through >= failure.log);
                 self.inputs.push_back(Input::Executed {
                     run,
                     through,
@@ -142,9 +143,9 @@ impl VmDriver {
             }
             FromVm::Deferred { longest } => guest.deferred(Span::from_nanos(longest)),
             FromVm::Paused { .. } => self.inputs.push_back(Input::Paused { run }),
-            FromVm::Ended { end, at } => {
-                let how = format!("{end:?} at position {at}");
-                self.last_word = Some(format!("the guest ended: {how}"));
+            FromVm::Ended(ending) => {
+                guest.has_ended(ending);
+                let how = ending.to_string();
                 self.inputs.push_back(Input::VmEnded { run, how });
             }
             FromVm::Failed { reason, .. } => {

@@ -127,6 +127,15 @@ enum Back {
     Parts(crate::protocol::VmRun, bool, Result<guest::Parts, String>),
 }
 
+/// That the VMM or the store failed. Told until a VMM has come beyond that place: where a disk is
+/// full, the next one fails there again, and in between nothing is well.
+struct Failure {
+    /// In the journal's words.
+    text: String,
+    /// The end of the log by then.
+    log: LogIndex,
+}
+
 /// Why a driver ended.
 #[derive(Debug, Error)]
 pub enum DriverError {
@@ -180,8 +189,8 @@ pub struct VmDriver {
     persist_failed: bool,
     to_persist: VecDeque<crate::protocol::Durable>,
     acks: crate::protocol::Acks,
-    /// How the guest ended or failed, for `status`.
-    last_word: Option<String>,
+    /// For `status`.
+    failure: Option<Failure>,
 }
 
 impl VmDriver {
@@ -251,7 +260,7 @@ impl VmDriver {
             persist_failed: false,
             to_persist: VecDeque::new(),
             acks: durable.acks,
-            last_word: None,
+            failure: None,
         })
     }
 

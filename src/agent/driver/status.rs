@@ -24,11 +24,12 @@ impl VmDriver {
                 recording: guest.doing() == Doing::Recording,
                 longest_deferral: guest.longest_deferral(),
                 silence: guest.silence(),
+                ended: guest.ended(),
             }),
             log_bytes: self.log.bytes(),
             waiting_output: self.outbox.bytes() as u64,
             gateways: self.gateways.port.served(),
-            last_word: self.last_word.clone(),
+            failure: self.failure.as_ref().map(|failure| failure.text.clone()),
         }
     }
 }

@@ -26,7 +26,7 @@ use vmm::machine::MachineError;
 use vmm::recorder::{Policy, Recorder};
 use vmm::replayer::{FeedError, Replayer};
 use vmm::runner::{Runner, Turn};
-use vmm::tape::TapeError;
+use vmm::tape::{Ending, TapeError};
 
 use super::background::Background;
 use super::disks::open_disks;
@@ -444,12 +444,12 @@ impl Vmm {
             }
             _ => {}
         }
-        if let Turn::Ended(end) = turn
+        if let Turn::Ended(how) = turn
             && !self.told_ended
         {
             self.told_ended = true;
             self.host().finish_outputs()?;
-            self.host().say(&FromVm::Ended { end, at })?;
+            self.host().say(&FromVm::Ended(Ending { how, at }))?;
             self.host().send()?;
         }
         Ok(())

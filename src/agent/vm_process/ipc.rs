@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vmm::boot::BootImage;
 use vmm::host::Output;
-use vmm::tape::GuestEnd;
+use vmm::tape::Ending;
 
 /// The longest message: kernel and RAM disk with room to spare.
 pub const MAX_MESSAGE: usize = 512 << 20;
@@ -133,12 +133,7 @@ pub enum FromVm {
         longest: u64,
     },
     /// The guest has ended by its own doing.
-    Ended {
-        /// How.
-        end: GuestEnd,
-        /// Where.
-        at: Position,
-    },
+    Ended(Ending),
     /// The process cannot go on; it exits after this.
     Failed {
         /// What kind of failure.
