@@ -25,7 +25,7 @@ pub const TIMERS: usize = 4;
 
 /// Marks take at most one part in so many of the time: on a host where a digest takes long they are
 /// further apart…
-const MARK_SHARE: u64 = 16;
+const MARK_SHARE: u64 = 64;
 /// …but not further than this, in nanoseconds: replicas execute what marks have shown them.
 const MARK_AGE_MAX: u64 = 20_000_000;
 
