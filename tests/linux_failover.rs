@@ -47,7 +47,7 @@ struct Site {
     lab: Lab,
     folder: TempDir,
     /// The witness and the gateway, which end with the lab.
-    _beside: Vec<Child>,
+    processes: Vec<Child>,
 }
 
 impl Site {
@@ -56,7 +56,7 @@ impl Site {
         let mut site = Self {
             lab,
             folder,
-            _beside: Vec::new(),
+            processes: Vec::new(),
         };
         let mut init = Command::new(program());
         init.arg("init").arg(site.cluster());
@@ -104,7 +104,7 @@ impl Site {
     fn beside(&mut self, words: &[&str]) {
         let words = [&[text(program())], words].concat();
         let child = self.lab.machine(&words).spawn().expect("it starts");
-        self._beside.push(child);
+        self.processes.push(child);
     }
 
     /// An operator's command; what it prints.
