@@ -124,6 +124,14 @@ fn programs_and_files_come_and_go(host: &Host<'_>, folder: &Path) {
     assert_eq!(run(host, &["cat", output]), "begun\n");
     run(host, &["kill", &pid]);
 
+    // One that has ended leaves no corpse, whatever else ends at the same time.
+    for _ in 0..100 {
+        let detached = host.detach(&["usleep", "100000"]).expect("it starts");
+        let gone = format!("while kill -0 {}; do usleep 20000; done", detached.pid);
+        let waited = host.run(&["timeout", "20", "sh", "-c", &gone]);
+        assert!(waited.expect("it runs").success(), "a corpse stays");
+    }
+
     // More than is on the way at a time, and not a multiple of anything.
     let (there, back) = (folder.join("there"), folder.join("back"));
     let bytes: Vec<u8> = (0..20_000_001_u32).map(|i| (i ^ (i >> 9)) as u8).collect();

@@ -136,7 +136,13 @@ impl Guest<'_> {
         let words = ["timeout", &seconds, "sh", "-c", &script];
         let waited = self.host.run(&words).expect("it runs");
         let said = self.said();
-        assert!(waited.success(), "it does not end: {said}");
+        let state = self
+            .host
+            .run(&["cat", &format!("/proc/{}/status", self.pid)]);
+        assert!(
+            waited.success(),
+            "it does not end: {said}, {waited:?}, {state:?}"
+        );
         // A prompt may stand before it.
         let recorded = said.split_once("recorded ").map(|(_, rest)| rest);
         let recorded = recorded.unwrap_or_else(|| panic!("not recorded: {said}"));
