@@ -286,10 +286,11 @@ fn detach(words: &[String], number: u32) -> Result<Done, JobError> {
     let both = file.try_clone().map_err(file_error(&output, "written"))?;
     let mut command = program(words)?;
     command.stdout(file).stderr(both);
-    let child = started(words, command)?;
+    let mut child = started(words, command)?;
     let pid = child.id().unwrap_or_default();
-    // Tokio waits for what is dropped, so that no corpse stays.
-    drop(child);
+    // So that no corpse stays. Tokio takes care of children that are dropped only when its driver wakes
+    // for something else: here that was minutes later.
+    tokio::spawn(async move { child.wait().await });
     Ok(Done::Detached(Detached { pid, output }))
 }
 
