@@ -14,7 +14,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::{host, lab, run};
-use linux::{Kind, image, soak};
+use linux::{Kind, image, soak, told};
 use skip::skipped;
 use tempfile::TempDir;
 use understudy::lab::{Host, Lab};
@@ -25,14 +25,6 @@ const MEMORY: u32 = 2500;
 const PATIENCE: Duration = Duration::from_mins(5);
 const IMAGE: &str = "/data/image";
 const LOG: &str = "/data/log";
-
-/// What the guest runs instead of what its manifest says; empty for a shell.
-fn told(manifest: &str, command: &str) -> String {
-    let (before, rest) = manifest.split_once("understudy.run=").expect("a command");
-    let (_, after) = rest.split_once('"').expect("the end of the command line");
-    let command = command.replace(' ', "+");
-    format!("{before}understudy.run={command}\"{after}")
-}
 
 /// A host with an image in it.
 struct Stage {

@@ -11,7 +11,7 @@ use std::time::Instant;
 use understudy::lab::{exec, needs::QEMU};
 
 use crate::lab::program;
-use crate::stage::parameter;
+use crate::linux::parameter;
 
 /// The machine, as images/linux/README.md has it.
 const MACHINE: &str = "microvm,acpi=off,pic=on,pit=on,rtc=off";

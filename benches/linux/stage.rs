@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use understudy::lab::{Host, Lab};
 
 use crate::lab::{host, lab, run};
-use crate::linux::{Kind, image};
+use crate::linux::{Kind, image, told};
 
 const BENCH: &str = "linux";
 /// The lab's only host.
@@ -132,16 +132,4 @@ pub struct LogStat {
     pub frames: f64,
     /// How many groups.
     pub groups: f64,
-}
-
-/// A command as `init` takes it from the kernel's command line.
-pub fn parameter(command: &str) -> String {
-    format!("understudy.run={}", command.replace(' ', "+"))
-}
-
-/// A manifest with this command instead of its own.
-fn told(manifest: &str, command: &str) -> String {
-    let (before, rest) = manifest.split_once("understudy.run=").expect("a command");
-    let (_, after) = rest.split_once('"').expect("the end of the command line");
-    format!("{before}{}\"{after}", parameter(command))
 }

@@ -29,6 +29,7 @@ use super::operator::{
 };
 use super::thread::on_own_thread;
 use super::witness::client::WitnessClient;
+use crate::cli::failure::sentence;
 use crate::config::{Config, ConfigError};
 use crate::doctor::offer;
 use crate::gateway::frames::{Message as _, ToAgent, WireError};
@@ -255,7 +256,7 @@ impl Agent {
         for vm in names {
             if let Err(error) = self.take(&vm, "it has a folder here") {
                 tracing::error!(%vm, %error, "this VM is not looked after");
-                let why = error.to_string();
+                let why = sentence(&error);
                 self.env
                     .journal
                     .write(Some(&vm), Incident::VmUnreadable { why });
@@ -379,7 +380,7 @@ impl Agent {
         let wishes = self.wishes.clone();
         tokio::task::spawn_blocking(move || {
             let found = env.library.image_named(&image).map(drop);
-            let found = found.map_err(|error: LibraryError| error.to_string());
+            let found = found.map_err(|error: LibraryError| sentence(&error));
             // Without the agent there is nobody to create it.
             let _ = wishes.blocking_send(Wish::Create { asked, found });
         });
@@ -447,13 +448,13 @@ impl Agent {
     /// Notes the image, which is here, that a VM is to be created from.
     fn prepare(&mut self, vm: &VmName, image: &str) -> Result<(), String> {
         let home = super::driver::Home::open(&self.env.config.data, vm);
-        let home = home.map_err(|error| error.to_string())?;
+        let home = home.map_err(|error| sentence(&error))?;
         // A VM that has run here keeps what it was created from: the order will be refused.
-        if home.header().map_err(|error| error.to_string())?.is_none() {
-            home.set_image(image).map_err(|error| error.to_string())?;
+        if home.header().map_err(|error| sentence(&error))?.is_none() {
+            home.set_image(image).map_err(|error| sentence(&error))?;
         }
         self.take(vm, "an operator creates it")
-            .map_err(|error| error.to_string())
+            .map_err(|error| sentence(&error))
     }
 
     /// Removes a VM once it is known that its record does not name this host.

@@ -12,6 +12,20 @@ pub fn soak() -> bool {
     std::env::var_os("UNDERSTUDY_SOAK").is_some()
 }
 
+/// A command as the image's `init` takes it from the kernel's command line.
+#[allow(dead_code, reason = "not every test has a use for it")]
+pub fn parameter(command: &str) -> String {
+    format!("understudy.run={}", command.replace(' ', "+"))
+}
+
+/// A manifest with this command instead of its own; empty for a shell.
+#[allow(dead_code, reason = "not every test has a use for it")]
+pub fn told(manifest: &str, command: &str) -> String {
+    let (before, rest) = manifest.split_once("understudy.run=").expect("a command");
+    let (_, after) = rest.split_once('"').expect("the end of the command line");
+    format!("{before}{}\"{after}", parameter(command))
+}
+
 /// Which of the two images.
 #[derive(Clone, Copy)]
 pub enum Kind {

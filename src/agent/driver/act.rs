@@ -19,6 +19,7 @@ use crate::agent::frames::{FrameLimits, FramePort};
 use crate::agent::journal::Incident;
 use crate::agent::library::Library;
 use crate::agent::vm_process::{DiskSetup, ToVm};
+use crate::cli::failure::sentence;
 use crate::gateway::frames::Boot;
 use crate::protocol::{Action, Durable, Event, HostName, Input, Message, VmRun};
 
@@ -145,7 +146,7 @@ impl VmDriver {
                 }
             }
             Err(error) => self.inputs.push_back(Input::StoreFailed {
-                reason: error.to_string(),
+                reason: sentence(&error),
             }),
         }
         self.let_out();
@@ -198,7 +199,7 @@ impl VmDriver {
             let run = guest.run();
             self.inputs.push_back(Input::VmFailed {
                 run,
-                reason: error.to_string(),
+                reason: sentence(&error),
             });
         }
     }
@@ -210,7 +211,7 @@ impl VmDriver {
         if let Err(error) = guest.tell(message) {
             self.inputs.push_back(Input::VmFailed {
                 run,
-                reason: error.to_string(),
+                reason: sentence(&error),
             });
         }
     }
@@ -241,7 +242,7 @@ impl VmDriver {
             let options = super::home::log_options(&self.env.config, durable.acks);
             if let Err(error) = self.log.set_options(options) {
                 self.inputs.push_back(Input::StoreFailed {
-                    reason: error.to_string(),
+                    reason: sentence(&error),
                 });
             }
         }
@@ -272,7 +273,7 @@ impl VmDriver {
                 persisted.map(|()| durable)
             });
             let outcome = match persisted.await {
-                Ok(outcome) => outcome.map_err(|error| error.to_string()),
+                Ok(outcome) => outcome.map_err(|error| sentence(&error)),
                 // Only a runtime that ends lets it go.
                 Err(ended) => Err(ended.to_string()),
             };
@@ -287,7 +288,7 @@ impl VmDriver {
             // The protocol gives up this holding, too, and comes back to it by way of the disk.
             self.persist_failed = true;
             self.inputs.push_back(Input::StoreFailed {
-                reason: error.to_string(),
+                reason: sentence(&error),
             });
         }
     }
@@ -305,7 +306,7 @@ impl VmDriver {
                 Some(witness) => match witness.read(&vm).await {
                     Ok(record) => Input::RecordRead(record),
                     Err(error) => Input::ReadFailed {
-                        reason: error.to_string(),
+                        reason: sentence(&error),
                     },
                 },
             };
@@ -357,12 +358,12 @@ impl VmDriver {
             let fetched = env.library.fetch_bases(&header);
             let parts = match tokio::time::timeout(PARTS_PATIENCE, fetched).await {
                 Err(_) => Err("its disks could not be fetched in time".to_owned()),
-                Ok(Err(error)) => Err(error.to_string()),
+                Ok(Err(error)) => Err(sentence(&error)),
                 Ok(Ok(())) => {
                     let ready = move || replica_parts(&home, &env, header);
                     // Heartbeats do not wait for a disk, nor for the hash of an image.
                     match tokio::task::spawn_blocking(ready).await {
-                        Ok(parts) => parts.map_err(|error| error.to_string()),
+                        Ok(parts) => parts.map_err(|error| sentence(&error)),
                         Err(ended) => Err(ended.to_string()),
                     }
                 }
@@ -384,7 +385,7 @@ impl VmDriver {
                 disks,
                 binary,
             });
-            let parts = parts.map_err(|error| error.to_string());
+            let parts = parts.map_err(|error| sentence(&error));
             let _ = back.send(Back::Parts(run, true, parts));
         });
     }
@@ -400,7 +401,7 @@ impl VmDriver {
         let started = parts.and_then(|parts| {
             let header = parts.header.clone();
             let guest = Guest::start(run, parts, boots, memory);
-            Ok((header, guest.map_err(|error| error.to_string())?))
+            Ok((header, guest.map_err(|error| sentence(&error))?))
         });
         match started {
             Ok((header, guest)) => {

@@ -12,6 +12,7 @@ use crate::agent::frames::{DropReason, FrameEvent};
 use crate::agent::journal::Incident;
 use crate::agent::operator::{VmAnswer, VmQuestion};
 use crate::agent::vm_process::{FromVm, IpcError};
+use crate::cli::failure::sentence;
 use crate::protocol::{Input, Message, Span};
 
 /// What comes from the VMM process: a message, its end, or nonsense.
@@ -98,7 +99,7 @@ impl VmDriver {
             }
             Err(error) => {
                 self.guest = None;
-                self.guest_failed(run, error.to_string());
+                self.guest_failed(run, sentence(&error));
             }
         }
     }

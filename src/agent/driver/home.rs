@@ -36,7 +36,7 @@ const CONSOLE_MAX: u64 = 16 << 20;
 #[derive(Debug, Error)]
 pub enum HomeError {
     /// A file or folder.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}", path.display())]
     Io {
         /// What was to be done.
         action: &'static str,

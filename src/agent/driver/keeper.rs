@@ -18,6 +18,7 @@ use replay_log::{
 };
 use tokio::sync::mpsc::UnboundedSender;
 
+use crate::cli::failure::sentence;
 use crate::protocol::{HostName, Incarnation};
 
 /// The newest batches are kept in memory up to this many bytes: streams to replicas and to the
@@ -256,7 +257,7 @@ impl LogKeeper {
         if self.drop_when_back {
             // What it reports is about the log that is given up.
             if let Err(error) = self.begin_anew() {
-                news.push(LogNews::Failed(error.to_string()));
+                news.push(LogNews::Failed(sentence(&error)));
                 return;
             }
         } else {
@@ -351,18 +352,18 @@ fn work_off(store: &mut FileStore, work: impl IntoIterator<Item = Work>, news: &
                 if stored.is_some_and(|(of, _)| of != incarnation) {
                     report(&mut stored, news);
                 }
-                let appended = store.append(&batch).map_err(|error| error.to_string());
+                let appended = store.append(&batch).map_err(|error| sentence(&error));
                 appended.map(|tip| stored = Some((incarnation, tip)))
             }
             Work::Sync(incarnation) => {
-                let synced = store.sync().map_err(|error| error.to_string());
+                let synced = store.sync().map_err(|error| sentence(&error));
                 synced.map(|tip| {
                     report(&mut stored, news);
                     news.push(LogNews::Synced(incarnation, tip));
                 })
             }
             Work::LookUp(peer, index) => {
-                let floor = store.floor(index).map_err(|error| error.to_string());
+                let floor = store.floor(index).map_err(|error| sentence(&error));
                 floor.map(|floor| {
                     let tip = floor.filter(|tip| tip.index == index);
                     news.push(LogNews::TipAt(peer, index, tip));
