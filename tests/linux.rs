@@ -1,5 +1,6 @@
 //! Linux guests in the lab: what they do under load, and what no two runs have in common, comes out
-//! the same in the replay. A few of each; with `UNDERSTUDY_SOAK=1` 100 boots and 50 minutes of Redis.
+//! the same in the replay. A few of each; with `UNDERSTUDY_SOAK=1` 100 boots and 50 minutes of Redis,
+//! on one host of the lab for each processor.
 
 #[path = "common/lab.rs"]
 mod common;
@@ -11,24 +12,30 @@ mod skip;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
-use common::{host, lab, run};
+use common::{lab, run};
 use linux::{Kind, image, soak, told};
 use skip::skipped;
 use tempfile::TempDir;
-use understudy::lab::{Host, Lab};
+use understudy::lab::{Host, HostId, Lab};
 
 /// A host's memory, in MiB: the guest's, twice while it is loaded, and the host's own files.
 const MEMORY: u32 = 2500;
+/// How many hosts the soak takes at most.
+const HOSTS_MOST: u8 = 3;
 /// How long an emulated host may take for one step of a guest. Busy machines take their time.
 const PATIENCE: Duration = Duration::from_mins(5);
 const IMAGE: &str = "/data/image";
 const LOG: &str = "/data/log";
 
-/// A host with an image in it.
+/// The lab, and the image in each of its hosts.
 struct Stage {
     lab: Lab,
+    hosts: Vec<HostId>,
     folder: TempDir,
     manifest: String,
 }
@@ -36,21 +43,58 @@ struct Stage {
 impl Stage {
     fn new(test: &str, kind: Kind) -> Option<Self> {
         let image = image(test, kind)?;
-        let (lab, folder) = lab(test, 1, MEMORY)?;
+        let cores =
+            available_parallelism().map_or(1, |cores| cores.get().try_into().unwrap_or(u8::MAX));
+        let hosts = if soak() { cores.min(HOSTS_MOST) } else { 1 };
+        let (lab, folder) = lab(test, hosts, MEMORY)?;
         let manifest = fs::read_to_string(image.path().join("manifest.toml")).expect("a manifest");
         let stage = Self {
             lab,
+            hosts: HostId::first(hosts).collect(),
             folder,
             manifest,
         };
-        for file in ["vmlinux", "initrd.img"] {
-            stage.put(&image.path().join(file), file);
+        for site in stage.sites() {
+            for file in ["vmlinux", "initrd.img"] {
+                site.put(&image.path().join(file), file);
+            }
         }
         Some(stage)
     }
 
+    fn sites(&self) -> impl Iterator<Item = Site<'_>> {
+        self.hosts.iter().map(|&id| Site { stage: self, id })
+    }
+
+    /// Does this so often in all, on the hosts side by side; it is told which one it is.
+    fn repeat(&self, times: u32, done: impl Fn(&Site<'_>, u32) + Sync) {
+        let (next, done) = (&AtomicU32::new(0), &done);
+        std::thread::scope(|scope| {
+            for site in self.sites() {
+                scope.spawn(move || {
+                    loop {
+                        let number = next.fetch_add(1, Ordering::Relaxed);
+                        if number >= times {
+                            return;
+                        }
+                        done(&site, number);
+                        println!("{} of {times} is done", number + 1);
+                    }
+                });
+            }
+        });
+    }
+}
+
+/// One of the hosts.
+struct Site<'a> {
+    stage: &'a Stage,
+    id: HostId,
+}
+
+impl Site<'_> {
     fn host(&self) -> Host<'_> {
-        host(&self.lab, "h1")
+        self.stage.lab.host(self.id).expect("a host")
     }
 
     fn put(&self, file: &Path, name: &str) {
@@ -60,9 +104,9 @@ impl Stage {
 
     /// Starts a recording of a guest that runs this command; none: what the manifest says.
     fn record(&self, command: Option<&str>, more: &[&str]) -> Guest<'_> {
-        let manifest = self.folder.path().join("manifest.toml");
-        let text = command.map_or(self.manifest.clone(), |command| {
-            told(&self.manifest, command)
+        let manifest = self.stage.folder.path().join(format!("{}.toml", self.id));
+        let text = command.map_or(self.stage.manifest.clone(), |command| {
+            told(&self.stage.manifest, command)
         });
         fs::write(&manifest, text).expect("written");
         self.put(&manifest, "manifest.toml");
@@ -154,14 +198,14 @@ fn a_boot_to_the_shell_is_replayed() {
     let Some(stage) = Stage::new("a_boot_to_the_shell_is_replayed", Kind::Small) else {
         return;
     };
-    for _ in 0..if soak() { 100 } else { 2 } {
+    stage.repeat(if soak() { 100 } else { 2 }, |site, _| {
         let began = Instant::now();
-        let guest = stage.record(Some(""), &[]);
+        let guest = site.record(Some(""), &[]);
         guest.says("# ");
         println!("a shell after {:?}", began.elapsed());
         guest.stop();
-        assert!(stage.replay().contains("# "));
-    }
+        assert!(site.replay().contains("# "));
+    });
 }
 
 #[test]
@@ -177,8 +221,7 @@ fn redis_under_load_is_replayed() {
         let missing = "redis-benchmark is missing: install the package redis-tools";
         return skipped("redis_under_load_is_replayed", &missing);
     }
-    let runs = if soak() { 50 } else { 1 };
-    for number in 0..runs {
+    stage.repeat(if soak() { 50 } else { 1 }, |site, number| {
         // In every other run its data go to the disk, too.
         let command = "redis-server --port 6379 --bind 0.0.0.0 --protected-mode no --save ''";
         let command = match number % 2 {
@@ -186,17 +229,17 @@ fn redis_under_load_is_replayed() {
             _ => command.to_owned(),
         };
         let publish = ["--publish", "0.0.0.0:6379:6379"];
-        let guest = stage.record(Some(&command), &publish);
+        let guest = site.record(Some(&command), &publish);
         guest.says("Ready to accept connections");
-        load(&stage.lab);
+        load(site);
         guest.stop();
-        stage.replay();
-    }
+        site.replay();
+    });
 }
 
 /// Clients of Redis on this machine: for a minute, or until some requests are answered.
-fn load(lab: &Lab) {
-    let address = "10.88.0.1";
+fn load(site: &Site<'_>) {
+    let (lab, address) = (&site.stage.lab, &site.id.address().to_string());
     let seconds = if soak() { "60" } else { "300" };
     let words = [
         "timeout",
@@ -246,15 +289,16 @@ fn what_no_two_runs_have_in_common_is_replayed() {
     let Some(stage) = Stage::new("what_no_two_runs_have_in_common_is_replayed", Kind::Full) else {
         return;
     };
-    let mut hashes = Vec::new();
-    for _ in 0..if soak() { 20 } else { 2 } {
-        let said = stage.record(Some("repeat 2"), &[]).ended();
+    let hashes = Mutex::new(Vec::new());
+    stage.repeat(if soak() { 20 } else { 2 }, |site, _| {
+        let said = site.record(Some("repeat 2"), &[]).ended();
         let hash = hash_of(&said);
         println!("{hash}");
-        assert_eq!(hash_of(&stage.replay()), hash);
+        assert_eq!(hash_of(&site.replay()), hash);
+        let mut hashes = hashes.lock().expect("no other run has failed");
         assert!(!hashes.contains(&hash), "two runs have something in common");
         hashes.push(hash);
-    }
+    });
 }
 
 #[test]

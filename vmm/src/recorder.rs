@@ -24,10 +24,10 @@ use crate::tape::{
 pub const TIMERS: usize = 4;
 
 /// Marks take at most one part in so many of the time: on a host where a digest takes long they are
-/// further apart…
-const MARK_SHARE: u64 = 64;
-/// …but not further than this, in nanoseconds: replicas execute what marks have shown them.
-const MARK_AGE_MAX: u64 = 20_000_000;
+/// further apart, up to [`Policy::mark_age_max`].
+const MARK_SHARE: u64 = 128;
+/// The same of marks that only scrub the memory of a waiting guest, up to this, in nanoseconds.
+const IDLE_MARK_MAX: u64 = 1_000_000_000;
 
 /// When the recorder does what it may choose the time of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +43,9 @@ pub struct Policy {
     pub batch_age: u64,
     /// A mark after this many nanoseconds of execution…
     pub mark_age: u64,
+    /// …or, on a host where marks take long, after up to so many: replicas execute what marks have
+    /// shown them…
+    pub mark_age_max: u64,
     /// …or this many landmarks.
     pub mark_landmarks: u64,
     /// A guest that has waited this long since something happened gets one, in nanoseconds: longer
@@ -60,6 +63,7 @@ impl Default for Policy {
             batch_bytes: 64 << 10,
             batch_age: 1_000_000,
             mark_age: 2_000_000,
+            mark_age_max: 20_000_000,
             mark_landmarks: 1_024,
             wait_mark: 2_000_000,
             idle_mark: 250_000_000,
@@ -68,13 +72,16 @@ impl Default for Policy {
 }
 
 impl Policy {
-    /// For a log that is kept and that no machine will go on from: larger batches, and outputs do
-    /// not wait for them. A process that is killed takes the last [`Policy::batch_age`] with it.
+    /// For a log that is kept and that no machine will go on from: larger batches, outputs do not
+    /// wait for them, and no replica for marks. A process that is killed takes the last
+    /// [`Policy::batch_age`] with it.
     #[must_use]
     pub fn recording() -> Self {
         Self {
             output_commit: false,
-            batch_age: 20_000_000,
+            batch_age: 200_000_000,
+            mark_age_max: 250_000_000,
+            wait_mark: 20_000_000,
             ..Self::default()
         }
     }
@@ -335,7 +342,8 @@ impl<H: Host> Recorder<H> {
         if self.stale_mark {
             Some(since.plus(self.policy.wait_mark))
         } else {
-            Some(self.last_mark.plus(self.policy.idle_mark))
+            let affordable = self.affordable_mark_age().min(IDLE_MARK_MAX);
+            Some(self.last_mark.plus(self.policy.idle_mark.max(affordable)))
         }
     }
 
@@ -353,8 +361,13 @@ impl<H: Host> Recorder<H> {
 
     /// After how much execution the next mark is due, in nanoseconds.
     fn mark_age(&self) -> u64 {
-        let affordable = self.mark_took.saturating_mul(MARK_SHARE).min(MARK_AGE_MAX);
+        let affordable = self.affordable_mark_age().min(self.policy.mark_age_max);
         self.policy.mark_age.max(affordable)
+    }
+
+    /// How long after the last mark another may follow for marks to take no more than their share.
+    const fn affordable_mark_age(&self) -> u64 {
+        self.mark_took.saturating_mul(MARK_SHARE)
     }
 
     fn arrive(&mut self, at: Position, came: Came) -> Result<Next, TapeError> {

@@ -196,25 +196,36 @@ fn the_longest_wait_is_measured_from_the_host_to_the_guest() {
     assert_eq!(tape.longest_deferral(), longest);
 }
 
-/// How long the recorder lets a busy guest run between a mark that took so long and the next one.
-fn until_the_next_mark(took: u64) -> u64 {
-    const LOOK: u64 = 50_000;
-    let header = header();
-    let policy = Policy::default();
-    let mut tape = Recorder::start(MemoryHost::new(0, &[], 1), policy, header).expect("starts");
+/// What a guest does between two marks.
+#[derive(Clone, Copy)]
+enum Guest {
+    Runs,
+    Waits,
+}
+
+/// How long after a mark that took so long the recorder asks for the next one.
+fn until_the_next_mark(policy: Policy, guest: Guest, took: u64) -> u64 {
+    const LOOK: u64 = 400_000;
+    let mut tape = Recorder::start(MemoryHost::new(0, &[], 1), policy, header()).expect("starts");
     let mut marked = None;
-    for at in 1.. {
-        tape.close(Position(at)).expect("closes");
+    for look in 1.. {
+        let (at, cpu) = match guest {
+            Guest::Runs => (Position(look), CpuState::Ready),
+            Guest::Waits => (Position(1), CpuState::Halted),
+        };
+        if let Guest::Runs = guest {
+            tape.close(at).expect("closes");
+        }
         tape.host().advance(LOOK);
-        let next = tape.next(Position(at), CpuState::Ready, ALL);
-        let since = marked.map(|marked| (at - marked) * LOOK);
+        let next = tape.next(at, cpu, ALL);
+        let since = marked.map(|marked| (look - marked) * LOOK);
         match (next.expect("the recorder stands"), since) {
             (Next::Mark, Some(since)) => return since,
             (Next::Mark, None) => {
                 tape.host().advance(took);
                 let digest = MarkDigest::default();
-                tape.mark(Position(at), digest).expect("is written");
-                marked = Some(at);
+                tape.mark(at, digest).expect("is written");
+                marked = Some(look);
             }
             _ => {}
         }
@@ -222,10 +233,23 @@ fn until_the_next_mark(took: u64) -> u64 {
     unreachable!("positions do not end")
 }
 
-/// A host that makes marks slowly makes fewer, down to a bound.
+/// A host that makes marks slowly makes fewer, down to a bound: a higher one where a replica waits
+/// for them.
 #[test]
 fn marks_take_a_small_part_of_the_time() {
-    assert_eq!(until_the_next_mark(10_000), 2_000_000);
-    assert_eq!(until_the_next_mark(100_000), 6_400_000);
-    assert_eq!(until_the_next_mark(100_000_000), 20_000_000);
+    let busy = |policy, took| until_the_next_mark(policy, Guest::Runs, took);
+    for policy in [Policy::default(), Policy::recording()] {
+        assert_eq!(busy(policy, 10_000), 2_000_000);
+        assert_eq!(busy(policy, 100_000), 12_800_000);
+    }
+    assert_eq!(busy(Policy::default(), 100_000_000), 20_000_000);
+    assert_eq!(busy(Policy::recording(), 100_000_000), 250_000_000);
+}
+
+#[test]
+fn marks_of_a_waiting_guest_take_a_small_part_of_the_time() {
+    let waiting = |took| until_the_next_mark(Policy::default(), Guest::Waits, took);
+    assert_eq!(waiting(100_000), 250_000_000);
+    assert_eq!(waiting(5_000_000), 640_000_000);
+    assert_eq!(waiting(1_000_000_000), 1_000_000_000);
 }
