@@ -41,6 +41,7 @@ pub fn lab(test: &str, hosts: u8, memory_mib: u32) -> Option<(Lab, TempDir)> {
 }
 
 /// A host of it.
+#[allow(dead_code, reason = "not every test names its hosts")]
 pub fn host<'a>(lab: &'a Lab, name: &str) -> Host<'a> {
     let id = name.parse().expect("the name of a host");
     lab.host(id).expect("a host")
