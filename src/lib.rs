@@ -11,4 +11,5 @@ pub mod lab;
 pub mod local;
 pub mod offline;
 pub mod protocol;
+mod sentence;
 pub mod simulator;

@@ -29,11 +29,11 @@ use super::operator::{
 };
 use super::thread::on_own_thread;
 use super::witness::client::WitnessClient;
-use crate::cli::failure::sentence;
 use crate::config::{Config, ConfigError};
 use crate::doctor::offer;
 use crate::gateway::frames::{Message as _, ToAgent, WireError};
 use crate::protocol::{HostName, Input, Operator, Span, Time, VmName};
+use crate::sentence::sentence;
 
 /// How many inputs may wait for a driver; then the link waits, and with it the peer.
 const INBOX: usize = 4_096;

@@ -2,12 +2,13 @@
 
 use tokio::sync::mpsc;
 
-use super::failure::{Failure, OrExit as _, sentence};
+use super::failure::{Failure, OrExit as _};
 use super::operator::{ClusterArgs, known_host};
 use super::{block_on, output};
 use crate::agent::journal::Line;
 use crate::agent::operator::{Client, OperatorError};
 use crate::protocol::{HostName, VmName};
+use crate::sentence::sentence;
 
 /// What `events` is told.
 #[derive(Debug, clap::Args)]

@@ -1,8 +1,10 @@
 //! How a command fails: with one sentence on stderr and an exit code that scripts can rely on.
 
 use std::error::Error;
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::process::ExitCode;
+
+use crate::sentence::sentence;
 
 /// What the exit code says. The numbers are part of the command line's interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,21 +76,6 @@ impl fmt::Display for Failure {
     }
 }
 
-/// An error with its causes. A cause that the sentence quotes already is not said twice.
-pub fn sentence(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let said = error.to_string();
-        if !text.contains(&said) {
-            // Writing to a string cannot fail.
-            let _ = write!(text, " ({said})");
-        }
-        cause = error.source();
-    }
-    text
-}
-
 /// Gives an error its exit code.
 pub trait OrExit<T> {
     /// Turns the error into a failure of this kind.
@@ -112,28 +99,6 @@ impl<T, E: Into<Box<dyn Error + Send + Sync>>> OrExit<T> for Result<T, E> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[derive(Debug, thiserror::Error)]
-    #[error("the outer thing failed: {quoted}")]
-    struct Outer {
-        quoted: &'static str,
-        source: std::io::Error,
-    }
-
-    #[test]
-    fn a_cause_is_said_once() {
-        let outer = |quoted| Outer {
-            quoted,
-            source: std::io::Error::other("the disk is full"),
-        };
-        let quoting = sentence(&outer("the disk is full"));
-        assert_eq!(quoting, "the outer thing failed: the disk is full");
-        let not_quoting = sentence(&outer("try again"));
-        assert_eq!(
-            not_quoting,
-            "the outer thing failed: try again (the disk is full)"
-        );
-    }
 
     #[test]
     fn the_table_names_every_exit_code() {

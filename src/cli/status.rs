@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::failure::{Failure, OrExit as _, sentence};
+use super::failure::{Failure, OrExit as _};
 use super::operator::ClusterArgs;
 use super::run::LONG_DEFERRAL;
 use super::{block_on, output};
 use crate::agent::operator::{Client, GuestStatus, HostStatus, OperatorError, VmStatus};
 use crate::protocol::{HostName, Record, RoleName, Span, Time, VmName};
+use crate::sentence::sentence;
 
 /// A guest that comes past no landmark for so long does nothing but compute: others come past
 /// several a second.

@@ -9,7 +9,7 @@ use super::guest::Ring;
 use super::probe::{self, ProbeError, SelfTest};
 use super::trials::{self, Branches, Fate, Rings, Trick};
 use super::{Report, Verdict};
-use crate::cli::failure::sentence;
+use crate::sentence::sentence;
 
 pub(super) fn at_kvm(report: &mut Report, host: &HostFingerprint) {
     let (family, model, stepping) = host.family_model_stepping();

@@ -15,8 +15,8 @@ use std::fs;
 use serde::Serialize;
 use vmm::kvm::{HostFingerprint, KvmError, host_fingerprint};
 
-use crate::cli::failure::sentence;
 use crate::images::Image;
+use crate::sentence::sentence;
 use guest::Ring;
 use offer::{Host, Offer};
 use probe::{ExitCosts, Masking, SelfTest};

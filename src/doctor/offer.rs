@@ -6,8 +6,8 @@ use thiserror::Error;
 use vmm::kvm::{KvmKind, host_fingerprint};
 
 use crate::agent::introduction::Introduction;
-use crate::cli::failure::sentence;
 use crate::images::{self, Image, Mode, Need};
+use crate::sentence::sentence;
 
 /// What is known of a host, as far as it decides what can run there.
 #[derive(Clone, Debug, PartialEq, Eq)]

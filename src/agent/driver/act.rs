@@ -19,9 +19,9 @@ use crate::agent::frames::{FrameLimits, FramePort};
 use crate::agent::journal::Incident;
 use crate::agent::library::Library;
 use crate::agent::vm_process::{DiskSetup, ToVm};
-use crate::cli::failure::sentence;
 use crate::gateway::frames::Boot;
 use crate::protocol::{Action, Durable, Event, HostName, Input, Message, VmRun};
+use crate::sentence::sentence;
 
 /// After a failure to make something durable, the next attempt waits for this long: the protocol
 /// has something new to persist at once, and a broken disk would be asked in a loop.

@@ -12,8 +12,8 @@ use crate::agent::frames::{DropReason, FrameEvent};
 use crate::agent::journal::Incident;
 use crate::agent::operator::{VmAnswer, VmQuestion};
 use crate::agent::vm_process::{FromVm, IpcError};
-use crate::cli::failure::sentence;
 use crate::protocol::{Input, Message, Span};
+use crate::sentence::sentence;
 
 /// What comes from the VMM process: a message, its end, or nonsense.
 pub(super) type GuestSaid = Result<Option<FromVm>, IpcError>;

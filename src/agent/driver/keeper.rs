@@ -18,8 +18,8 @@ use replay_log::{
 };
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::cli::failure::sentence;
 use crate::protocol::{HostName, Incarnation};
+use crate::sentence::sentence;
 
 /// The newest batches are kept in memory up to this many bytes: streams to replicas and to the
 /// machine rarely read the disk.

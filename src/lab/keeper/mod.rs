@@ -32,7 +32,7 @@ use super::needs::search_path;
 use super::program::{self, ProgramError};
 use super::state::{Delay, End, HostId, LabStatus, LinkDelay, LinkName, Setup};
 use super::wire::{self, FromStarter, Progress, WireError};
-use crate::cli::failure::sentence;
+use crate::sentence::sentence;
 
 use folder::Folder;
 pub use folder::{FolderError, clean};

@@ -13,9 +13,9 @@ use super::host::{Host, HostError};
 use super::link::incoming;
 use super::network::NetworkError;
 use super::{KeeperError, Lab};
-use crate::cli::failure::sentence;
 use crate::lab::state::{Delay, End, HostId, LinkName};
 use crate::lab::wire::{self, Call, FromClient, FromJob, Job, Reply, WireError};
+use crate::sentence::sentence;
 
 /// How long to wait before hearing clients again after a failure.
 const AGAIN: Duration = Duration::from_millis(100);
