@@ -9,6 +9,7 @@ mod linux;
 #[path = "common/skip.rs"]
 mod skip;
 
+use std::fmt::Write as _;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -121,6 +122,24 @@ impl Site {
         }
     }
 
+    /// All that can be known of it, for a test that fails.
+    fn tell(&self) -> String {
+        let mut told = String::new();
+        for words in [&["status", "--json"][..], &["events"]] {
+            let (Ok(said) | Err(said)) = self.operate(words);
+            writeln!(told, "{words:?}:\n{said}").expect("memory");
+        }
+        for name in HOSTS {
+            let words = ["sh", "-c", "tail -n 40 /data/config/data/vms/*/console.log"];
+            match host(&self.lab, name).run(&words) {
+                Ok(console) => writeln!(told, "consoles on {name}:\n{}", console.text()),
+                Err(error) => writeln!(told, "{name} tells nothing: {error}"),
+            }
+            .expect("memory");
+        }
+        told
+    }
+
     /// Looks at the status until something is there.
     fn until<T>(&self, what: &str, mut look: impl FnMut(&Value) -> Option<T>) -> T {
         let began = Instant::now();
@@ -192,18 +211,22 @@ impl Clients {
     }
 
     /// Waits until they have got so many more answers, from now on.
-    fn answers(&mut self, more: u64) {
+    fn answers(&mut self, more: u64, site: &Site) {
         let began = Instant::now();
         let mut goal = None;
         loop {
             let said = self.say();
-            assert_eq!(said["broken"], 0, "{said}");
+            if said["broken"] != 0 {
+                panic!("{said}\n{}", site.tell());
+            }
             let now = said["acknowledged"].as_u64().expect("a number");
             if now >= *goal.get_or_insert(now + more) {
                 println!("{now} answers, after {:?}", began.elapsed());
                 return;
             }
-            assert!(began.elapsed() < PATIENCE, "no answers");
+            if began.elapsed() >= PATIENCE {
+                panic!("no answers: {said}\n{}", site.tell());
+            }
         }
     }
 
@@ -322,10 +345,10 @@ fn outlives(mut site: Site) {
     let words = ["gateway", "--config", text(&gateway), "--vm", "shop"];
     site.beside(&[&words[..], &["--publish", &publish]].concat());
     let mut clients = Clients::start(&site.lab);
-    clients.answers(50);
+    clients.answers(50, &site);
 
     kill(&site.lab, "h1");
-    clients.answers(50);
+    clients.answers(50, &site);
     let (primary, replica) = site.until("a replica reigns", |status| {
         let reigns = |host: &str| of(status, host)["role"] == "primary";
         if reigns("h2") {
@@ -341,7 +364,7 @@ fn outlives(mut site: Site) {
             .any(|member| member["host"] == replica)
             .then_some(())
     });
-    clients.answers(50);
+    clients.answers(50, &site);
 
     let verdict = clients.finish();
     println!("{verdict}");

@@ -68,6 +68,9 @@ pub struct Timing {
     pub retry: Span,
     /// After this much silence of a replica the primary removes it.
     pub shrink_after: Span,
+    /// A replica that lacks only what was recorded within this time may become a member: output
+    /// waits until it holds that as well, and so for no longer than this.
+    pub join_lag: Span,
     /// Execution lag of a replica over which the primary is slowed.
     pub lag_limit: Span,
     /// For no longer than this is the primary slowed for a replica that does not catch up.
@@ -93,6 +96,7 @@ impl Default for Timing {
             claim_patience: Span::from_millis(1_000),
             retry: Span::from_millis(200),
             shrink_after: Span::from_millis(1_000),
+            join_lag: Span::from_millis(500),
             lag_limit: Span::from_millis(500),
             slow_patience: Span::from_millis(5_000),
             switchover_patience: Span::from_millis(3_000),

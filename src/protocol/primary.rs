@@ -38,7 +38,7 @@ use super::message::{Ack, Authority, Claim, Message, Refusal};
 use super::mutation::Mutation;
 use super::name::{HostName, VmRun};
 use super::node::Turn;
-use super::record::{OnLoss, Record, Version};
+use super::record::{Member, OnLoss, Record, Version};
 use super::status::{FollowerStatus, RoleName};
 use super::time::Time;
 
@@ -53,6 +53,8 @@ pub(super) struct Primary {
     /// Through where output has been let out.
     committed: LogIndex,
     change: Option<Change>,
+    /// Output waits for these, so that they can be members.
+    awaited: Vec<Member>,
     /// A claim that interrupts this reign; the keeper is to decide.
     challenge: Option<Claim>,
     pace: Pace,
@@ -89,6 +91,7 @@ impl Primary {
             followers: BTreeMap::new(),
             committed,
             change: None,
+            awaited: Vec::new(),
             challenge: None,
             pace: Pace::default(),
             throttled: false,
@@ -385,7 +388,8 @@ impl Primary {
         held.get(needed - 1).copied().unwrap_or(LogIndex::START)
     }
 
-    /// Lets out what enough copies hold: by the record, and by the one that may replace it.
+    /// Lets out what enough copies hold, by the record and by the one that may replace it, and what
+    /// those hold that are to be copies soon.
     fn commit(&mut self, core: &mut Core) {
         let Some(record) = core.record.as_ref() else {
             return;
@@ -398,6 +402,9 @@ impl Primary {
             && !(core.mutated(Mutation::ShrinkEarly) && change.new.copies() < record.copies())
         {
             through = through.min(self.committed_by(core, &change.new));
+        }
+        if let Some(awaited) = self.awaited_through() {
+            through = through.min(awaited);
         }
         if core.mutated(Mutation::ReleaseBeforeCommit) {
             through = core.log.appended.index;
@@ -434,7 +441,6 @@ impl Primary {
 
     fn announce(&mut self, core: &mut Core) {
         self.beat_at = core.now.plus(core.config.timing.heartbeat);
-        self.pace.beat(core.log.appended.index);
         let Some(record) = &core.record else { return };
         let message = Message::Heartbeat {
             version: record.version(),

@@ -2,13 +2,15 @@
 //! rule that nothing here touches the outside. What happens when things fail is simulated
 //! (`tests/simulation.rs`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use replay_log::{
     Batch, BatchBuilder, Entry, FrameNumber, LogIndex, LogTip, Mark, MarkDigest, Position, Term,
 };
 
 use super::*;
+
+mod joining;
 
 const START: Policy = Policy {
     rule: Rule::All,
@@ -34,6 +36,8 @@ struct Host {
     stopped: Option<StopReason>,
     live_at: Option<Time>,
     cut_off: bool,
+    /// Nothing is known to be stored.
+    store_is_stuck: bool,
 }
 
 /// Three hosts and a keeper.
@@ -42,6 +46,9 @@ struct Trio {
     hosts: BTreeMap<HostName, Host>,
     record: Option<Record>,
     keeper_down: bool,
+    /// Who is how far away from everybody, and what is on its way from there or to there.
+    far: Option<(HostName, Span)>,
+    mail: VecDeque<(Time, HostName, Input)>,
 }
 
 impl Trio {
@@ -62,6 +69,8 @@ impl Trio {
             hosts: BTreeMap::from(hosts),
             record: None,
             keeper_down: false,
+            far: None,
+            mail: VecDeque::new(),
         };
         for host in trio.names() {
             trio.carry_out(&host);
@@ -106,10 +115,26 @@ impl Trio {
         self.carry_out(host);
     }
 
+    /// Brings a message, now or when its way is over.
+    fn bring(&mut self, from: &HostName, to: &HostName, message: Message) {
+        let from = from.clone();
+        match &self.far {
+            Some((far, away)) if *far == from || far == to => {
+                let at = self.now.plus(*away);
+                let input = Input::Message { from, message };
+                self.mail.push_back((at, to.clone(), input));
+            }
+            _ => self.input(to, Input::Message { from, message }),
+        }
+    }
+
     /// Lets milliseconds pass.
     fn pass(&mut self, millis: u64) {
         for _ in 0..millis {
             self.now = self.now.plus(Span::from_millis(1));
+            while let Some((_, to, input)) = self.mail.pop_front_if(|(at, ..)| *at <= self.now) {
+                self.input(&to, input);
+            }
             for host in self.names() {
                 let now = self.now;
                 let here = self.hosts.get_mut(&host).expect("one of the three");
@@ -156,8 +181,7 @@ impl Trio {
             Action::Send { to, message } => {
                 // Through bytes, as in production.
                 let message = Message::decode(&message.encode()).expect("the message again");
-                let from = host.clone();
-                self.input(&to, Input::Message { from, message });
+                self.bring(host, &to, message);
                 vec![]
             }
             Action::StreamLog {
@@ -169,9 +193,7 @@ impl Trio {
                 let wanted = |b: &&Batch| b.first() >= from && b.end() <= through;
                 let batches: Vec<_> = here.batches.iter().filter(wanted).cloned().collect();
                 for batch in batches {
-                    let from = host.clone();
-                    let message = Message::Log { term, batch };
-                    self.input(&to, Input::Message { from, message });
+                    self.bring(host, &to, Message::Log { term, batch });
                 }
                 vec![]
             }
@@ -213,6 +235,7 @@ impl Host {
             stopped: None,
             live_at: None,
             cut_off: false,
+            store_is_stuck: false,
         }
     }
 
@@ -225,6 +248,9 @@ impl Host {
             Action::Append { batch } => {
                 self.tip = batch.tip(self.tip.chain);
                 self.batches.push(batch);
+                if self.store_is_stuck {
+                    return vec![];
+                }
                 let (incarnation, tip) = (self.incarnation, self.tip);
                 return vec![Input::Stored { incarnation, tip }];
             }

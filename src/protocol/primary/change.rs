@@ -1,14 +1,22 @@
 //! Changing the record of one's own reign: confirming it, removing and adding members.
 //!
 //! ```text
-//!   none ── something is to be changed, and everybody who stays holds all that was released
-//!             │
-//!             ▼
-//!         Proposed ── Done, or found done ──► none
+//!   none ── something is to be changed ──► awaiting ── who is awaited comes no nearer ──► none
+//!    │                                        │
+//!    └── the same, and everybody who stays or comes holds all that was released
+//!             │                               │
+//!             ▼                               │
+//!         Proposed ◄──────────────────────────┘
 //!             │  ▲
+//!             │  │
+//!             ├──┼── Done, or found done ──► none
 //!             │  └── Unknown: ask again for the very same
 //!             └── another term reigns ──► deposed
 //! ```
+//!
+//! Awaiting holds output back until those who lack a little hold it too. Without it a far host would
+//! never become a copy of a guest that is busy: what was released while its acknowledgement was on
+//! its way is what it lacks when that arrives.
 //!
 //! From the moment a change is proposed until its outcome is known, output waits for both records:
 //! nobody knows which of them a claimant will read. For the same reason a proposal is never
@@ -40,6 +48,7 @@ impl Primary {
     /// Proposes a change if one is needed and allowed.
     pub(super) fn consider_change(&mut self, core: &mut Core) {
         self.note_pace(core);
+        self.awaited.clear();
         let Some(record) = core.record.clone() else {
             return;
         };
@@ -64,6 +73,7 @@ impl Primary {
         let careless = core.mutated(Mutation::ShrinkEarly) && !grows
             || core.mutated(Mutation::MemberWithoutLog) && grows;
         if !hold && !careless {
+            self.await_holders(core, members);
             return;
         }
         self.say_why(core, &record, &members);
@@ -79,6 +89,21 @@ impl Primary {
             ..record
         };
         self.propose(core, new, why);
+    }
+
+    /// Lets output wait for those of these who lack a part of what was released, if it is little.
+    /// That ends by itself: who comes no nearer soon lacks what is older than
+    /// [`Timing::join_lag`](super::super::config::Timing::join_lag).
+    fn await_holders(&mut self, core: &Core, members: Vec<Member>) {
+        if members.iter().all(|member| self.nearly_holds(core, member)) {
+            self.awaited = members;
+        }
+    }
+
+    /// Through where output may be let out for the sake of those who are to be copies.
+    pub(super) fn awaited_through(&self) -> Option<LogIndex> {
+        let members = self.awaited.iter();
+        members.map(|member| self.held_by(member)).min()
     }
 
     fn wishes(&self, core: &Core, record: &Record) -> (Vec<HostName>, Policy) {
@@ -131,8 +156,8 @@ impl Primary {
         if core.mutated(Mutation::MemberWithoutLog) {
             return served;
         }
-        let through = self.committed.max(self.pace.recent_tail());
-        served && lively && through > LogIndex::START && self.holds(candidate, through)
+        let begun = core.log.appended.index > LogIndex::START;
+        served && lively && begun && self.nearly_holds(core, candidate)
     }
 
     fn say_why(&self, core: &mut Core, record: &Record, members: &[Member]) {

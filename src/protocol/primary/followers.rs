@@ -72,7 +72,6 @@ pub(super) struct Pace {
     samples: VecDeque<(Time, LogIndex)>,
     uncommitted: VecDeque<(LogIndex, u64)>,
     bytes: u64,
-    beats: [LogIndex; 3],
     noted: Option<LogIndex>,
 }
 
@@ -111,23 +110,12 @@ impl Pace {
         self.bytes
     }
 
-    /// How long ago the first entry was recorded that somebody has not executed.
-    pub(super) fn lag(&self, now: Time, executed: LogIndex) -> Span {
-        let first = self.samples.partition_point(|(_, end)| *end <= executed);
+    /// How long ago the first entry was recorded that somebody has not executed, or does not hold.
+    pub(super) fn lag(&self, now: Time, done: LogIndex) -> Span {
+        let first = self.samples.partition_point(|(_, end)| *end <= done);
         self.samples
             .get(first)
             .map_or(Span::ZERO, |(at, _)| now.since(*at))
-    }
-
-    /// A heartbeat is sent, with the log ending here.
-    pub(super) fn beat(&mut self, tail: LogIndex) {
-        self.beats.rotate_right(1);
-        self.beats[0] = tail;
-    }
-
-    /// Where the log ended about two heartbeats ago: who holds that has caught up.
-    pub(super) fn recent_tail(&self) -> LogIndex {
-        self.beats[2]
     }
 
     /// Whether the commit is where it was noted.
@@ -141,10 +129,23 @@ impl Pace {
 }
 
 impl Primary {
+    /// Through where this very holding is known to hold the log.
+    pub(super) fn held_by(&self, member: &Member) -> LogIndex {
+        let follower = self.followers.get(&member.host);
+        let follower = follower.filter(|f| f.incarnation == member.incarnation);
+        follower.map_or(LogIndex::START, |f| f.held)
+    }
+
     /// Whether this very holding is known to hold the log through here.
     pub(super) fn holds(&self, member: &Member, through: LogIndex) -> bool {
-        let follower = self.followers.get(&member.host);
-        follower.is_some_and(|f| f.incarnation == member.incarnation && f.held >= through)
+        self.held_by(member) >= through
+    }
+
+    /// Whether what this very holding lacks, as far as is known, was recorded just now.
+    pub(super) fn nearly_holds(&self, core: &Core, member: &Member) -> bool {
+        let held = self.held_by(member);
+        // How old what came before this reign is, nobody has noted.
+        held >= self.base.index && self.pace.lag(core.now, held) <= core.config.timing.join_lag
     }
 
     /// Whether this member has not acknowledged for so long that it counts as lost. One that

@@ -1,0 +1,72 @@
+//! Far hosts that are to be copies of a guest that is never idle.
+
+use super::*;
+
+/// One way. What is acknowledged was recorded twice as long ago.
+const FAR: Span = Span::from_millis(40);
+
+/// `a` alone with its guest, and `c` far away.
+fn alone_with_a_far_host() -> Trio {
+    let mut trio = Trio::new();
+    trio.far = Some((name("c"), FAR));
+    let create = Operator::Create {
+        hosts: vec![name("a")],
+        policy: START,
+    };
+    trio.input(&name("a"), Input::Operator(create));
+    trio.record_entries(1);
+    trio.pass(1);
+    trio
+}
+
+fn pair(trio: &mut Trio, policy: Policy) {
+    let hosts = trio.names();
+    let pair = Operator::Pair { hosts, policy };
+    trio.input(&name("a"), Input::Operator(pair));
+}
+
+/// The guest records all the time; whether `c` becomes a member, and the longest time in which nothing
+/// was released.
+fn busy(trio: &mut Trio, millis: u64) -> (bool, u64) {
+    let (mut waited, mut longest) = (0, 0);
+    for _ in 0..millis {
+        let before = trio.host("a").released;
+        trio.record_entries(1);
+        trio.pass(1);
+        let released = trio.host("a").released;
+        waited = if released > before { 0 } else { waited + 1 };
+        longest = longest.max(waited);
+        if trio.record().member_on(&name("c")).is_some() {
+            assert!(
+                trio.host("c").tip.index >= before,
+                "c holds what was released"
+            );
+            return (true, longest);
+        }
+    }
+    (false, longest)
+}
+
+#[test]
+fn a_far_host_becomes_a_copy_of_a_guest_that_is_never_idle() {
+    for rule in [Rule::All, Rule::Quorum, Rule::Any(1)] {
+        let mut trio = alone_with_a_far_host();
+        busy(&mut trio, 1_000);
+        pair(&mut trio, Policy { rule, ..START });
+        let (member, longest) = busy(&mut trio, 1_000);
+        assert!(member, "under {rule:?}: {:?}", trio.record());
+        // What it lacked had to come, and be acknowledged.
+        assert!((1..=200).contains(&longest), "{longest} ms");
+    }
+}
+
+#[test]
+fn output_does_not_wait_long_for_a_host_that_takes_no_more() {
+    let mut trio = alone_with_a_far_host();
+    pair(&mut trio, START);
+    // It answers, and what it is sent does not reach its store.
+    trio.host("c").store_is_stuck = true;
+    let (member, longest) = busy(&mut trio, 3_000);
+    assert!(!member);
+    assert!(longest <= 600, "{longest} ms");
+}
