@@ -369,19 +369,14 @@ impl Primary {
         if !record.enough_copies() {
             return LogIndex::START;
         }
-        let evicted = |follower: &Follower| {
-            core.mutated(Mutation::LocalEviction)
-                && follower.silence(core.awake()) > core.config.timing.suspicion_floor
-        };
-        let replicas = record.members.iter().filter_map(|member| {
+        let evicted = |member: &&Member| {
             let follower = self.followers.get(&member.host);
-            let follower = follower.filter(|f| f.incarnation == member.incarnation);
-            match follower {
-                Some(follower) if evicted(follower) => None,
-                Some(follower) => Some(follower.held),
-                None => Some(LogIndex::START),
-            }
-        });
+            core.mutated(Mutation::LocalEviction)
+                && follower
+                    .is_some_and(|f| f.silence(core.awake()) > core.config.timing.suspicion_floor)
+        };
+        let members = record.members.iter().filter(|member| !evicted(member));
+        let replicas = members.map(|member| self.held_by(member));
         let mut held: Vec<_> = replicas.chain([core.held()]).collect();
         held.sort_unstable_by(|a, b| b.cmp(a));
         let needed = record.policy.rule.needed(held.len());

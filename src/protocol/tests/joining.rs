@@ -68,5 +68,5 @@ fn output_does_not_wait_long_for_a_host_that_takes_no_more() {
     trio.host("c").store_is_stuck = true;
     let (member, longest) = busy(&mut trio, 3_000);
     assert!(!member);
-    assert!(longest <= 600, "{longest} ms");
+    assert!((100..=600).contains(&longest), "{longest} ms");
 }
