@@ -9,15 +9,15 @@ use crate::stage::{LogStat, Stage};
 
 /// What the throughput of a recorded guest is at least, of one that is not.
 const BOUND: f64 = 0.95;
-/// Redis requests of each kind in one turn: a few seconds, because a machine that others share is
-/// now fast and now slow…
-const REQUESTS: &str = "200";
-/// …and so many turns in a round.
+/// A round is so many turns of a few seconds, because a machine that others share is now fast and now
+/// slow.
 const TURNS: usize = 5;
+/// Redis requests of each kind in one turn.
+const REQUESTS: &str = "200";
 /// How long the guests idle.
 const IDLE: Duration = Duration::from_mins(1);
 
-/// Work inside a guest.
+/// Work inside a guest, as much as fits a turn.
 struct Work {
     name: &'static str,
     command: &'static str,
@@ -31,8 +31,8 @@ const WORKS: [Work; 3] = [
     },
     // By its path: the shell has a `true` of its own.
     Work {
-        name: "2,000 fork+exec",
-        command: "sh -c 'for i in $(seq 2000); do /bin/true; done'",
+        name: "400 fork+exec, five times in a round",
+        command: "sh -c 'for i in $(seq 400); do /bin/true; done'",
     },
     // The guest tells hundredths of a second: a single copy would be too short.
     Work {
@@ -86,8 +86,8 @@ struct Pair<'a> {
 
 impl Pair<'_> {
     /// Measures both, one right after the other. Neither of them always goes first.
-    fn turn(&mut self, round: usize, mut measured: impl FnMut(&mut Worker<'_>) -> f64) -> Turn {
-        let (off, on) = if round.is_multiple_of(2) {
+    fn turn(&mut self, number: usize, mut measured: impl FnMut(&mut Worker<'_>) -> f64) -> Turn {
+        let (off, on) = if number.is_multiple_of(2) {
             let off = measured(&mut self.off);
             (off, measured(&mut self.on))
         } else {
@@ -135,7 +135,7 @@ fn redis(stage: &Stage, pair: &mut Pair<'_>, rounds: usize, figures: &mut Figure
     let rate = |worker: &mut Worker<'_>| worker.redis(stage);
     let _warm_up = pair.turn(0, rate);
     let before = stage.log(pair.on.guest.log());
-    let turns = (0..rounds * TURNS).map(|round| pair.turn(round, rate));
+    let turns = (0..rounds * TURNS).map(|turn| pair.turn(turn, rate));
     let turns: Vec<Turn> = turns.collect();
     let after = stage.log(pair.on.guest.log());
     let [off, on] = medians(&turns);
@@ -156,7 +156,8 @@ fn log_of_load(before: LogStat, after: LogStat, figures: &mut Figures) {
 fn inside(pair: &mut Pair<'_>, work: &Work, rounds: usize, figures: &mut Figures) {
     let seconds = |worker: &mut Worker<'_>| worker.guest.takes(work.command);
     let _warm_up = pair.turn(0, seconds);
-    let turns: Vec<Turn> = (0..rounds).map(|round| pair.turn(round, seconds)).collect();
+    let turns = (0..rounds * TURNS).map(|turn| pair.turn(turn, seconds));
+    let turns: Vec<Turn> = turns.collect();
     let [off, on] = medians(&turns);
     println!(
         "{}: {off:.2} s with the recorder off, {on:.2} s recorded",
