@@ -85,7 +85,7 @@ impl World {
         if std::mem::take(&mut self.hosts[host].accepts_loss) {
             self.counts.losses_accepted += 1;
             let tip = self.hosts[host].store.tip();
-            self.facts.push(Fact::LossAccepted { tip });
+            self.facts.push(Fact::LossAccepted { host, tip });
             // Gateways may be ahead of the guest: they begin anew.
             self.gateway.forget_answers();
             self.gateway.restart();
