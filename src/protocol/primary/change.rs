@@ -156,8 +156,10 @@ impl Primary {
         if core.mutated(Mutation::MemberWithoutLog) {
             return served;
         }
-        let begun = core.log.appended.index > LogIndex::START;
-        served && lively && begun && self.nearly_holds(core, candidate)
+        // Whose machine cannot be started, for want of its image or of memory, would hold a log that
+        // nobody could go on from.
+        let runs = follower.executed > LogIndex::START;
+        served && lively && runs && self.nearly_holds(core, candidate)
     }
 
     fn say_why(&self, core: &mut Core, record: &Record, members: &[Member]) {

@@ -70,3 +70,18 @@ fn output_does_not_wait_long_for_a_host_that_takes_no_more() {
     assert!(!member);
     assert!((100..=600).contains(&longest), "{longest} ms");
 }
+
+#[test]
+fn a_host_that_cannot_start_the_guest_is_no_copy() {
+    let mut trio = alone_with_a_far_host();
+    trio.host("c").has_no_image = true;
+    pair(&mut trio, START);
+    let (member, longest) = busy(&mut trio, 1_000);
+    assert!(!member, "it holds the log and cannot go on from it");
+    assert!(trio.host("c").tip.index > LogIndex(900), "it does hold it");
+    assert!(longest <= 1, "and nobody waits for it: {longest} ms");
+    // Somebody brings the image.
+    trio.host("c").has_no_image = false;
+    let (member, _) = busy(&mut trio, 1_000);
+    assert!(member);
+}
