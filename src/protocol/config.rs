@@ -46,7 +46,7 @@ impl Config {
 /// How long what may take. None of it is needed for safety.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {
-    /// Between two heartbeats, and between two reports of a replica.
+    /// Between two heartbeats. A replica answers each with a report.
     pub heartbeat: Span,
     /// A primary is never suspected after less silence.
     pub suspicion_floor: Span,
@@ -80,6 +80,15 @@ pub struct Timing {
     /// A node that is called later than this after the last time was itself not running: what it
     /// did not hear meanwhile means nothing.
     pub attention: Span,
+}
+
+impl Timing {
+    /// After so long a node wants to be called again if nothing happens: a little later than the
+    /// next heartbeat comes, if it comes, and before it would count as not running.
+    pub(super) fn doze(&self) -> Span {
+        let slack = self.attention.minus(self.heartbeat);
+        self.heartbeat.plus(Span::from_nanos(slack.as_nanos() / 2))
+    }
 }
 
 impl Default for Timing {

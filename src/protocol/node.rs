@@ -82,7 +82,7 @@ impl Node {
     /// The moment that [`Node::poll_timeout`] named has come.
     pub fn handle_timeout(&mut self, now: Time) {
         self.wake(now);
-        self.tick_at = self.core.now.plus(self.core.config.timing.heartbeat);
+        self.tick_at = self.core.now.plus(self.core.config.timing.doze());
         let turn = match &mut self.role {
             Role::Replica(replica) => replica.tick(&mut self.core),
             Role::Claimant(controller) => controller.tick(&mut self.core),

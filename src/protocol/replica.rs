@@ -127,6 +127,7 @@ impl Replica {
                 committed,
                 forget,
             } if self.heartbeat(core, from, version) => {
+                self.report_soon(core);
                 self.compare_tail(core, from, tail);
                 core.let_out = core.let_out.max(committed);
                 core.committed = core.committed.max(committed.min(core.log.appended.index));
@@ -504,8 +505,17 @@ impl Replica {
     pub(super) fn acknowledge(&mut self, core: &mut Core) {
         if let Some(source) = &self.source {
             let ack = core.ack(source.authority.term());
-            self.report_at = core.now.plus(core.config.timing.heartbeat);
+            self.report_at = core.now.plus(core.config.timing.doze());
             core.send(&source.host, Message::Ack(ack));
+        }
+    }
+
+    /// A heartbeat came: answers it, unless something was told just now. So a host that hears its
+    /// primary is woken once for both, and packets carry the acknowledgement of each other.
+    fn report_soon(&mut self, core: &Core) {
+        let due = core.now.plus(core.config.timing.heartbeat);
+        if self.report_at <= due {
+            self.report_at = core.now;
         }
     }
 
@@ -514,7 +524,7 @@ impl Replica {
             && let Some(source) = &self.source
         {
             let ack = core.ack(source.authority.term());
-            self.report_at = core.now.plus(core.config.timing.heartbeat);
+            self.report_at = core.now.plus(core.config.timing.doze());
             core.send(&source.host, Message::Report(ack));
         }
         if self.replay_at.is_some_and(|at| core.now >= at) && core.settled() {
@@ -543,7 +553,7 @@ impl Replica {
     pub(super) fn timeout(&self, core: &Core) -> Time {
         let timing = &core.config.timing;
         let silence = self.silence(core);
-        let mut at = core.now.plus(timing.heartbeat);
+        let mut at = core.now.plus(timing.doze());
         if self.source.is_some() {
             at = at.min(self.report_at);
         }
