@@ -2,7 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,10 +14,13 @@ use super::process::until_stopped;
 use crate::doctor::offer::{self, Host};
 use crate::gateway::Publish;
 use crate::images::{self, Mode};
-use crate::local::{LocalError, LocalMachine, LocalRun, Log, RecordingError};
+use crate::local::{LocalError, LocalMachine, LocalRun, Log, Recorded, RecordingError};
 
 /// What an arrival may wait before it is worth a word (DESIGN.md, section 2: the deferral limit).
 pub(super) const LONG_DEFERRAL: Duration = Duration::from_millis(20);
+
+/// So many entries before a crash are pointed at.
+const LAST_ENTRIES: u64 = 20;
 
 /// What `run` is told.
 #[derive(Debug, clap::Args)]
@@ -141,6 +144,10 @@ async fn serve(
     stop: impl Future<Output = ()>,
 ) -> Result<(), Failure> {
     let publish = run.publish.clone();
+    let kept = match &run.log {
+        Log::Kept(folder) => Some(folder.clone()),
+        _ => None,
+    };
     let mut machine = LocalMachine::start(run).await.map_err(failure)?;
     for (address, publish) in machine.addresses.iter().zip(&publish) {
         eprintln!("port {} of the guest is {address}", publish.guest_port);
@@ -159,12 +166,31 @@ async fn serve(
         eprintln!("recorded {} entries, {bytes}", recorded.end);
     }
     match served {
-        None => {}
-        Some(Ok(end)) => eprintln!("the guest has ended: {end}"),
         // Whatever came of the recording came of this.
-        Some(Err(error)) => return Err(failure(error)),
+        Some(Err(error)) => Err(failure(error)),
+        Some(Ok(end)) => {
+            eprintln!("the guest has ended: {end}");
+            let recorded = recorded?;
+            if end.how.is_crash() {
+                return Err(crashed(kept.as_deref().zip(recorded)));
+            }
+            Ok(())
+        }
+        None => recorded.map(drop),
     }
-    recorded.map(drop)
+}
+
+/// A guest that crashed is not a command that has done what it was asked for.
+fn crashed(log: Option<(&Path, Recorded)>) -> Failure {
+    let next = match log {
+        Some((folder, recorded)) => format!(
+            "see its last entries with 'understudy log inspect {} --from {}'",
+            folder.display(),
+            recorded.end.0.saturating_sub(LAST_ENTRIES)
+        ),
+        None => "run it with --record to see what came before".to_owned(),
+    };
+    Failure::new(Exit::Failed, format!("the guest has crashed: {next}"))
 }
 
 fn show(console: &[u8]) {

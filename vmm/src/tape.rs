@@ -105,6 +105,16 @@ pub enum GuestEnd {
     TripleFault,
 }
 
+impl GuestEnd {
+    /// Whether no guest that is well ends so.
+    pub const fn is_crash(self) -> bool {
+        match self {
+            Self::PowerOff | Self::Reset => false,
+            Self::Dead | Self::TripleFault => true,
+        }
+    }
+}
+
 impl fmt::Display for GuestEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

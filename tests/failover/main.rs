@@ -3,290 +3,24 @@
 //!
 //! Each test has the machine to itself: patience is measured in real time here.
 
-#[path = "common/skip.rs"]
+#[path = "../common/loopback.rs"]
+mod loopback;
+#[path = "../common/skip.rs"]
 mod skip;
+mod theatre;
 
-use std::path::Path;
+use std::net::SocketAddr;
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use bytes::BytesMut;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio::runtime::Runtime;
 use tokio::time::sleep;
-use understudy::agent::certs::{Identity, Name};
-use understudy::agent::operator::{Client, HostStatus, Request};
-use understudy::cli::operator::start_vm;
-use understudy::config::Config;
-use understudy::demo::cluster::Cluster;
-use understudy::demo::load::{Load, LoadConfig};
-use understudy::protocol::{Acks, HostName, OnLoss, Policy, Record, RoleName, Rule, VmName};
+use understudy::agent::certs::Name;
+use understudy::agent::operator::Request;
+use understudy::protocol::{Acks, OnLoss, Policy, RoleName, Rule};
 
-const PATIENCE: Duration = Duration::from_secs(40);
-const LOOK_EVERY: Duration = Duration::from_millis(20);
-
-static ALONE: Mutex<()> = Mutex::new(());
-
-/// A cluster with the ledger on it.
-struct Theatre {
-    cluster: Cluster,
-    client: Client,
-    vm: VmName,
-    address: std::net::SocketAddr,
-    _alone: MutexGuard<'static, ()>,
-}
-
-/// Runs a test where there is a KVM, on this thread.
-#[track_caller]
-fn on_kvm(test: impl AsyncFnOnce()) {
-    if let Some(why) = understudy::doctor::missing_kvm() {
-        let caller = std::panic::Location::caller();
-        return skip::skipped(&caller.to_string(), &why);
-    }
-    Runtime::new().expect("a runtime").block_on(test());
-}
-
-fn host_name(text: &str) -> HostName {
-    HostName::new(text).expect("a name")
-}
-
-fn identity(host: &HostName) -> Identity {
-    Identity::host(&host.as_str().parse::<Name>().expect("a name"))
-}
-
-fn policy(rule: Rule) -> Policy {
-    Policy {
-        rule,
-        ..Policy::default()
-    }
-}
-
-impl Theatre {
-    /// A cluster of these hosts, all of which hold a copy; the first is the primary.
-    async fn open(hosts: &[&str], policy: Policy) -> Self {
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-        let names: Vec<Name> = hosts
-            .iter()
-            .map(|host| host.parse().expect("a name"))
-            .collect();
-        let program = Path::new(env!("CARGO_BIN_EXE_understudy"));
-        let cluster = Cluster::start(program, &names).expect("a cluster");
-        let config = Config::load(&cluster.folder().join("operator")).expect("a configuration");
-        let mut theatre = Self {
-            client: Client::new(&config).expect("a client"),
-            cluster,
-            vm: VmName::new("shop").expect("a name"),
-            address: "127.0.0.1:0".parse().expect("an address"),
-            _alone: alone,
-        };
-        theatre.all_meet().await;
-        let copies: Vec<HostName> = hosts.iter().map(|host| host_name(host)).collect();
-        let order = Request::Run {
-            vm: theatre.vm.clone(),
-            image: "ledger".to_owned(),
-            hosts: copies.clone(),
-            policy,
-        };
-        start_vm(&theatre.client, &copies[0], &theatre.vm, &order)
-            .await
-            .expect("starts");
-        theatre.copies(hosts.len()).await;
-        let vm = theatre.vm.clone();
-        theatre.address = theatre.cluster.publish(&vm, 6379).expect("a gateway");
-        theatre.gateway_opens().await;
-        theatre
-    }
-
-    /// Looks until something is there.
-    async fn until<T>(
-        &mut self,
-        what: &str,
-        mut look: impl AsyncFnMut(&mut Self) -> Option<T>,
-    ) -> T {
-        let began = Instant::now();
-        loop {
-            if let Some(seen) = look(self).await {
-                return seen;
-            }
-            if began.elapsed() > PATIENCE {
-                let statuses = self.client.status_of_all().await;
-                panic!("{what} has not happened; {statuses:#?}");
-            }
-            sleep(LOOK_EVERY).await;
-        }
-    }
-
-    async fn all_meet(&mut self) {
-        self.until("the hosts' meeting", async |theatre| {
-            let all = theatre.client.status_of_all().await;
-            let met = |status: &HostStatus| status.peers.values().all(|up| *up);
-            all.values()
-                .all(|host| host.as_ref().is_ok_and(met))
-                .then_some(())
-        })
-        .await;
-    }
-
-    async fn gateway_opens(&mut self) {
-        self.until("the gateway's opening", async |theatre| {
-            TcpStream::connect(theatre.address).await.ok().map(drop)
-        })
-        .await;
-    }
-
-    async fn record(&self) -> Option<Record> {
-        self.client.record(&self.vm).await.ok()
-    }
-
-    /// Waits for a record with so many copies.
-    async fn copies(&mut self, copies: usize) -> Record {
-        self.until("the record of all copies", async |theatre| {
-            theatre
-                .record()
-                .await
-                .filter(|record| record.copies() == copies)
-        })
-        .await
-    }
-
-    async fn primary(&self) -> HostName {
-        self.record().await.expect("a record").primary.host
-    }
-
-    /// What the gateway has counted, as its metrics tell.
-    async fn gateway_counter(&self, name: &str) -> u64 {
-        let at = self.cluster.gateway_metrics().expect("a gateway");
-        let mut http = TcpStream::connect(at).await.expect("connects");
-        http.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")
-            .await
-            .expect("asks");
-        let mut text = String::new();
-        http.read_to_string(&mut text).await.expect("an answer");
-        let wanted = format!("understudy_gateway_{name} ");
-        let value = text.lines().find_map(|line| line.strip_prefix(&wanted));
-        value
-            .and_then(|value| value.parse().ok())
-            .unwrap_or_else(|| panic!("no {name} in {text}"))
-    }
-
-    async fn role(&self, host: &HostName) -> Option<RoleName> {
-        let status = self.client.status(host).await.ok()?;
-        status
-            .vms
-            .iter()
-            .find(|vm| vm.vm == self.vm)
-            .map(|vm| vm.node.role)
-    }
-
-    /// The host that says of itself that it reigns.
-    async fn primary_by_its_word(&self) -> Option<HostName> {
-        for host in self.client.hosts() {
-            if self.role(host).await == Some(RoleName::Primary) {
-                return Some(host.clone());
-            }
-        }
-        None
-    }
-
-    /// Waits until another than `old` runs the guest.
-    async fn successor(&mut self, old: &HostName) -> HostName {
-        let old = old.clone();
-        self.until("a promotion", async |theatre| {
-            let record = theatre.record().await?;
-            let new = record.primary.host;
-            let live = new != old && theatre.role(&new).await == Some(RoleName::Primary);
-            live.then_some(new)
-        })
-        .await
-    }
-
-    async fn load(&self) -> Load {
-        let mut config = LoadConfig::new(self.address);
-        config.connections = 5;
-        Load::start(config).await.expect("a load")
-    }
-
-    /// Waits until clients have got so many more answers.
-    async fn answers(&mut self, load: &Load, more: u64) {
-        let goal = load.acknowledged() + more;
-        self.until("more answers", async |_| {
-            (load.acknowledged() >= goal).then_some(())
-        })
-        .await;
-    }
-
-    /// The sum of the counters of [`Theatre::load`].
-    async fn sum(&self) -> u64 {
-        let mut stream = TcpStream::connect(self.address).await.expect("connects");
-        let (mut sum, mut reply) = (0, BytesMut::new());
-        for key in (0..5).flat_map(|client| (0..10).map(move |key| format!("load:{client}:{key}")))
-        {
-            stream
-                .write_all(format!("INCRBY {key} 0\r\n").as_bytes())
-                .await
-                .expect("writes");
-            while !reply.ends_with(b"\r\n") {
-                assert!(
-                    stream.read_buf(&mut reply).await.expect("reads") > 0,
-                    "closed"
-                );
-            }
-            let text = String::from_utf8_lossy(&reply.split()).into_owned();
-            sum += text
-                .trim()
-                .trim_start_matches(':')
-                .parse::<u64>()
-                .expect("a number");
-        }
-        sum
-    }
-
-    fn kill(&mut self, host: &HostName) {
-        self.cluster.kill(&identity(host)).expect("a kill");
-    }
-
-    fn start(&mut self, host: &HostName) {
-        self.cluster
-            .start_process(&identity(host))
-            .expect("a start");
-    }
-
-    /// Whether a host's journal has a line with this reason code about the VM.
-    async fn journal_has(&self, host: &HostName, code: &str) -> bool {
-        let marked = format!("\"code\":\"{code}\"");
-        let mut after = 0;
-        loop {
-            let lines = self.client.events(host, after).await.expect("a journal");
-            let Some(last) = lines.last() else {
-                return false;
-            };
-            after = last.number;
-            let has = |line| {
-                let line = serde_json::to_string(line).expect("a line is JSON");
-                line.contains(&marked)
-            };
-            if lines.iter().any(has) {
-                return true;
-            }
-        }
-    }
-}
-
-async fn flawless(load: Load) {
-    let report = load.finish().await;
-    assert!(report.acknowledged > 0, "the load did something");
-    assert!(report.is_flawless(), "{report:?}");
-}
-
-fn soak(few: u32, many: u32) -> u32 {
-    if std::env::var_os("UNDERSTUDY_SOAK").is_some() {
-        many
-    } else {
-        few
-    }
-}
+use loopback::{LOOK_EVERY, host_name, identity, on_kvm};
+use theatre::{Theatre, flawless, policy, soak};
 
 /// The primary's agent is killed again and again; each time a fresh replica joins. Nobody loses
 /// anything.
@@ -304,7 +38,7 @@ fn primaries_die_in_a_row() {
             if kill % 2 == 0 {
                 theatre.cluster.forget(&identity(&old)).expect("forgets");
             }
-            theatre.start(&old);
+            theatre.start_host(&old);
             theatre.copies(3).await;
         }
         flawless(load).await;
@@ -341,18 +75,19 @@ fn redis_clients_live_through_a_kill() {
             &format!("-t set,incr -c 10 -n {requests} --csv"),
         );
         let load = theatre.load().await;
+        let address = theatre.address;
         for _ in 0..kills {
-            let before = ticket(&theatre);
+            let before = ticket(address);
             theatre
-                .until("more tickets", async |theatre| {
-                    (ticket(theatre) > before + 20).then_some(())
+                .until("more tickets", async |_| {
+                    (ticket(address) > before + 20).then_some(())
                 })
                 .await;
             let old = theatre.primary().await;
             theatre.kill(&old);
             theatre.successor(&old).await;
             theatre.answers(&load, 50).await;
-            theatre.start(&old);
+            theatre.start_host(&old);
             theatre.copies(3).await;
         }
         let said = ended(benchmark).await;
@@ -368,7 +103,7 @@ fn redis_clients_live_through_a_kill() {
             .collect();
         let expected: Vec<u64> = (1..=u64::from(tickets)).collect();
         assert_eq!(values, expected, "each INCR counts once");
-        assert_eq!(ticket(&theatre), u64::from(tickets));
+        assert_eq!(ticket(address), u64::from(tickets));
         flawless(load).await;
     });
 }
@@ -390,8 +125,8 @@ async fn ended(client: std::process::Child) -> std::process::Output {
 }
 
 /// How many tickets there are.
-fn ticket(theatre: &Theatre) -> u64 {
-    redis(theatre, &["get", "tickets"])
+fn ticket(at: SocketAddr) -> u64 {
+    redis(at, &["get", "tickets"])
         .trim()
         .parse()
         .unwrap_or_default()
@@ -401,8 +136,8 @@ fn contains(text: &[u8], part: &str) -> bool {
     String::from_utf8_lossy(text).contains(part)
 }
 
-fn redis(theatre: &Theatre, words: &[&str]) -> String {
-    let port = theatre.address.port().to_string();
+fn redis(at: SocketAddr, words: &[&str]) -> String {
+    let port = at.port().to_string();
     let said = Command::new("redis-cli")
         .args(["-p", &port])
         .args(words)
@@ -488,7 +223,7 @@ fn a_cluster_serves_without_its_witness() {
         theatre.copies(1).await;
         theatre.answers(&load, 100).await;
         assert!(theatre.journal_has(&primary, "unprotected").await);
-        theatre.start(&replica);
+        theatre.start_host(&replica);
         theatre.copies(2).await;
         theatre.answers(&load, 100).await;
         flawless(load).await;
@@ -567,7 +302,7 @@ fn replicas_die_and_return() {
         assert!(theatre.journal_has(&primary, "replica_lost").await);
         assert!(theatre.journal_has(&primary, "unprotected").await);
         for (replica, copies) in [("b", 2), ("c", 3)] {
-            theatre.start(&host_name(replica));
+            theatre.start_host(&host_name(replica));
             theatre.copies(copies).await;
             theatre.answers(&load, 100).await;
         }
@@ -616,7 +351,7 @@ fn rules_with_three_replicas() {
             theatre.kill(&old);
             theatre.successor(&old).await;
             theatre.answers(&load, 100).await;
-            theatre.start(&old);
+            theatre.start_host(&old);
             theatre.copies(4).await;
             flawless(load).await;
         }
@@ -673,7 +408,7 @@ fn rules_that_need_fewer_copies() {
             let replica = host_name("c");
             theatre.kill(&replica);
             theatre.answers(&load, 200).await;
-            theatre.start(&replica);
+            theatre.start_host(&replica);
             theatre
                 .until("the replica's return", async |theatre| {
                     (theatre.role(&replica).await? == RoleName::Member).then_some(())
@@ -743,7 +478,7 @@ fn a_cold_start_keeps_what_was_acknowledged() {
             theatre.cluster.kill(&witness).expect("a kill");
             theatre.cluster.start_process(&witness).expect("a start");
             for host in ["a", "b"] {
-                theatre.start(&host_name(host));
+                theatre.start_host(&host_name(host));
             }
             theatre
                 .until("a primary", async |theatre| {

@@ -5,14 +5,15 @@
 //! Whatever the guest does to itself is part of the log. So every copy comes to the same end at the
 //! same position, nobody is promoted because of it, and whoever is promoted later shows it too.
 
-#[path = "../vmm/tests/common/guest.rs"]
+#[path = "../../vmm/tests/common/guest.rs"]
 #[allow(dead_code, reason = "these guests use a part of it")]
 mod guest;
-#[path = "common/skip.rs"]
+#[path = "../common/loopback.rs"]
+mod loopback;
+#[path = "../common/skip.rs"]
 mod skip;
-#[path = "ends/stage.rs"]
 mod stage;
-#[path = "../vmm/tests/common/virtio.rs"]
+#[path = "../../vmm/tests/common/virtio.rs"]
 #[allow(dead_code, reason = "these guests use a part of it")]
 mod virtio;
 
@@ -24,7 +25,8 @@ use vmm::devices::layout;
 use vmm::tape::{Ending, GuestEnd};
 
 use guest::{FREE, Guest, Ring, ok};
-use stage::{HOSTS, Stage, host_name, on_kvm, put_image, understudy};
+use loopback::{host_name, on_kvm, understudy};
+use stage::{HOSTS, Stage, put_image};
 use virtio::{Descriptor, NEXT, Queue, WRITE};
 
 /// Said on the console by a guest that is about to compute for ever.
@@ -181,7 +183,7 @@ async fn ends_everywhere(guest: &BootImage, disks: &[&str], how: GuestEnd, words
     shown(&stage, &left, ending, words);
     assert!(stage.journal_has(&new, "vm_ended").await);
     // And so has who begins anew.
-    stage.start(&old);
+    stage.start_host(&old);
     stage.copies(HOSTS.len()).await;
     assert_eq!(stage.all_end(&HOSTS).await, ending);
 }
@@ -279,14 +281,20 @@ fn a_full_disk_of_the_host() {
     });
 }
 
-/// One host alone: `run` says how the guest has ended, and the log that it recorded says the same.
+/// One host alone: `run` says how the guest has ended, by its exit code, too; and the log that it
+/// recorded says the same.
 #[test]
 fn a_recording_ends_as_its_guest_did() {
     on_kvm(async || {
-        for (guest, disks, words) in [
-            (triple_fault(), vec![], "triple fault"),
-            (dead(), vec![], "dead (HLT with interrupts off)"),
-            (fills_its_disk(Begins::AtOnce), vec!["1 MiB"], "power off"),
+        for (guest, disks, words, code) in [
+            (triple_fault(), vec![], "triple fault", 1),
+            (dead(), vec![], "dead (HLT with interrupts off)", 1),
+            (
+                fills_its_disk(Begins::AtOnce),
+                vec!["1 MiB"],
+                "power off",
+                0,
+            ),
         ] {
             let folder = TempDir::with_prefix("understudy-end-").expect("a folder");
             put_image(folder.path(), &guest, &disks);
@@ -299,6 +307,11 @@ fn a_recording_ends_as_its_guest_did() {
                 .find_map(|line| line.strip_prefix("the guest has ended: "));
             let end = end.unwrap_or_else(|| panic!("no end in {said}"));
             assert!(end.starts_with(&format!("{words} at position ")), "{end}");
+            assert_eq!(ran.status.code(), Some(code), "{said}");
+            let crashed = format!(
+                "the guest has crashed: see its last entries with 'understudy log inspect {log} --from 0'"
+            );
+            assert_eq!(said.contains(&crashed), code != 0, "{said}");
             let replayed = understudy(&["replay", &log, "--image", &image]);
             let said = String::from_utf8_lossy(&replayed.stdout).into_owned();
             let expected = format!("the guest had ended: {end}");
