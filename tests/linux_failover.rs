@@ -6,31 +6,26 @@
 mod common;
 #[path = "common/linux.rs"]
 mod linux;
+#[path = "common/site.rs"]
+mod site;
 #[path = "common/skip.rs"]
 mod skip;
 
-use std::fmt::Write as _;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{host, lab, program, run};
+use common::{lab, run};
 use linux::{Kind, image, soak};
 use serde_json::Value;
-use tempfile::TempDir;
+use site::{HOSTS, LOOK_EVERY, PATIENCE, Site, end, text};
 use tokio::runtime::Runtime;
 use understudy::demo::load::{Load, LoadConfig};
 use understudy::lab::{Delay, End, Lab};
 
 /// A host's memory, in MiB.
 const MEMORY: u32 = 1500;
-/// How long an emulated host may take for one step. Busy machines take their time.
-const PATIENCE: Duration = Duration::from_mins(8);
-const LOOK_EVERY: Duration = Duration::from_millis(200);
-const HOSTS: [&str; 3] = ["h1", "h2", "h3"];
-const MACHINE: &str = "10.88.0.254";
 /// Where Redis is published.
 const ADDRESS: &str = "10.88.0.254:6379";
 /// One way, between any two sites.
@@ -43,134 +38,9 @@ const CLIENTS: &str = "UNDERSTUDY_TEST_CLIENTS";
 /// What the clients' lines begin with.
 const SAYS: &str = "clients: ";
 
-/// A cluster in a lab, with one VM.
-struct Site {
-    lab: Lab,
-    folder: TempDir,
-    /// The witness and the gateway, which end with the lab.
-    processes: Vec<Child>,
-}
-
-impl Site {
-    /// Three hosts with an image, each with its agent; a witness on the fourth machine.
-    fn open(lab: Lab, folder: TempDir, image: &Path) -> Self {
-        let mut site = Self {
-            lab,
-            folder,
-            processes: Vec::new(),
-        };
-        let mut init = Command::new(program());
-        init.arg("init").arg(site.cluster());
-        for name in HOSTS {
-            let address = end(name).address();
-            init.args(["--host", &format!("{name}={address}:7400")]);
-        }
-        init.args(["--witness", &format!("w={MACHINE}:7300")]);
-        let made = init.output().expect("it starts");
-        assert!(made.status.success(), "{made:?}");
-        for name in HOSTS {
-            site.start_agent(name, image);
-        }
-        let witness = site.cluster().join("witnesses/w");
-        site.beside(&["witness", "--config", text(&witness)]);
-        site.until("all hosts meet", |status| {
-            let met = |host: &str| {
-                let peers = status["hosts"][host]["peers"].as_object();
-                peers.is_some_and(|peers| peers.values().all(|met| met == true))
-            };
-            HOSTS.iter().all(|host| met(host)).then_some(())
-        });
-        site
-    }
-
-    fn cluster(&self) -> PathBuf {
-        self.folder.path().join("cluster")
-    }
-
-    fn start_agent(&self, name: &str, image: &Path) {
-        let host = host(&self.lab, name);
-        let put = |from: &Path, to: &str| {
-            for file in std::fs::read_dir(from).expect("a folder").flatten() {
-                let there = Path::new(to).join(file.file_name());
-                host.put(&file.path(), &there).expect("put");
-            }
-        };
-        put(&self.cluster().join("hosts").join(name), "/data/config");
-        put(image, "/data/config/data/images/linux");
-        host.detach(&["understudy", "agent", "--config", "/data/config"])
-            .expect("it starts");
-    }
-
-    /// Starts a process of this program on the fourth machine.
-    fn beside(&mut self, words: &[&str]) {
-        let words = [&[text(program())], words].concat();
-        let child = self.lab.machine(&words).spawn().expect("it starts");
-        self.processes.push(child);
-    }
-
-    /// An operator's command; what it prints.
-    fn operate(&self, words: &[&str]) -> Result<String, String> {
-        let words = [&[text(program())], words].concat();
-        let mut command = self.lab.machine(&words);
-        let output = command.env("UNDERSTUDY_CLUSTER", self.cluster()).output();
-        let output = output.expect("it starts");
-        let said = |bytes| String::from_utf8_lossy(bytes).into_owned();
-        if output.status.success() {
-            Ok(said(&output.stdout))
-        } else {
-            Err(said(&output.stderr))
-        }
-    }
-
-    /// All that can be known of it, for a test that fails.
-    fn tell(&self) -> String {
-        let mut told = String::new();
-        for words in [&["status", "--json"][..], &["events"]] {
-            let (Ok(said) | Err(said)) = self.operate(words);
-            writeln!(told, "{words:?}:\n{said}").expect("memory");
-        }
-        for name in HOSTS {
-            let words = ["sh", "-c", "tail -n 40 /data/config/data/vms/*/console.log"];
-            match host(&self.lab, name).run(&words) {
-                Ok(console) => writeln!(told, "consoles on {name}:\n{}", console.text()),
-                Err(error) => writeln!(told, "{name} tells nothing: {error}"),
-            }
-            .expect("memory");
-        }
-        told
-    }
-
-    /// Looks at the status until something is there.
-    fn until<T>(&self, what: &str, mut look: impl FnMut(&Value) -> Option<T>) -> T {
-        let began = Instant::now();
-        loop {
-            // A host that has died makes the command fail, and the others are shown all the same.
-            let words = [text(program()), "status", "--json"];
-            let mut command = self.lab.machine(&words);
-            let said = command.env("UNDERSTUDY_CLUSTER", self.cluster()).output();
-            let said = said.expect("it starts");
-            let status = serde_json::from_slice(&said.stdout).unwrap_or_default();
-            if let Some(seen) = look(&status) {
-                println!("{what}: after {:?}", began.elapsed());
-                return seen;
-            }
-            assert!(began.elapsed() < PATIENCE, "{what}: {status:#} {said:?}");
-            std::thread::sleep(LOOK_EVERY);
-        }
-    }
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("UTF-8")
-}
-
-fn end(name: &str) -> End {
-    name.parse().expect("the name of an end")
-}
-
-/// What a host says of the VM.
+/// What the protocol knows of the VM on a host.
 fn of<'a>(status: &'a Value, host: &str) -> &'a Value {
-    &status["hosts"][host]["vms"][0]["node"]
+    &site::of(status, host, "shop")["node"]
 }
 
 /// The clients, a process on the fourth machine.

@@ -8,6 +8,7 @@ use tempfile::TempDir;
 use super::skip::skipped;
 
 /// Whether the full counts are asked for.
+#[allow(dead_code, reason = "not every test has a use for it")]
 pub fn soak() -> bool {
     std::env::var_os("UNDERSTUDY_SOAK").is_some()
 }
