@@ -152,7 +152,14 @@ impl Primary {
         self.note_protection(core);
         for host in core.up_peers() {
             core.send_record(&host);
-            if record.member_on(&host).is_some() {
+            let Some(member) = record.member_on(&host) else {
+                continue;
+            };
+            let greeting = core.peers.get(&host).and_then(|peer| peer.greeting);
+            if greeting.is_some_and(|greeting| greeting.incarnation != member.incarnation) {
+                // It has begun anew since it was sealed, and has said so once: to the claimant.
+                self.greeted(core, &host);
+            } else {
                 core.feed(&host, Authority::Reign(record.version()), self.base);
             }
         }

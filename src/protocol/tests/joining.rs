@@ -85,3 +85,40 @@ fn a_host_that_cannot_start_the_guest_is_no_copy() {
     let (member, _) = busy(&mut trio, 1_000);
     assert!(member);
 }
+
+#[test]
+fn a_copy_that_begins_anew_while_it_is_claimed_joins_again() {
+    let mut trio = Trio::paired(START);
+    trio.far = Some((name("c"), Span::from_millis(10)));
+    trio.host("a").cut_off = true;
+    for _ in 0..1_000 {
+        if trio.host("b").journal().contains(&"claimed") {
+            break;
+        }
+        trio.pass(1);
+    }
+    // Its seal is on its way when it restarts, with its log but perhaps not all it acknowledged. The
+    // claimant hears of that before it reigns.
+    trio.keeper_down = true;
+    trio.pass(15);
+    trio.restart("c");
+    let anew = trio.host("c").incarnation;
+    trio.pass(50);
+    assert_eq!(trio.record().term, Term(1));
+    trio.keeper_down = false;
+    trio.pass(300);
+    assert_eq!(trio.record().term, Term(2));
+    let sealed = trio.host("b").events.iter().find_map(|event| match event {
+        Event::RecordProposed { copies, .. } => Some(copies.clone()),
+        _ => None,
+    });
+    let sealed = sealed.expect("a proposal");
+    assert!(
+        sealed
+            .iter()
+            .any(|copy| copy.host == name("c") && copy.incarnation != anew)
+    );
+    trio.pass(2_000);
+    let member = trio.record().member_on(&name("c")).expect("a member");
+    assert_eq!(member.incarnation, anew);
+}

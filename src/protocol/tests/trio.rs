@@ -13,6 +13,7 @@ pub(super) struct Host {
     pub(super) batches: Vec<Batch>,
     pub(super) tip: LogTip,
     pub(super) incarnation: Incarnation,
+    durable: Durable,
     pub(super) builder: Option<BatchBuilder>,
     pub(super) run: VmRun,
     pub(super) released: LogIndex,
@@ -99,6 +100,26 @@ impl Trio {
             here.node.handle(now, input);
         }
         self.carry_out(host);
+    }
+
+    /// A host's process ends and another one begins, with what the first one left on its disk.
+    pub(super) fn restart(&mut self, host: &str) {
+        let (now, here) = (self.now, self.host(host));
+        let restored = Restored {
+            durable: here.durable.clone(),
+            log: here.tip,
+            ..Restored::default()
+        };
+        let vm = VmName::new("vm").expect("a name");
+        here.node = Node::new(Config::new(name(host), vm), restored, now);
+        here.builder = None;
+        let host = name(host);
+        self.carry_out(&host);
+        for peer in self.names().into_iter().filter(|peer| *peer != host) {
+            self.input(&peer, Input::PeerDown(host.clone()));
+            self.input(&peer, Input::PeerUp(host.clone()));
+            self.input(&host, Input::PeerUp(peer));
+        }
     }
 
     /// Brings a message, now or when its way is over.
@@ -214,6 +235,7 @@ impl Host {
             batches: vec![],
             tip: LogTip::default(),
             incarnation: Incarnation(0),
+            durable: Durable::default(),
             builder: None,
             run: VmRun(0),
             released: LogIndex::START,
@@ -230,6 +252,7 @@ impl Host {
         match action {
             Action::Persist(durable) => {
                 self.incarnation = durable.incarnation;
+                self.durable = durable.clone();
                 return vec![Input::Persisted(durable)];
             }
             Action::Append { batch } => {
