@@ -1,6 +1,6 @@
 //! How a guest ends, or does not: with a triple fault, halted for good, with its disk full, in a
-//! loop without exits; and how a host whose own disk is full keeps that from its guest. Real
-//! processes on loopback: a witness and three agents with their VMM processes.
+//! loop without exits; and how hosts that lack something, room on their own disk or the image, keep
+//! that from it. Real processes on loopback: a witness and three agents with their VMM processes.
 //!
 //! Whatever the guest does to itself is part of the log. So every copy comes to the same end at the
 //! same position, nobody is promoted because of it, and whoever is promoted later shows it too.
@@ -26,7 +26,7 @@ use vmm::tape::{Ending, GuestEnd};
 
 use guest::{FREE, Guest, Ring, ok};
 use loopback::{host_name, on_kvm, understudy};
-use stage::{HOSTS, Stage, put_image};
+use stage::{HOSTS, Lack, Stage, put_image};
 use virtio::{Descriptor, NEXT, Queue, WRITE};
 
 /// Said on the console by a guest that is about to compute for ever.
@@ -266,7 +266,7 @@ fn a_full_disk_of_the_host() {
     on_kvm(async || {
         let (full, left) = (host_name("a"), ["b", "c"]);
         let guest = fills_its_disk(Begins::WhenTold);
-        let mut stage = Stage::open_with(&guest, &["64 MiB"], Some((&full, "24m"))).await;
+        let mut stage = Stage::open_with(&guest, &["64 MiB"], Some(Lack::Disk(&full, "24m"))).await;
         stage.copies(HOSTS.len()).await;
         let _visitor = stage.knock().await;
         stage.successor(&full).await;
@@ -278,6 +278,24 @@ fn a_full_disk_of_the_host() {
         let new = stage.primary().await;
         assert_eq!(stage.role(&new).await, Some(RoleName::Primary));
         assert_eq!(stage.console(&new), FULL);
+    });
+}
+
+/// A host without the guest's image holds the log and could never go on from it: it says so, and is no
+/// copy before somebody brings the image.
+#[test]
+fn a_host_without_the_image() {
+    on_kvm(async || {
+        let (guest, without) = (hang(), host_name("c"));
+        let lack = Some(Lack::Image(&without));
+        let mut stage = Stage::open_with(&guest, &[], lack).await;
+        let record = stage.copies(2).await;
+        assert!(record.member_on(&without).is_none(), "{record:?}");
+        stage.says("c", "this host has no image").await;
+        stage.nobody_claims().await;
+        assert_eq!(stage.record().await.expect("a record").copies(), 2);
+        stage.give_image(&without, &guest);
+        stage.copies(3).await;
     });
 }
 

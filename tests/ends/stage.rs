@@ -10,6 +10,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use replay_log::Position;
 use tokio::net::TcpStream;
+use understudy::demo::cluster::Cluster;
 use understudy::protocol::{HostName, Policy, Span};
 use vmm::boot::BootImage;
 use vmm::tape::Ending;
@@ -82,6 +83,21 @@ impl Drop for SmallDisk {
     }
 }
 
+/// Puts the image of a guest where a host looks for it.
+fn give_image(cluster: &Cluster, host: &HostName, guest: &BootImage, disks: &[&str]) {
+    let data = cluster.data(&identity(host)).expect("a folder");
+    put_image(&data.join("images").join(IMAGE), guest, disks);
+}
+
+/// What a host lacks.
+#[derive(Clone, Copy)]
+pub enum Lack<'a> {
+    /// A disk with more room than this.
+    Disk(&'a HostName, &'a str),
+    /// The guest's image.
+    Image(&'a HostName),
+}
+
 /// A cluster with a guest on it.
 pub struct Stage {
     // Dropped before the cluster's folder.
@@ -109,15 +125,14 @@ impl Stage {
         Self::open_with(guest, disks, None).await
     }
 
-    /// The same; one host keeps what it keeps on a disk of this size.
-    pub async fn open_with(
-        guest: &BootImage,
-        disks: &[&str],
-        small: Option<(&HostName, &str)>,
-    ) -> Self {
+    /// The same; one host lacks something.
+    pub async fn open_with(guest: &BootImage, disks: &[&str], lack: Option<Lack<'_>>) -> Self {
         let mut site = Loopback::start(&HOSTS);
         let cluster = &mut site.cluster;
-        let small_disk = small.map(|(host, size)| {
+        let small_disk = lack.and_then(|lack| {
+            let Lack::Disk(host, size) = lack else {
+                return None;
+            };
             let who = identity(host);
             cluster.kill(&who).expect("a kill");
             cluster.forget(&who).expect("forgets");
@@ -126,11 +141,12 @@ impl Stage {
             // What the journal says is to be read here, whatever it could have kept.
             disk.spare("journal", &data.with_file_name("spared"));
             cluster.start_process(&who).expect("a start");
-            disk
+            Some(disk)
         });
         for host in HOSTS.map(host_name) {
-            let data = cluster.data(&identity(&host)).expect("a folder");
-            put_image(&data.join("images").join(IMAGE), guest, disks);
+            if !matches!(lack, Some(Lack::Image(without)) if *without == host) {
+                give_image(cluster, &host, guest, disks);
+            }
         }
         site.run(IMAGE, Policy::default()).await;
         Self {
@@ -229,6 +245,10 @@ impl Stage {
     }
 
     // ---- doing ----
+
+    pub fn give_image(&self, host: &HostName, guest: &BootImage) {
+        give_image(&self.cluster, host, guest, &[]);
+    }
 
     /// A client comes, and with it the guest's first frame: its gateway asks who has the address.
     pub async fn knock(&mut self) -> TcpStream {
