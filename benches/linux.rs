@@ -6,8 +6,8 @@
 //! recorded, against the recorder off, for four kinds of work; the log of an idle guest, and that
 //! of Redis under load; what a recording, its replay and its log cost here and with QEMU's own.
 //! `ROUNDS` (default 9) sets how often each kind of work is compared, `SCRIPTS` (default 3) how
-//! often the two recorders are; 0 leaves it out. `UNDERSTUDY_LINUX_IMAGE` names a folder that has the image; without
-//! it, it is built.
+//! often the two recorders are; 0 leaves it out. `UNDERSTUDY_LINUX_IMAGE` names a folder that has the
+//! image; without it, it is built.
 
 #![allow(
     clippy::cast_precision_loss,
