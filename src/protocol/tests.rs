@@ -87,16 +87,16 @@ fn a_primary_that_comes_back_is_deposed_and_follows() {
     trio.host("a").cut_off = true;
     trio.pass(500);
     trio.host("a").cut_off = false;
-    let before = trio.host("a").incarnation;
+    let before = trio.host("a").durable.incarnation;
     trio.record_entries(3);
     assert_eq!(trio.host("a").released, LogIndex(1), "nobody hears it");
     trio.pass(500);
     assert_eq!(trio.host("a").stopped, Some(StopReason::Deposed));
     assert!(trio.host("a").journal().contains(&"deposed"));
-    assert!(trio.host("a").incarnation > before);
+    assert!(trio.host("a").durable.incarnation > before);
     let new = Member {
         host: name("a"),
-        incarnation: trio.host("a").incarnation,
+        incarnation: trio.host("a").durable.incarnation,
     };
     // `b` has not recorded since, so there is nothing to catch up with but its log.
     let tip = trio.host("b").tip;
@@ -232,7 +232,7 @@ fn a_wild_term_is_heard_by_nobody() {
 fn a_report_of_more_than_was_appended_counts_for_nothing() {
     let mut trio = Trio::paired(START);
     trio.record_entries(3);
-    let (incarnation, mut tip) = (trio.host("c").incarnation, trio.host("c").tip);
+    let (incarnation, mut tip) = (trio.host("c").durable.incarnation, trio.host("c").tip);
     tip.index = LogIndex(900);
     for input in [
         Input::Stored { incarnation, tip },

@@ -1,6 +1,6 @@
 //! Traffic with the keeper of records and with the gateway.
 
-use replay_log::{FrameNumber, Store};
+use replay_log::FrameNumber;
 
 use super::facts::Fact;
 use super::gateway::{Heard, Session, ToGateway, ToHost};
@@ -84,8 +84,7 @@ impl World {
         };
         if std::mem::take(&mut self.hosts[host].accepts_loss) {
             self.counts.losses_accepted += 1;
-            let tip = self.hosts[host].store.tip();
-            self.facts.push(Fact::LossAccepted { host, tip });
+            self.facts.push(Fact::LossAccepted { host });
             // Gateways may be ahead of the guest: they begin anew.
             self.gateway.forget_answers();
             self.gateway.restart();

@@ -52,8 +52,8 @@ pub(super) enum Fact {
     Diverged { host: usize, what: String },
     /// A client got the answer to a request that it sent when it had seen `floor`.
     Answered { key: u32, value: u64, floor: u64 },
-    /// An operator accepted loss: history goes on from the log of this host, which ends there.
-    LossAccepted { host: usize, tip: LogTip },
+    /// An operator accepted loss: history goes on from the log of this host.
+    LossAccepted { host: usize },
 }
 
 /// A host as the omniscient see it.
@@ -152,13 +152,12 @@ impl Checker {
     fn note(&mut self, fact: &Fact, hosts: &[HostView]) {
         match fact {
             Fact::Lost { .. } | Fact::Booted => self.released = Released::default(),
-            Fact::LossAccepted { host, tip } => {
+            Fact::LossAccepted { host } => {
                 // A log that is longer may still be another one: of an earlier term, on the host that
                 // alone has not lost everything.
-                let at = hosts
-                    .get(*host)
-                    .and_then(|host| host.chain_at(self.released.index));
-                if at != Some(self.released.chain) {
+                let host = &hosts[*host];
+                if host.chain_at(self.released.index) != Some(self.released.chain) {
+                    let tip = host.store.tip();
                     self.released = Released {
                         index: tip.index,
                         chain: tip.chain,

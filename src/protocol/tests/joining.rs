@@ -102,7 +102,7 @@ fn a_copy_that_begins_anew_while_it_is_claimed_joins_again() {
     trio.keeper_down = true;
     trio.pass(15);
     trio.restart("c");
-    let anew = trio.host("c").incarnation;
+    let anew = trio.host("c").durable.incarnation;
     trio.pass(50);
     assert_eq!(trio.record().term, Term(1));
     trio.keeper_down = false;

@@ -12,8 +12,7 @@ pub(super) struct Host {
     pub(super) node: Node,
     pub(super) batches: Vec<Batch>,
     pub(super) tip: LogTip,
-    pub(super) incarnation: Incarnation,
-    durable: Durable,
+    pub(super) durable: Durable,
     pub(super) builder: Option<BatchBuilder>,
     pub(super) run: VmRun,
     pub(super) released: LogIndex,
@@ -234,7 +233,6 @@ impl Host {
             node,
             batches: vec![],
             tip: LogTip::default(),
-            incarnation: Incarnation(0),
             durable: Durable::default(),
             builder: None,
             run: VmRun(0),
@@ -251,7 +249,6 @@ impl Host {
     fn perform(&mut self, now: Time, action: Action) -> Vec<Input> {
         match action {
             Action::Persist(durable) => {
-                self.incarnation = durable.incarnation;
                 self.durable = durable.clone();
                 return vec![Input::Persisted(durable)];
             }
@@ -260,13 +257,13 @@ impl Host {
                 self.batches.push(batch);
                 let mut inputs = self.begun();
                 if !self.store_is_stuck {
-                    let (incarnation, tip) = (self.incarnation, self.tip);
+                    let (incarnation, tip) = (self.durable.incarnation, self.tip);
                     inputs.push(Input::Stored { incarnation, tip });
                 }
                 return inputs;
             }
             Action::Sync => {
-                let (incarnation, tip) = (self.incarnation, self.tip);
+                let (incarnation, tip) = (self.durable.incarnation, self.tip);
                 return vec![Input::Synced { incarnation, tip }];
             }
             Action::LookUp { peer, index } => {
@@ -280,8 +277,7 @@ impl Host {
                 let tip = Some(tip).filter(|tip| tip.index == index);
                 return vec![Input::TipAt { peer, index, tip }];
             }
-            Action::DropLog { incarnation } => {
-                self.incarnation = incarnation;
+            Action::DropLog { .. } => {
                 self.batches.clear();
                 self.tip = LogTip::default();
             }
