@@ -109,6 +109,7 @@ fn policy(args: &Args, known: Option<&Record>) -> Policy {
             OnLoss::Stall => protocol::OnLoss::Stall,
         }),
         min_copies: args.min_copies.unwrap_or(own.min_copies),
+        log_full: own.log_full,
     }
 }
 

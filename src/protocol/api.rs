@@ -21,7 +21,7 @@ use super::config::Durable;
 use super::event::Event;
 use super::message::Message;
 use super::name::{HostName, Incarnation, VmRun};
-use super::record::{Policy, Record, Version};
+use super::record::{Committed, Policy, Record, Seen, Version};
 
 /// Something that happened outside.
 #[derive(Clone, Debug)]
@@ -52,11 +52,20 @@ pub enum Input {
         /// Where the log ends.
         tip: LogTip,
     },
-    /// The local store failed (a full disk, a failed fsync); it may have lost what it held.
+    /// What the local store holds has become doubtful (a failed fsync: nobody knows what of it is on
+    /// the disk). A full disk is [`Input::StoreFull`].
     StoreFailed {
         /// A sentence that says what failed.
         reason: String,
     },
+    /// The local store, or the durable state, takes nothing more at the moment: the disk is full,
+    /// read-only, or does not come back. What is held stays held; what is appended meanwhile waits.
+    StoreFull {
+        /// A sentence that says what failed.
+        reason: String,
+    },
+    /// It takes more again, and has stored what waited.
+    StoreRoom,
     /// [`Action::Persist`] is done.
     Persisted(Durable),
     /// The answer to [`Action::LookUp`]: the log's tip at that index, if a batch ends there.
@@ -70,7 +79,7 @@ pub enum Input {
     },
 
     /// What the keeper of records has: `None` if it has never heard of the VM.
-    RecordRead(Option<Record>),
+    RecordRead(Option<Committed>),
     /// The keeper did not answer [`Action::ReadRecord`].
     ReadFailed {
         /// A sentence that says why.
@@ -118,6 +127,8 @@ pub enum Input {
         run: VmRun,
         /// A sentence that says what failed.
         reason: String,
+        /// The last landmark that is known of it.
+        at: Position,
     },
     /// The outputs up to this number have reached their gateways.
     GatewayReceived {
@@ -138,9 +149,9 @@ pub enum Input {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Swapped {
     /// The new record is committed.
-    Done(Record),
+    Done(Committed),
     /// The record was not as expected: this is what it is.
-    Conflict(Option<Record>),
+    Conflict(Option<Committed>),
     /// Nobody knows: the keeper did not answer, and may have done it.
     Unknown {
         /// A sentence that says why.
@@ -222,19 +233,27 @@ pub enum Action {
     },
 
     /// Ask the keeper for the record. Answered by [`Input::RecordRead`] or [`Input::ReadFailed`].
-    ReadRecord,
+    ReadRecord {
+        /// What the keeper cannot be below, if it is the one that was asked before.
+        seen: Option<Seen>,
+    },
     /// Compare-and-set the record. Answered by [`Input::RecordSwapped`].
     SwapRecord {
         /// What it must be now; `None` if the VM must be unknown.
         expect: Option<Version>,
         /// What it shall be.
         new: Record,
+        /// What the keeper cannot be below, if it is the one that was asked before.
+        seen: Option<Seen>,
     },
 
-    /// Drop the local log. Later actions and inputs are about a new, empty holding.
+    /// Give up the local log. Later actions and inputs are about a new, empty holding.
     DropLog {
         /// The new holding.
         incarnation: Incarnation,
+        /// Set the old log aside as evidence: nobody else is known to hold all of it that counts.
+        /// Otherwise it is deleted.
+        aside: bool,
     },
     /// End any VMM of this VM, and start one that replays the stored log from its beginning on
     /// fresh disks, then what is appended.

@@ -5,8 +5,8 @@ use serde::{Deserialize, Serialize};
 
 use super::message::Claim;
 use super::mutation::Mutation;
-use super::name::{HostName, Incarnation, VmName};
-use super::record::Acks;
+use super::name::{DiskId, HostName, Incarnation, VmName};
+use super::record::{Acks, Committed};
 use super::time::Span;
 
 /// Everything fixed about a node.
@@ -134,15 +134,23 @@ impl Default for Bounds {
 
 /// What a node must find again after a restart. Small; replaced as a whole, durably.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Durable {
+    /// The disk that the holding was begun on.
+    pub disk: DiskId,
     /// The present holding. 0 means that there has never been one.
     pub incarnation: Incarnation,
     /// What acknowledging meant in this holding.
     pub acks: Acks,
     /// The promise to hear no older term.
     pub promise: Option<Claim>,
+    /// The highest term that was claimed or reigned by, as far as this host knew.
+    pub highest: Term,
     /// The last term by which the guest ran live here: whose disks this host has.
     pub live: Term,
+    /// The newest state of the record that this host has seen: a keeper that has less has been set
+    /// back.
+    pub seen: Option<Committed>,
 }
 
 /// What a node is restored from.
@@ -155,7 +163,9 @@ pub struct Restored {
     /// The store is damaged (a flipped bit, segments gone), so acknowledged log may be missing.
     /// To be said at every start until [`super::Action::DropLog`] has replaced the store.
     pub damaged: bool,
-    /// Where a host without durable state begins to count its incarnations. Drawn at random, so
-    /// that a host with a replaced disk is never taken for what it was before.
-    pub fresh: Incarnation,
+    /// The disk that all this was found on. Another one than [`Durable::disk`]: the folder was
+    /// copied here or put back from a backup, and is not the holding that a record names.
+    pub disk: DiskId,
+    /// Random bits, drawn anew at every start: incarnations and runs are made of them.
+    pub fresh: u64,
 }

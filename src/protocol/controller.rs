@@ -19,7 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use replay_log::{Batch, LogIndex, LogTip};
 
 use super::api::Swapped;
-use super::core::Core;
+use super::core::{Core, Rest};
 use super::event::Event;
 use super::message::{Authority, Claim, Message, Refusal};
 use super::name::{HostName, Incarnation};
@@ -145,7 +145,7 @@ impl Controller {
             // If this claim wins and the host dies before the guest runs, the disks still count.
             core.durable.live = self.claim.term;
             if core.log.appended.index > LogIndex::START {
-                core.renew(true, "the machine is to be booted");
+                core.renew(Rest::Aside, "the machine is to be booted");
             } else {
                 core.persist();
             }
@@ -225,7 +225,7 @@ impl Controller {
             }
             Message::Inquire { base } => {
                 let alive = core.version() > base;
-                core.send(from, Message::Heard { base, alive });
+                core.heard(from, base, alive);
             }
             Message::Seal { claim, consent } => return self.rival(core, from, claim, consent),
             // The primary lives after all. The promise stands: it has to be confirmed by the
@@ -354,11 +354,14 @@ impl Controller {
         };
         *asking = false;
         match swapped {
-            Swapped::Done(record) if record == **new => self.won(core),
-            Swapped::Conflict(Some(record)) if record == **new => self.won(core),
-            Swapped::Done(record) | Swapped::Conflict(Some(record)) => {
-                core.learn(record);
-                self.give_up(core, "the record has moved on")
+            Swapped::Done(committed) | Swapped::Conflict(Some(committed)) => {
+                let ours = committed.record == **new;
+                core.learn(committed);
+                if ours {
+                    self.won(core)
+                } else {
+                    self.give_up(core, "the record has moved on")
+                }
             }
             Swapped::Conflict(None) => self.give_up(core, "the keeper does not know the VM"),
             Swapped::Unknown { reason } => {
@@ -370,17 +373,12 @@ impl Controller {
     }
 
     fn won(&mut self, core: &mut Core) -> Turn {
-        let Phase::Committing { new, .. } = &self.phase else {
-            return Turn::Stay;
-        };
-        let record = new.as_ref().clone();
         if let Kind::Forced { silence } = &self.kind {
             core.journal(Event::LossAccepted {
                 entries: core.let_out.since(self.chosen.index),
                 silence_ms: silence.as_millis(),
             });
         }
-        core.learn(record);
         Turn::Reign {
             kind: self.kind.clone(),
             base: self.chosen,

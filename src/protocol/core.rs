@@ -9,15 +9,17 @@ use super::config::{Config, Durable, Restored};
 use super::detector::Attention;
 use super::event::Event;
 use super::feed::Feeds;
-use super::message::{Ack, Authority, Claim, Message, PROTOCOL_VERSION, Refusal};
+use super::message::{Ack, Authority, Claim, Health, Message, PROTOCOL_VERSION, Refusal};
 use super::mutation::Mutation;
-use super::name::{HostName, Incarnation, VmRun};
-use super::record::{Acks, Member, Record, Version};
+use super::name::{DiskId, HostName, Incarnation, VmRun};
+use super::record::{
+    Acks, Committed, Lineage, Member, Proof, Record, Seen, Stumble, TERM_LEAP, Version,
+};
 use super::time::Time;
 
-/// So far beyond the highest known term a claim may be: one for every attempt that this host has
-/// not heard of.
-const TERM_LEAP: u64 = 1 << 20;
+/// A reign that has come no further than so many landmarks beyond the place where the last one
+/// failed has failed at the same place: what arrives from outside moves it a little.
+const SAME_PLACE: u64 = 256;
 
 /// The log this host holds.
 #[derive(Clone, Copy, Debug, Default)]
@@ -47,14 +49,15 @@ pub(super) struct Peer {
     record_sent_at: Option<Time>,
 }
 
-/// A log that is being given up for a new, empty one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Renewal {
-    None,
-    /// The new incarnation is being persisted; then the log is dropped.
-    Drop,
-    /// The new incarnation is being persisted; the log stays as a beginning.
+/// What becomes of the log when its holding ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Rest {
+    /// It stays, as a beginning.
     Keep,
+    /// It is deleted: others hold whatever counts of it.
+    Delete,
+    /// It is set aside: for all that is known, nobody else holds it.
+    Aside,
 }
 
 /// What the present run of the VMM does.
@@ -79,14 +82,22 @@ pub(super) struct Core {
     /// What is known to be persisted.
     pub(super) persisted: Durable,
     pub(super) log: OwnLog,
-    renewal: Renewal,
-    /// The first incarnation of the log that is being held: later ones go on with the same log.
-    log_since: Incarnation,
+    /// A new incarnation is being persisted; then this happens to the log.
+    renewal: Option<Rest>,
+    /// The incarnations in which the present log has been held, the latest last.
+    holdings: Vec<Incarnation>,
+    /// Random bits of this start, and how many incarnations were drawn from them.
+    fresh: u64,
+    drawn: u64,
+    /// The disk takes nothing more, for this reason.
+    pub(super) full: Option<String>,
     pub(super) run: VmRun,
     pub(super) vm: Vm,
     pub(super) executed: LogIndex,
     pub(super) position: Position,
     pub(super) record: Option<Record>,
+    /// The keeper's proof of that record.
+    proof: Proof,
     /// Whether the keeper has answered since this node started.
     pub(super) record_read: bool,
     reading: Option<Time>,
@@ -100,6 +111,8 @@ pub(super) struct Core {
     /// The VMM failed here with the log through this place: until it has executed that, this host
     /// is not fit to reign.
     pub(super) unfit_before: LogIndex,
+    /// How often the VMM has failed here without having come beyond that place.
+    failures: u32,
     /// The highest term that anybody reigned by or claimed, as far as is known.
     pub(super) highest: Term,
     pub(super) actions: VecDeque<Action>,
@@ -112,9 +125,16 @@ impl Core {
             durable,
             log,
             damaged,
+            disk,
             fresh,
         } = restored;
-        let highest = durable.promise.as_ref().map_or(Term(0), |p| p.term);
+        let promised = durable.promise.as_ref().map_or(Term(0), |p| p.term);
+        let (record, proof) = match durable.seen.clone() {
+            Some(Committed { record, proof }) => (Some(record), proof),
+            None => (None, Proof::default()),
+        };
+        let reigned = record.as_ref().map_or(Term(0), |record| record.term);
+        let highest = durable.highest.max(promised).max(reigned);
         let mut core = Self {
             config,
             now,
@@ -126,13 +146,17 @@ impl Core {
                 stored: log,
                 ..OwnLog::default()
             },
-            renewal: Renewal::None,
-            log_since: Incarnation(0),
-            run: VmRun::default(),
+            renewal: None,
+            holdings: Vec::new(),
+            fresh,
+            drawn: 0,
+            full: None,
+            run: VmRun::begin(fresh),
             vm: Vm::Absent,
             executed: LogIndex::START,
             position: Position::START,
-            record: None,
+            record,
+            proof,
             record_read: false,
             reading: None,
             peers: BTreeMap::new(),
@@ -141,23 +165,36 @@ impl Core {
             forgotten: FrameNumber(0),
             let_out: LogIndex::START,
             unfit_before: LogIndex::START,
+            failures: 0,
             highest: highest.max(log.term),
             actions: VecDeque::new(),
         };
-        core.begin(damaged, fresh);
+        core.begin(damaged, disk);
         core
     }
 
     /// Decides whether the holding found on disk is still the one that was acknowledged.
-    fn begin(&mut self, damaged: bool, fresh: Incarnation) {
+    fn begin(&mut self, damaged: bool, disk: DiskId) {
         let had = self.durable.incarnation != Incarnation(0);
+        let elsewhere = had && self.durable.disk != disk && self.durable.disk != DiskId(0);
+        self.durable.disk = disk;
+        self.holdings.push(self.durable.incarnation);
         if !had {
-            self.durable.incarnation = fresh.max(Incarnation(1));
+            self.take_incarnation();
             self.persist();
         } else if damaged {
-            self.renew(true, "the log on disk is damaged");
+            // The driver has set it aside: what is dropped is an empty one.
+            self.renew(Rest::Delete, "the log on disk is damaged");
+        } else if elsewhere && !self.mutated(Mutation::Restored) {
+            // Whatever was acknowledged, flushed or promised since the copy was made is not in it.
+            self.durable.live = Term(0);
+            let why = "the VM's folder was copied, moved or put back from a backup";
+            self.journal(Event::HoldingLost {
+                why: why.to_owned(),
+            });
+            self.renew(Rest::Keep, why);
         } else if self.durable.acks == Acks::Memory && !self.mutated(Mutation::Amnesia) {
-            self.renew(false, "what was acknowledged from memory is gone");
+            self.renew(Rest::Keep, "what was acknowledged from memory is gone");
         }
         if had {
             self.journal(Event::Restarted {
@@ -220,13 +257,14 @@ impl Core {
     // --- durable state -----------------------------------------------------------------------
 
     pub(super) fn persist(&mut self) {
+        self.durable.highest = self.highest;
         let durable = self.durable.clone();
         self.do_(Action::Persist(durable));
     }
 
     /// Whether this host's identity is durable and its log is the one that identity stands for.
     pub(super) fn settled(&self) -> bool {
-        self.renewal == Renewal::None
+        self.renewal.is_none()
             && self.persisted.incarnation == self.durable.incarnation
             && self.durable.incarnation != Incarnation(0)
     }
@@ -237,9 +275,10 @@ impl Core {
         self.persisted = durable;
         let named = self.persisted.incarnation == self.durable.incarnation;
         match self.renewal {
-            Renewal::Drop if named => {
-                self.renewal = Renewal::None;
-                self.log_since = self.durable.incarnation;
+            Some(Rest::Keep) if named => self.renewal = None,
+            Some(rest) if named => {
+                self.renewal = None;
+                self.holdings = vec![self.durable.incarnation];
                 self.log = OwnLog::default();
                 self.executed = LogIndex::START;
                 self.position = Position::START;
@@ -249,26 +288,35 @@ impl Core {
                 self.forgotten = FrameNumber(0);
                 self.do_(Action::DropLog {
                     incarnation: self.durable.incarnation,
+                    aside: rest == Rest::Aside,
                 });
             }
-            Renewal::Keep if named => self.renewal = Renewal::None,
             _ => {}
         }
         !before && self.settled()
     }
 
+    /// The identity of a VM that is created here.
+    pub(super) fn new_lineage(&self) -> Lineage {
+        // Another draw than any incarnation's.
+        Lineage(Incarnation::draw(!self.fresh, 0).0)
+    }
+
+    fn take_incarnation(&mut self) {
+        self.durable.incarnation = Incarnation::draw(self.fresh, self.drawn);
+        self.drawn += 1;
+        self.holdings.push(self.durable.incarnation);
+    }
+
     /// Gives the holding up for a new one: an empty one, or one that begins with the same log.
-    pub(super) fn renew(&mut self, drop_log: bool, why: &str) {
-        if !(drop_log && self.mutated(Mutation::Amnesia)) {
-            self.durable.incarnation = self.durable.incarnation.next();
+    pub(super) fn renew(&mut self, rest: Rest, why: &str) {
+        if !(rest != Rest::Keep && self.mutated(Mutation::Amnesia)) {
+            self.take_incarnation();
         }
         self.persist();
-        self.renewal = match (drop_log, self.renewal) {
-            (true, _) | (_, Renewal::Drop) => Renewal::Drop,
-            _ => Renewal::Keep,
-        };
+        self.renewal = self.renewal.max(Some(rest));
         self.feeds.stop_all(&mut self.actions);
-        if drop_log {
+        if rest != Rest::Keep {
             self.stop_vm(StopReason::Resynchronised);
             let incarnation = self.durable.incarnation;
             let why = why.to_owned();
@@ -372,12 +420,12 @@ impl Core {
     /// The store failed: what it held may be gone.
     pub(super) fn store_failed(&mut self, reason: String) {
         self.journal(Event::StoreFailed { reason });
-        self.renew(true, "the local store failed");
+        self.renew(Rest::Aside, "what the local store holds is doubtful");
     }
 
     fn is_current(&self, incarnation: Incarnation) -> bool {
-        (self.log_since..=self.durable.incarnation).contains(&incarnation)
-            && self.renewal != Renewal::Drop
+        let dropping = self.renewal.is_some_and(|rest| rest != Rest::Keep);
+        self.holdings.contains(&incarnation) && !dropping
     }
 
     pub(super) fn ack(&self, term: Term) -> Ack {
@@ -389,7 +437,44 @@ impl Core {
             executed: self.executed,
             position: self.position,
             known: self.version(),
+            health: self.health(),
         }
+    }
+
+    /// A reign has failed at this landmark: how many in a row have by now.
+    pub(super) fn stumble(&self, at: Position, reason: &str) -> Stumble {
+        let before = self.record.as_ref().and_then(|r| r.failed.as_ref());
+        let again = before.filter(|before| at.0 <= before.at.0.saturating_add(SAME_PLACE));
+        let mut reason = reason.to_owned();
+        while reason.len() > Stumble::REASON_MAX {
+            reason.pop();
+        }
+        Stumble {
+            at: again.map_or(at, |before| before.at.max(at)),
+            reigns: again.map_or(1, |before| before.reigns.saturating_add(1)),
+            reason,
+        }
+    }
+
+    /// What keeps this copy from being counted on.
+    pub(super) fn health(&self) -> Health {
+        if self.full.is_some() {
+            Health::Full
+        } else if self.failures >= 2 && self.executed < self.unfit_before {
+            Health::Unable
+        } else {
+            Health::Well
+        }
+    }
+
+    /// The VMM failed: until it has executed what it held by then, this host is not fit to reign.
+    pub(super) fn note_vm_failure(&mut self) {
+        self.failures = if self.executed < self.unfit_before {
+            self.failures.saturating_add(1)
+        } else {
+            1
+        };
+        self.unfit_before = self.log.appended.index;
     }
 
     /// Begins to serve this host's log to another.
@@ -409,8 +494,13 @@ impl Core {
     }
 
     /// Hears of a committed record. Says whether it is news.
-    pub(super) fn learn(&mut self, record: Record) -> bool {
-        if record.version() <= self.version() {
+    pub(super) fn learn(&mut self, committed: Committed) -> bool {
+        let record = &committed.record;
+        let namesake = self
+            .record
+            .as_ref()
+            .is_some_and(|known| known.lineage != record.lineage);
+        if record.version() <= self.version() || namesake {
             return false;
         }
         self.highest = self.highest.max(record.term);
@@ -419,9 +509,26 @@ impl Core {
             primary: record.primary.clone(),
             members: record.members.clone(),
         });
-        self.record = Some(record);
+        self.durable.seen = Some(committed.clone());
+        self.record = Some(committed.record);
+        self.proof = committed.proof;
         self.agree_on_acks();
+        self.persist();
         true
+    }
+
+    /// What no keeper can be below that is the one asked before.
+    pub(super) fn seen(&self) -> Option<Seen> {
+        self.record.as_ref().map(Record::seen)
+    }
+
+    /// The latest record with its keeper's proof.
+    pub(super) fn committed_record(&self) -> Option<Committed> {
+        let record = self.record.clone()?;
+        Some(Committed {
+            record,
+            proof: self.proof.clone(),
+        })
     }
 
     /// Remembers durably what acknowledging means for this VM: it decides what a restart costs.
@@ -450,7 +557,8 @@ impl Core {
             .is_none_or(|since| self.now.since(since) > patience)
         {
             self.reading = Some(self.now);
-            self.do_(Action::ReadRecord);
+            let seen = self.seen();
+            self.do_(Action::ReadRecord { seen });
         }
     }
 
@@ -480,9 +588,22 @@ impl Core {
     }
 
     pub(super) fn send_record(&mut self, to: &HostName) {
-        if let Some(record) = self.record.clone() {
+        if let Some(record) = self.committed_record() {
             self.send(to, Message::Record(record));
         }
+    }
+
+    /// Answers an inquiry.
+    pub(super) fn heard(&mut self, from: &HostName, base: Version, alive: bool) {
+        let incarnation = self.durable.incarnation;
+        self.send(
+            from,
+            Message::Heard {
+                base,
+                alive,
+                incarnation,
+            },
+        );
     }
 
     /// Sends the record to a peer that knows an older one, but not with every message of its.
@@ -509,9 +630,8 @@ impl Core {
         }
         entry.refused_at = Some(now);
         let newer = self
-            .record
-            .clone()
-            .filter(|record| record.version() > asked);
+            .committed_record()
+            .filter(|committed| committed.record.version() > asked);
         let message = Message::Refused {
             term,
             why,

@@ -249,10 +249,22 @@ pub enum Event {
         /// How.
         how: String,
     },
-    /// The local store failed.
+    /// What the local store holds has become doubtful.
     StoreFailed {
         /// Why.
         reason: String,
+    },
+    /// The local store takes nothing more: this host acknowledges and promises nothing more.
+    StoreFull {
+        /// Why.
+        reason: String,
+    },
+    /// The local store takes more again.
+    StoreRoom,
+    /// What is here is not the holding that the record names.
+    HoldingLost {
+        /// How that is known.
+        why: String,
     },
     /// A peer sent what it may not send.
     PeerMisbehaved {
@@ -301,6 +313,9 @@ impl Event {
             Self::VmFailed { .. } => "vm_failed",
             Self::VmEnded { .. } => "vm_ended",
             Self::StoreFailed { .. } => "store_failed",
+            Self::StoreFull { .. } => "store_full",
+            Self::StoreRoom => "store_room",
+            Self::HoldingLost { .. } => "holding_lost",
             Self::PeerMisbehaved { .. } => "peer_misbehaved",
         }
     }
@@ -452,7 +467,17 @@ impl fmt::Display for Event {
             ),
             Self::VmFailed { reason } => write!(f, "the VMM failed: {reason}"),
             Self::VmEnded { how } => write!(f, "the guest ended: {how}"),
-            Self::StoreFailed { reason } => write!(f, "the local store failed: {reason}"),
+            Self::StoreFailed { reason } => {
+                write!(f, "what the local store holds is doubtful: {reason}")
+            }
+            Self::StoreFull { reason } => write!(
+                f,
+                "the local store takes nothing more, and this host acknowledges nothing more: {reason}"
+            ),
+            Self::StoreRoom => f.write_str("the local store takes more again"),
+            Self::HoldingLost { why } => {
+                write!(f, "is not the holding that the record may name: {why}")
+            }
             Self::PeerMisbehaved { peer, what } => write!(f, "{peer} {what}"),
         }
     }

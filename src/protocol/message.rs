@@ -6,10 +6,10 @@ use replay_log::{Batch, FrameNumber, LogIndex, LogTip, Position, Term};
 use serde::{Deserialize, Serialize};
 
 use super::name::{HostName, Incarnation, VmRun};
-use super::record::{Record, Version};
+use super::record::{Committed, Stumble, Version};
 
 /// The version of these messages. Hosts with different ones do not pair.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub const PROTOCOL_VERSION: u16 = 3;
 
 /// How a message travels. Order holds within a lane of one connection only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -73,6 +73,21 @@ pub struct Ack {
     pub position: Position,
     /// The state of the record it knows.
     pub known: Version,
+    /// How its disk and its VMM are.
+    pub health: Health,
+}
+
+/// What keeps a copy from being one that can be counted on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Health {
+    /// Nothing.
+    #[default]
+    Well,
+    /// Its disk takes nothing more: it acknowledges and promises nothing more.
+    Full,
+    /// Its VMM has failed twice before it had executed what it holds: it could not go on from it.
+    Unable,
 }
 
 /// Why a host does not do what another's authority asks for.
@@ -121,8 +136,8 @@ pub enum Message {
         /// The state of the record it knows.
         known: Version,
     },
-    /// A state of the record that the sender knows to be committed.
-    Record(Record),
+    /// A state of the record that the sender knows to be committed, with its keeper's proof.
+    Record(Committed),
     /// "I do not hear the primary of this record. Do you?"
     Inquire {
         /// The state of the record asked about.
@@ -134,6 +149,8 @@ pub enum Message {
         base: Version,
         /// Whether its sender is that primary, alive, or has heard it lately.
         alive: bool,
+        /// The sender's holding, now that it has heard of that state of the record.
+        incarnation: Incarnation,
     },
     /// "Promise to hear no older term, and tell me your log."
     Seal {
@@ -162,7 +179,7 @@ pub enum Message {
         /// The sender's promise, if it has made one.
         promise: Option<Claim>,
         /// The record, where the sender knows a later state than was claimed by.
-        record: Option<Record>,
+        record: Option<Committed>,
     },
     /// A claimant asks a sealed copy for the log it lacks.
     Fetch {
@@ -186,10 +203,24 @@ pub enum Message {
         /// The end of the log, which the receiver holds.
         tip: LogTip,
     },
+    /// The primary consents to a claim that it has asked another host for: its copies need not
+    /// wonder that it is alive.
+    Consent {
+        /// The claim.
+        claim: Claim,
+    },
+    /// The sender has given its claim up before it asked the keeper for anything, and never will:
+    /// the claim binds nobody any more.
+    Renounced {
+        /// The claim.
+        claim: Claim,
+    },
     /// The primary cannot go on (its VMM or disk failed): claim without waiting.
     Abdicated {
         /// The state of the record it reigned by.
         version: Version,
+        /// Where and why its VMM failed, if that is the reason.
+        failed: Option<Stumble>,
     },
     /// What the sender holds, at once when it changes.
     Ack(Ack),

@@ -23,11 +23,14 @@ pub mod wire;
 pub use api::{Action, Input, Operator, StopReason, Swapped};
 pub use config::{Bounds, Config, Durable, Restored, Timing};
 pub use event::Event;
-pub use message::{Ack, Authority, Claim, Lane, Message, PROTOCOL_VERSION, Refusal};
+pub use message::{Ack, Authority, Claim, Health, Lane, Message, PROTOCOL_VERSION, Refusal};
 pub use mutation::Mutation;
-pub use name::{Epoch, HostName, Incarnation, NameError, VmName, VmRun};
+pub use name::{DiskId, Epoch, HostName, Incarnation, NameError, VmName, VmRun};
 pub use node::Node;
-pub use record::{Acks, Member, OnLoss, Policy, Record, RecordError, Rule, RuleError, Version};
+pub use record::{
+    Acks, Committed, Lineage, LogFull, Member, OnLoss, Policy, Proof, Record, RecordError, Rule,
+    RuleError, Seen, Stumble, Version,
+};
 pub use status::{FollowerStatus, RoleName, Status};
 pub use time::{Span, Time};
 pub use wire::WireError;

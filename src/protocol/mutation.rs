@@ -12,6 +12,8 @@ pub enum Mutation {
     LocalEviction,
     /// A replica that lost acknowledged log keeps its incarnation.
     Amnesia,
+    /// A host takes a folder that was put back from a backup for the holding that it was copied from.
+    Restored,
     /// The primary removes a member although the remaining ones lack released output.
     ShrinkEarly,
     /// A new record names members that do not hold the log.
@@ -24,10 +26,11 @@ pub enum Mutation {
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::NoSeal,
         Self::LocalEviction,
         Self::Amnesia,
+        Self::Restored,
         Self::ShrinkEarly,
         Self::MemberWithoutLog,
         Self::ReleaseBeforeCommit,
@@ -40,6 +43,7 @@ impl Mutation {
             Self::NoSeal => "no-seal",
             Self::LocalEviction => "local-eviction",
             Self::Amnesia => "amnesia",
+            Self::Restored => "restored",
             Self::ShrinkEarly => "shrink-early",
             Self::MemberWithoutLog => "member-without-log",
             Self::ReleaseBeforeCommit => "release-before-commit",

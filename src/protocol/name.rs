@@ -98,19 +98,38 @@ name!(
     VmName
 );
 
+/// The identity of the disk that a VM's folder lies on, as the driver knows it by signs that a copy
+/// of the folder does not have. 0: unknown.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+pub struct DiskId(pub u64);
+
 /// The identity of one unbroken holding of a log. A host that may have lost log it acknowledged
-/// takes the next one; only it counts its incarnations, durably, from 1.
+/// takes another one. Every one is drawn at random, so that nobody who goes on from an old copy of a
+/// folder takes one that a record names: two of them are equal or not, and none is the later one.
+/// 0 means that there has never been one.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
 pub struct Incarnation(pub u64);
 
 impl Incarnation {
-    /// The incarnation after this one.
+    /// Draws one: the `nth` of a start with these random bits. Never 0, and below 2⁵² so that every
+    /// reader of JSON keeps it whole.
     #[must_use]
-    pub const fn next(self) -> Self {
-        Self(self.0.saturating_add(1))
+    pub const fn draw(fresh: u64, nth: u64) -> Self {
+        let drawn = mix(fresh ^ mix(nth)) >> 12;
+        Self(if drawn == 0 { 1 } else { drawn })
     }
+}
+
+/// Spreads every bit over all (the finalizer of SplitMix64; Steele, Lea and Flood, 2014).
+const fn mix(value: u64) -> u64 {
+    let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    value ^ (value >> 31)
 }
 
 /// How often a VM's record has been changed, counted from 1; it never starts again.
@@ -128,13 +147,19 @@ impl Epoch {
 }
 
 /// One start of the VM's VMM on this host, so that what an earlier one still says can be told
-/// apart.
+/// apart. An agent begins at a random number: no run has the number of one before its restart.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
 pub struct VmRun(pub u64);
 
 impl VmRun {
+    /// Where an agent that has started with these random bits begins.
+    #[must_use]
+    pub const fn begin(fresh: u64) -> Self {
+        Self(mix(!fresh) >> 12)
+    }
+
     /// The run after this one.
     #[must_use]
     pub const fn next(self) -> Self {
@@ -143,8 +168,9 @@ impl VmRun {
 }
 
 impl fmt::Display for Incarnation {
+    /// Its last digits, which people can tell apart.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        write!(f, "{:x}", self.0 & 0xf_ffff)
     }
 }
 
@@ -157,6 +183,18 @@ impl fmt::Display for Epoch {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_incarnation_that_is_drawn_is_another_one() {
+        let mut drawn = std::collections::BTreeSet::new();
+        for fresh in 0..100 {
+            for nth in 0..100 {
+                assert!(drawn.insert(Incarnation::draw(fresh, nth)), "{fresh} {nth}");
+            }
+        }
+        assert!(!drawn.contains(&Incarnation(0)));
+        assert!(VmRun::begin(1) != VmRun::begin(2));
+    }
 
     #[test]
     fn names_are_checked_wherever_they_come_from() {

@@ -8,17 +8,17 @@
 //!       └──────── deposed, handed over, abdicated ─────────────┘
 //! ```
 
-use replay_log::LogTip;
+use replay_log::{LogTip, Position};
 
 use super::api::{Action, Input, Operator, StopReason, Swapped};
 use super::config::{Config, Restored};
 use super::controller::{Controller, Kind};
-use super::core::{Core, Greeting};
+use super::core::{Core, Greeting, Rest};
 use super::event::Event;
 use super::message::{Message, PROTOCOL_VERSION};
 use super::name::{HostName, Incarnation};
 use super::primary::Primary;
-use super::record::Record;
+use super::record::{Committed, Record};
 use super::replica::Replica;
 use super::status::{RoleName, Status};
 use super::time::Time;
@@ -189,6 +189,8 @@ impl Node {
                 return self.log_moved();
             }
             Input::StoreFailed { reason } => return self.store_failed(reason),
+            Input::StoreFull { reason } => return self.store_full(reason),
+            Input::StoreRoom => return self.store_room(),
             Input::Persisted(durable) => {
                 let settled = core.persisted(durable);
                 return self.persisted(settled);
@@ -211,7 +213,9 @@ impl Node {
                 return self.advance();
             }
             Input::VmEnded { run, how } if run == core.run => core.journal(Event::VmEnded { how }),
-            Input::VmFailed { run, reason } if run == core.run => return self.vm_failed(reason),
+            Input::VmFailed { run, reason, at } if run == core.run => {
+                return self.vm_failed(reason, at);
+            }
             Input::VmEnded { .. } | Input::VmFailed { .. } => {}
             Input::Operator(wish) => {
                 return match &mut self.role {
@@ -325,7 +329,7 @@ impl Node {
     }
 
     /// Somebody says that this record is committed.
-    fn learn(&mut self, record: Record) -> Turn {
+    fn learn(&mut self, record: Committed) -> Turn {
         let term = self.core.version().term;
         if !self.core.learn(record) {
             return Turn::Stay;
@@ -342,13 +346,13 @@ impl Node {
         }
     }
 
-    fn record_read(&mut self, record: Option<Record>) -> Turn {
+    fn record_read(&mut self, record: Option<Committed>) -> Turn {
         self.core.read_ended();
         self.core.record_read = true;
         let Some(record) = record else {
             return Turn::Stay;
         };
-        let version = record.version();
+        let version = record.record.version();
         let turn = self.learn(record);
         self.turn(turn);
         match &mut self.role {
@@ -398,7 +402,7 @@ impl Node {
 
     fn store_failed(&mut self, reason: String) -> Turn {
         let turn = match &mut self.role {
-            Role::Primary(primary) => primary.abdicate(&mut self.core, reason.clone()),
+            Role::Primary(primary) => primary.abdicate(&mut self.core, reason.clone(), None),
             Role::Claimant(_) => Turn::StandDown,
             Role::Replica(_) => Turn::Abdicated,
         };
@@ -407,13 +411,31 @@ impl Node {
         Turn::Stay
     }
 
-    fn vm_failed(&mut self, reason: String) -> Turn {
+    /// The disk takes nothing more.
+    fn store_full(&mut self, reason: String) -> Turn {
+        if self.core.full.is_none() {
+            let reason = reason.clone();
+            self.core.journal(Event::StoreFull { reason });
+        }
+        self.core.full = Some(reason);
+        self.advance()
+    }
+
+    /// The disk takes more again.
+    fn store_room(&mut self) -> Turn {
+        if self.core.full.take().is_some() {
+            self.core.journal(Event::StoreRoom);
+        }
+        self.advance()
+    }
+
+    fn vm_failed(&mut self, reason: String, at: Position) -> Turn {
         let core = &mut self.core;
         core.journal(Event::VmFailed {
             reason: reason.clone(),
         });
         match &mut self.role {
-            Role::Primary(primary) => primary.abdicate(core, reason),
+            Role::Primary(primary) => primary.vm_failed(core, reason, at),
             Role::Claimant(_) => {
                 core.stop_vm(StopReason::Failed);
                 Turn::StandDown
@@ -504,7 +526,7 @@ impl Node {
             core.stop_vm(StopReason::HandedOver);
         } else {
             core.stop_vm(StopReason::Deposed);
-            core.renew(false, "another host reigns");
+            core.renew(Rest::Keep, "another host reigns");
         }
         self.become_replica(Replica::new(&self.core));
         self.core.hello_all();

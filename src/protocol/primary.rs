@@ -25,7 +25,7 @@ mod switchover;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use replay_log::{Batch, FrameNumber, LogIndex, LogTip, Term};
+use replay_log::{Batch, FrameNumber, LogIndex, LogTip, Position, Term};
 
 use self::change::Change;
 use self::followers::{Follower, Pace};
@@ -38,7 +38,7 @@ use super::message::{Ack, Authority, Claim, Message, Refusal};
 use super::mutation::Mutation;
 use super::name::{HostName, VmRun};
 use super::node::Turn;
-use super::record::{Member, OnLoss, Record, Version};
+use super::record::{Member, OnLoss, Record, Stumble, Version};
 use super::status::{FollowerStatus, RoleName};
 use super::time::Time;
 
@@ -176,7 +176,7 @@ impl Primary {
             Message::Ack(ack) | Message::Report(ack) => self.acked(core, from, ack),
             Message::Inquire { base } => {
                 let alive = core.version() > base || !self.phase.is_handing();
-                core.send(from, Message::Heard { base, alive });
+                core.heard(from, base, alive);
                 core.inform(from, base);
             }
             Message::Seal { claim, .. } => self.seal(core, from, &claim),
@@ -482,14 +482,26 @@ impl Primary {
         self.advance(core)
     }
 
-    pub(super) fn abdicate(&mut self, core: &mut Core, reason: String) -> Turn {
+    /// The VMM failed at this landmark: another host is to go on.
+    pub(super) fn vm_failed(&mut self, core: &mut Core, reason: String, at: Position) -> Turn {
+        let failed = core.stumble(at, &reason);
+        self.abdicate(core, reason, Some(failed))
+    }
+
+    pub(super) fn abdicate(
+        &mut self,
+        core: &mut Core,
+        reason: String,
+        failed: Option<Stumble>,
+    ) -> Turn {
         core.journal(Event::Abdicated {
             term: self.term,
             reason,
         });
         let version = core.version();
         for host in core.up_peers() {
-            core.send(&host, Message::Abdicated { version });
+            let failed = failed.clone();
+            core.send(&host, Message::Abdicated { version, failed });
         }
         core.stop_vm(StopReason::Failed);
         Turn::Abdicated

@@ -3,12 +3,17 @@
 
 use std::fmt;
 
-use replay_log::Term;
-use serde::{Deserialize, Serialize};
+use bytes::Bytes;
+use replay_log::{LogIndex, Position, Term};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use thiserror::Error;
 
 use super::name::{Epoch, HostName, Incarnation};
 
+/// So far beyond the highest known term a claim may be: one for every attempt that its judge has
+/// not heard of.
+pub const TERM_LEAP: u64 = 1 << 20;
 /// The most copies one VM can have.
 pub const MAX_COPIES: usize = 16;
 
@@ -27,6 +32,46 @@ impl fmt::Display for Version {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "term {} epoch {}", self.term, self.epoch)
     }
+}
+
+/// The identity of a VM among all that have had its name: drawn at random when it is created, and
+/// never changed. A keeper of records that has another one is not the keeper that was asked before.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+pub struct Lineage(pub u64);
+
+impl fmt::Display for Lineage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:x}", self.0)
+    }
+}
+
+/// The newest state of the record that a host has seen: what no keeper of records may be below.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seen {
+    /// Of which VM of this name.
+    pub lineage: Lineage,
+    /// Which state.
+    pub version: Version,
+}
+
+/// Where the VMMs of the last reigns failed: the guest may do what no host survives.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stumble {
+    /// The last landmark before the failure.
+    pub at: Position,
+    /// How many reigns in a row have ended there.
+    pub reigns: u32,
+    /// What the last of them said, at most [`Stumble::REASON_MAX`] bytes.
+    pub reason: String,
+}
+
+impl Stumble {
+    /// The longest reason that a record carries, in bytes.
+    pub const REASON_MAX: usize = 256;
+    /// After so many reigns in a row that failed at one place nobody claims any more.
+    pub const LIMIT: u32 = 2;
 }
 
 /// A copy of the VM: a host, in the incarnation in which it holds the log.
@@ -170,6 +215,18 @@ pub enum OnLoss {
     Stall,
 }
 
+/// What a copy does whose log has used up its budget. The log's beginning is the only way back, so
+/// it is never dropped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFull {
+    /// It takes no more: output waits where the rule needs it.
+    #[default]
+    Stall,
+    /// The primary goes on without copies and without writing its log: the VM is unprotected.
+    Unprotected,
+}
+
 /// What the owner of a VM chose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Policy {
@@ -181,6 +238,9 @@ pub struct Policy {
     pub on_loss: OnLoss,
     /// With fewer copies than this (the primary included) no output leaves.
     pub min_copies: u32,
+    /// What happens when a copy's log has used up its budget.
+    #[serde(default)]
+    pub log_full: LogFull,
 }
 
 impl Policy {
@@ -213,6 +273,7 @@ impl Default for Policy {
             acks: Acks::Memory,
             on_loss: OnLoss::Shrink,
             min_copies: 1,
+            log_full: LogFull::Stall,
         }
     }
 }
@@ -221,6 +282,8 @@ impl Default for Policy {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "RecordParts")]
 pub struct Record {
+    /// Of which VM of this name.
+    pub lineage: Lineage,
     /// The reign.
     pub term: Term,
     /// How often the record has been changed.
@@ -233,16 +296,27 @@ pub struct Record {
     pub hosts: Vec<HostName>,
     /// What the owner chose.
     pub policy: Policy,
+    /// Every copy that is named here held the log through here when the record was proposed. One
+    /// that has less has lost what it held.
+    pub through: LogIndex,
+    /// Where the last reigns' VMMs failed, if they did.
+    pub failed: Option<Stumble>,
 }
 
 #[derive(Deserialize)]
 struct RecordParts {
+    #[serde(default)]
+    lineage: Lineage,
     term: Term,
     epoch: Epoch,
     primary: Member,
     members: Vec<Member>,
     hosts: Vec<HostName>,
     policy: Policy,
+    #[serde(default)]
+    through: LogIndex,
+    #[serde(default)]
+    failed: Option<Stumble>,
 }
 
 impl TryFrom<RecordParts> for Record {
@@ -250,12 +324,15 @@ impl TryFrom<RecordParts> for Record {
 
     fn try_from(parts: RecordParts) -> Result<Self, RecordError> {
         let record = Self {
+            lineage: parts.lineage,
             term: parts.term,
             epoch: parts.epoch,
             primary: parts.primary,
             members: parts.members,
             hosts: parts.hosts,
             policy: parts.policy,
+            through: parts.through,
+            failed: parts.failed,
         };
         record.check()?;
         Ok(record)
@@ -268,6 +345,25 @@ pub enum RecordError {
     /// Too many, unordered or doubled copies.
     #[error("a record lists at most {MAX_COPIES} copies, in order, each host once")]
     Copies,
+    /// A reason that is too long.
+    #[error("a record tells a failure in at most {} bytes", Stumble::REASON_MAX)]
+    Reason,
+    /// A VM keeps its identity.
+    #[error("a record of {new} may not follow one of {old}: it is another VM of the same name")]
+    Lineage {
+        /// What is there.
+        old: Lineage,
+        /// What was to replace it.
+        new: Lineage,
+    },
+    /// Terms rise one by one; a wild one would leave none for those who come after.
+    #[error("term {new} is far beyond term {old}: claims rise one by one")]
+    Leap {
+        /// What is there.
+        old: Term,
+        /// What was to replace it.
+        new: Term,
+    },
     /// The numbers must rise.
     #[error("{new} may not follow {old}: the term must not fall and the epoch rises by one")]
     Order {
@@ -284,7 +380,65 @@ pub enum RecordError {
     },
 }
 
+/// What the keeper of records signed, as bytes that only drivers understand: with it a record can
+/// be relayed by anybody and forged by nobody.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Proof(pub Bytes);
+
+impl Serialize for Proof {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        if to.is_human_readable() {
+            let hex: String = self.0.iter().map(|byte| format!("{byte:02x}")).collect();
+            to.serialize_str(&hex)
+        } else {
+            self.0.serialize(to)
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Proof {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        if !from.is_human_readable() {
+            return Bytes::deserialize(from).map(Self);
+        }
+        let hex = String::deserialize(from)?;
+        let digits: Option<Vec<_>> = hex.chars().map(|digit| digit.to_digit(16)).collect();
+        let digits = digits.filter(|digits| digits.len() % 2 == 0);
+        let digits =
+            digits.ok_or_else(|| D::Error::custom("a proof is an even row of hex digits"))?;
+        let bytes: Vec<u8> = digits
+            .chunks(2)
+            .map(|pair| (pair[0] << 4 | pair[1]) as u8)
+            .collect();
+        Ok(Self(bytes.into()))
+    }
+}
+
+/// A record as its keeper committed it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Committed {
+    /// What is committed.
+    pub record: Record,
+    /// That its keeper says so.
+    pub proof: Proof,
+}
+
+impl Committed {
+    /// What a host that has seen it remembers.
+    pub fn seen(&self) -> Seen {
+        self.record.seen()
+    }
+}
+
 impl Record {
+    /// What a host that has seen it remembers.
+    pub fn seen(&self) -> Seen {
+        Seen {
+            lineage: self.lineage,
+            version: self.version(),
+        }
+    }
+
     /// Which state of the record this is.
     pub fn version(&self) -> Version {
         Version {
@@ -346,7 +500,17 @@ impl Record {
         if new.term < before.term || new.epoch != before.epoch.next() || new.term == Term(0) {
             return Err(RecordError::Order { old: before, new });
         }
+        if new.term.0 > before.term.0.saturating_add(TERM_LEAP) {
+            return Err(RecordError::Leap {
+                old: before.term,
+                new: new.term,
+            });
+        }
         match old {
+            Some(old) if old.lineage != self.lineage => Err(RecordError::Lineage {
+                old: old.lineage,
+                new: self.lineage,
+            }),
             Some(old) if old.term == self.term && old.primary != self.primary => {
                 Err(RecordError::Primary { version: new })
             }
@@ -359,7 +523,10 @@ impl Record {
             && self.hosts.is_sorted_by(|a, b| a < b);
         let fits = self.copies() <= MAX_COPIES && self.hosts.len() <= MAX_COPIES;
         let single = self.member_on(&self.primary.host).is_none();
-        if ordered && fits && single {
+        let reason = self.failed.as_ref().map_or("", |failed| &failed.reason);
+        if reason.len() > Stumble::REASON_MAX {
+            Err(RecordError::Reason)
+        } else if ordered && fits && single {
             Ok(())
         } else {
             Err(RecordError::Copies)
@@ -380,12 +547,15 @@ mod tests {
 
     fn record(term: u64, epoch: u64, members: &[&str]) -> Record {
         Record {
+            lineage: Lineage(7),
             term: Term(term),
             epoch: Epoch(epoch),
             primary: member("p"),
             members: members.iter().map(|m| member(m)).collect(),
             hosts: vec![],
             policy: Policy::default(),
+            through: LogIndex(3),
+            failed: None,
         }
     }
 
@@ -442,6 +612,15 @@ mod tests {
         assert!(record(3, 5, &["a"]).may_follow(Some(&old)).is_err());
         assert!(record(3, 7, &["a"]).may_follow(Some(&old)).is_err());
         assert!(record(1, 1, &[]).may_follow(None).is_ok());
+        assert!(
+            record(3 + TERM_LEAP, 6, &[])
+                .may_follow(Some(&old))
+                .is_err()
+        );
+        assert!(record(2 + TERM_LEAP, 6, &[]).may_follow(Some(&old)).is_ok());
+        let mut namesake = record(3, 6, &["a"]);
+        namesake.lineage = Lineage(8);
+        assert!(namesake.may_follow(Some(&old)).is_err());
         let mut usurper = record(2, 6, &["a"]);
         usurper.primary = member("b");
         assert!(usurper.may_follow(Some(&old)).is_err());

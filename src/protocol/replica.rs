@@ -21,7 +21,7 @@ use replay_log::{Batch, LogIndex, LogTip, Term};
 
 use super::api::{Operator, StopReason};
 use super::controller::Kind;
-use super::core::{Core, Vm};
+use super::core::{Core, Rest, Vm};
 use super::detector::Detector;
 use super::event::Event;
 use super::message::{Authority, Claim, Message, Refusal};
@@ -135,7 +135,7 @@ impl Replica {
             }
             Message::Diverged { authority, tip } => self.diverged(core, from, &authority, tip),
             Message::Inquire { base } => self.inquired(core, from, base),
-            Message::Heard { base, alive } => return self.heard(core, from, base, alive),
+            Message::Heard { base, alive, .. } => return self.heard(core, from, base, alive),
             Message::Seal { claim, consent } => self.seal(core, from, claim, consent),
             Message::Fetch { term, after } => {
                 let promised = core.durable.promise.as_ref();
@@ -144,7 +144,7 @@ impl Replica {
                 }
             }
             Message::Handover { claim, tip } => return Self::handover(core, from, claim, tip),
-            Message::Abdicated { version } => {
+            Message::Abdicated { version, .. } => {
                 let record = core.record.as_ref();
                 if record.is_some_and(|r| r.term == version.term && r.primary.host == *from) {
                     self.abdicated = true;
@@ -282,7 +282,10 @@ impl Replica {
         };
         if core.settled() && Self::may_reign(core, from, *version) && tip == core.log.appended {
             self.source = None;
-            core.renew(true, "the log here is not the beginning of the primary's");
+            core.renew(
+                Rest::Aside,
+                "the log here is not the beginning of the primary's",
+            );
         }
     }
 
@@ -447,7 +450,7 @@ impl Replica {
         core.stop_vm(StopReason::Failed);
         let wait = core.config.timing.claim_patience;
         self.replay_at = Some(core.now.plus(wait));
-        core.unfit_before = core.log.appended.index;
+        core.note_vm_failure();
     }
 
     pub(super) fn operator(&mut self, core: &mut Core, wish: Operator) -> Turn {

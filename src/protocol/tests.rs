@@ -17,6 +17,7 @@ const START: Policy = Policy {
     acks: Acks::Memory,
     on_loss: OnLoss::Shrink,
     min_copies: 1,
+    log_full: LogFull::Stall,
 };
 
 fn name(host: &str) -> HostName {
@@ -264,7 +265,14 @@ fn the_guest_is_slowed_for_a_replica_that_lags_and_not_for_one_that_begins() {
     }
     let run = trio.host("c").node.status().run;
     let reason = "killed".to_owned();
-    trio.input(&name("c"), Input::VmFailed { run, reason });
+    trio.input(
+        &name("c"),
+        Input::VmFailed {
+            run,
+            reason,
+            at: replay_log::Position(1),
+        },
+    );
     for _ in 0..80 {
         trio.record_entries(1);
         executed(&mut trio, "b");

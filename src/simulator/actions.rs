@@ -1,7 +1,7 @@
 //! What the agent's driver does in production: carry out what a node wants done.
 
 use replay_log::MemoryStore;
-use replay_log::{Batch, LogIndex, LogTip, Store, Term};
+use replay_log::{Batch, LogIndex, LogTip, Position, Store, Term};
 use vmm::machine::MachineError;
 use vmm::tape::TapeError;
 
@@ -60,13 +60,13 @@ impl World {
             }
             // What was asked for has been sent already.
             Action::StopStream { .. } => {}
-            Action::ReadRecord => self.ask(host, Ask::Read),
-            Action::SwapRecord { expect, new } => {
+            Action::ReadRecord { .. } => self.ask(host, Ask::Read),
+            Action::SwapRecord { expect, new, .. } => {
                 self.facts.push(Fact::Proposed(new.clone()));
                 let new = Box::new(new);
                 self.ask(host, Ask::Swap { expect, new });
             }
-            Action::DropLog { incarnation } => {
+            Action::DropLog { incarnation, .. } => {
                 let here = &mut self.hosts[host];
                 here.store = MemoryStore::new();
                 here.damaged = false;
@@ -141,7 +141,15 @@ impl World {
         if let Some(vm) = here.vm.as_mut().filter(|vm| !vm.records()) {
             let run = vm.run;
             if let Err(reason) = vm.feed(batch, &self.bases) {
-                self.plan_input(5 * MICRO, host, Input::VmFailed { run, reason });
+                self.plan_input(
+                    5 * MICRO,
+                    host,
+                    Input::VmFailed {
+                        run,
+                        reason,
+                        at: Position::START,
+                    },
+                );
             }
             self.plan_turn(host, 10 * MICRO);
         }
@@ -187,7 +195,15 @@ impl World {
         let end = self.hosts[host].store.tip().index;
         for batch in self.stored_batches(host, LogIndex::START, end) {
             if let Err(reason) = vm.feed(&batch, &self.bases) {
-                self.plan_input(5 * MICRO, host, Input::VmFailed { run, reason });
+                self.plan_input(
+                    5 * MICRO,
+                    host,
+                    Input::VmFailed {
+                        run,
+                        reason,
+                        at: Position::START,
+                    },
+                );
                 break;
             }
         }
@@ -214,7 +230,15 @@ impl World {
             }
             Err(error) => {
                 let reason = error.to_string();
-                self.plan_input(5 * MICRO, host, Input::VmFailed { run, reason });
+                self.plan_input(
+                    5 * MICRO,
+                    host,
+                    Input::VmFailed {
+                        run,
+                        reason,
+                        at: Position::START,
+                    },
+                );
             }
         }
     }
@@ -283,7 +307,14 @@ impl World {
                 }
                 let reason = error.to_string();
                 self.stop_vm(host, run);
-                self.input(host, Input::VmFailed { run, reason });
+                self.input(
+                    host,
+                    Input::VmFailed {
+                        run,
+                        reason,
+                        at: Position::START,
+                    },
+                );
             }
         }
     }

@@ -211,7 +211,15 @@ impl World {
                 if let Some(run) = self.hosts[host].vm.as_ref().map(|vm| vm.run) {
                     self.stop_vm(host, run);
                     let reason = "the simulator killed it".to_owned();
-                    self.plan_input(0, host, Input::VmFailed { run, reason });
+                    self.plan_input(
+                        0,
+                        host,
+                        Input::VmFailed {
+                            run,
+                            reason,
+                            at: replay_log::Position::START,
+                        },
+                    );
                 }
             }
             Kind::Loss => {

@@ -138,7 +138,8 @@ impl Host {
             durable: self.durable.clone(),
             log,
             damaged: self.damaged,
-            fresh: Incarnation(self.random.next() >> 32),
+            disk: crate::protocol::DiskId(1),
+            fresh: self.random.next(),
         };
         self.life += 1;
         self.tag = self.durable.incarnation;

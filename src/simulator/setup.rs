@@ -39,6 +39,7 @@ impl Setup {
                 acks,
                 on_loss,
                 min_copies,
+                ..Policy::default()
             },
             delay,
             loss: random.below(15),

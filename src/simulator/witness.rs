@@ -1,6 +1,6 @@
 //! The simulated keeper of records: one record, compare-and-set, sometimes down.
 
-use crate::protocol::{Record, Swapped, Version};
+use crate::protocol::{Committed, Proof, Record, Swapped, Version};
 
 /// What a host asks of it.
 #[derive(Clone, Debug)]
@@ -15,7 +15,7 @@ pub(super) enum Ask {
 /// What it says.
 #[derive(Clone, Debug)]
 pub(super) enum Answer {
-    Read(Option<Record>),
+    Read(Option<Committed>),
     Swapped(Swapped),
 }
 
@@ -27,18 +27,29 @@ pub(super) struct Witness {
     pub(super) down: u32,
 }
 
+fn unproven(record: Record) -> Committed {
+    Committed {
+        record,
+        proof: Proof::default(),
+    }
+}
+
 impl Witness {
+    fn committed(&self) -> Option<Committed> {
+        self.record.clone().map(unproven)
+    }
+
     /// Answers; the record has changed if the second value says so.
     pub(super) fn ask(&mut self, ask: Ask) -> (Answer, bool) {
         match ask {
-            Ask::Read => (Answer::Read(self.record.clone()), false),
+            Ask::Read => (Answer::Read(self.committed()), false),
             Ask::Swap { expect, new } => {
                 let current = self.record.as_ref().map(Record::version);
                 if current == expect && new.may_follow(self.record.as_ref()).is_ok() {
                     self.record = Some(new.as_ref().clone());
-                    (Answer::Swapped(Swapped::Done(*new)), true)
+                    (Answer::Swapped(Swapped::Done(unproven(*new))), true)
                 } else {
-                    let conflict = Swapped::Conflict(self.record.clone());
+                    let conflict = Swapped::Conflict(self.committed());
                     (Answer::Swapped(conflict), false)
                 }
             }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use replay_log::{FrameNumber, Header, LogIndex, Term};
+use replay_log::{FrameNumber, Header, LogIndex, Position, Term};
 use vmm::boot::BootImage;
 use vmm::host::OutputKind;
 use vmm::outbox::Outbox;
@@ -19,6 +19,7 @@ use crate::agent::frames::{FrameLimits, FramePort};
 use crate::agent::journal::Incident;
 use crate::agent::library::Library;
 use crate::agent::vm_process::{DiskSetup, ToVm};
+use crate::agent::witness::client::unproven;
 use crate::gateway::frames::Boot;
 use crate::protocol::{Action, Durable, Event, HostName, Input, Message, VmRun};
 use crate::sentence::sentence;
@@ -76,9 +77,10 @@ impl VmDriver {
                 self.streams.add(to, term, from, through);
             }
             Action::StopStream { to } => self.streams.stop(&to),
-            Action::ReadRecord => self.read_record(),
-            Action::SwapRecord { expect, new } => self.swap_record(expect, new),
-            Action::DropLog { incarnation } => self.drop_log(incarnation),
+            // The witness is told what this host has seen by its client.
+            Action::ReadRecord { .. } => self.read_record(),
+            Action::SwapRecord { expect, new, .. } => self.swap_record(expect, new),
+            Action::DropLog { incarnation, .. } => self.drop_log(incarnation),
             Action::Replay { run } => {
                 self.end_guest().await;
                 self.replay(run);
@@ -196,10 +198,11 @@ impl VmDriver {
         if let Some(guest) = &mut self.guest
             && let Err(error) = act(guest, &self.log)
         {
-            let run = guest.run();
+            let (run, at) = (guest.run(), guest.at());
             self.inputs.push_back(Input::VmFailed {
                 run,
                 reason: sentence(&error),
+                at,
             });
         }
     }
@@ -209,9 +212,11 @@ impl VmDriver {
             return;
         };
         if let Err(error) = guest.tell(message) {
+            let at = guest.at();
             self.inputs.push_back(Input::VmFailed {
                 run,
                 reason: sentence(&error),
+                at,
             });
         }
     }
@@ -304,7 +309,7 @@ impl VmDriver {
                     reason: "this cluster has no witness".into(),
                 },
                 Some(witness) => match witness.read(&vm).await {
-                    Ok(record) => Input::RecordRead(record),
+                    Ok(record) => Input::RecordRead(record.map(unproven)),
                     Err(error) => Input::ReadFailed {
                         reason: sentence(&error),
                     },
@@ -429,7 +434,8 @@ impl VmDriver {
                 }
             }
             Err(reason) => {
-                self.inputs.push_back(Input::VmFailed { run, reason });
+                let at = Position::START;
+                self.inputs.push_back(Input::VmFailed { run, reason, at });
             }
         }
     }

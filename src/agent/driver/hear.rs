@@ -1,7 +1,7 @@
 //! The driver's ears: what happens outside becomes inputs of the protocol.
 
 use bytes::Bytes;
-use replay_log::{Batch, FrameSource};
+use replay_log::{Batch, FrameSource, Position};
 use vmm::host::{Output, OutputKind};
 
 use super::guest::{Doing, Guest};
@@ -93,21 +93,23 @@ impl VmDriver {
         match said {
             Ok(Some(said)) => self.guest_said(said),
             Ok(None) => {
-                self.guest = None;
                 let reason = "the VMM process ended without a word".to_owned();
                 self.guest_failed(run, reason);
             }
             Err(error) => {
-                self.guest = None;
                 self.guest_failed(run, sentence(&error));
             }
         }
     }
 
     fn guest_failed(&mut self, run: crate::protocol::VmRun, reason: String) {
+        let at = self
+            .guest
+            .take()
+            .map_or(Position::START, |guest| guest.at());
         // Whom a guest that is gone kept waiting waits no more.
         self.holds_arrivals();
-        self.inputs.push_back(Input::VmFailed { run, reason });
+        self.inputs.push_back(Input::VmFailed { run, reason, at });
     }
 
     fn guest_said(&mut self, said: FromVm) {
@@ -149,10 +151,7 @@ impl VmDriver {
                 let how = ending.to_string();
                 self.inputs.push_back(Input::VmEnded { run, how });
             }
-            FromVm::Failed { reason, .. } => {
-                self.guest = None;
-                self.guest_failed(run, reason);
-            }
+            FromVm::Failed { reason, .. } => self.guest_failed(run, reason),
         }
     }
 

@@ -25,7 +25,7 @@ use crate::agent::library::{Library, LibraryError};
 use crate::agent::vm_process::{DiskSetup, DiskSetupError};
 use crate::config::{Config, SyncWhen};
 use crate::images::{FillError, Image};
-use crate::protocol::{Acks, Durable, Incarnation, VmName};
+use crate::protocol::{Acks, Durable, VmName};
 
 /// The longest small file.
 const SMALL_FILE: u64 = 1 << 20;
@@ -120,12 +120,12 @@ pub fn new_header(image: &Image, disks: &[DiskBase], term: Term) -> Result<Heade
 }
 
 /// Where a host that has never held this VM, or has a new disk, begins to count its incarnations.
-pub fn fresh_incarnation() -> Result<Incarnation, HomeError> {
-    let mut bytes = [0; 4];
+pub fn fresh() -> Result<u64, HomeError> {
+    let mut bytes = [0; 8];
     SystemRandom::new()
         .fill(&mut bytes)
         .map_err(|_| HomeError::NoRandom)?;
-    Ok(Incarnation(u64::from(u32::from_le_bytes(bytes))))
+    Ok(u64::from_le_bytes(bytes))
 }
 
 impl Home {

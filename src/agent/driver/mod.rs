@@ -221,7 +221,8 @@ impl VmDriver {
             durable: durable.clone(),
             log: log.tip(),
             damaged: damage.is_some(),
-            fresh: home::fresh_incarnation()?,
+            disk: protocol::DiskId::default(),
+            fresh: home::fresh()?,
         };
         let config = protocol::Config::new(env.host.clone(), vm.clone());
         let node = Node::new(config, restored, now());

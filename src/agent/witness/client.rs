@@ -10,7 +10,7 @@ use tokio::task::AbortHandle;
 use super::keeper::Swap;
 use super::{Answer, Question, Refusal};
 use crate::agent::link::{Channel, Endpoint, Peer, RequestError, StreamKind};
-use crate::protocol::{Record, Swapped, Version, VmName};
+use crate::protocol::{Committed, Proof, Record, Swapped, Version, VmName};
 
 /// How long an answer may take before it is asked again or given up.
 const PATIENCE: Duration = Duration::from_millis(800);
@@ -78,8 +78,8 @@ impl WitnessClient {
         };
         let unknown = |reason: String| Swapped::Unknown { reason };
         match self.ask(&question).await {
-            Ok(Answer::Swapped(Swap::Done(record))) => Swapped::Done(record),
-            Ok(Answer::Swapped(Swap::Conflict(record))) => Swapped::Conflict(record),
+            Ok(Answer::Swapped(Swap::Done(record))) => Swapped::Done(unproven(record)),
+            Ok(Answer::Swapped(Swap::Conflict(record))) => Swapped::Conflict(record.map(unproven)),
             Ok(_) => unknown(AskError::Confused.to_string()),
             Err(error) => unknown(error.to_string()),
         }
@@ -120,6 +120,14 @@ impl WitnessClient {
             Answer::Failed { reason } => Err(AskError::Failed { reason }),
             answer => Ok(answer),
         }
+    }
+}
+
+/// A record from the witness itself.
+pub fn unproven(record: Record) -> Committed {
+    Committed {
+        record,
+        proof: Proof::default(),
     }
 }
 

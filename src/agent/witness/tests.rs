@@ -4,15 +4,15 @@ use std::fs;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use replay_log::Term;
+use replay_log::{LogIndex, Term};
 use tokio::time::timeout;
 
-use super::client::{AskError, WitnessClient};
+use super::client::{AskError, WitnessClient, unproven};
 use super::*;
 use crate::agent::certs::authority::Authority;
 use crate::agent::certs::{Credentials, Name};
 use crate::agent::link::Peer;
-use crate::protocol::{Epoch, Incarnation, Member, Policy, Swapped};
+use crate::protocol::{Epoch, Incarnation, Lineage, Member, Policy, Swapped};
 
 /// Only keeps a broken test from hanging.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -30,6 +30,9 @@ fn member(host: &str) -> Member {
 
 fn record(term: u64, epoch: u64, primary: &str, members: &[&str]) -> Record {
     Record {
+        lineage: Lineage(1),
+        through: LogIndex::START,
+        failed: None,
         term: Term(term),
         epoch: Epoch(epoch),
         primary: member(primary),
@@ -106,17 +109,17 @@ async fn a_record_changes_only_from_what_was_expected_and_by_its_copies() {
     let first = record(1, 1, "a", &["b"]);
     assert_eq!(
         a.swap(&vm(), None, first.clone()).await,
-        Swapped::Done(first.clone())
+        Swapped::Done(unproven(first.clone()))
     );
     // An answer that was lost: asking again says the same.
     assert_eq!(
         a.swap(&vm(), None, first.clone()).await,
-        Swapped::Done(first.clone())
+        Swapped::Done(unproven(first.clone()))
     );
     // Another creation comes too late.
     assert_eq!(
         c.swap(&vm(), None, record(1, 1, "c", &[])).await,
-        Swapped::Conflict(Some(first.clone()))
+        Swapped::Conflict(Some(unproven(first.clone())))
     );
     // A host that the record does not name.
     let usurped = c.swap(&vm(), version(1, 1), record(2, 2, "c", &[])).await;
@@ -145,12 +148,18 @@ async fn a_record_changes_only_from_what_was_expected_and_by_its_copies() {
     if now == claim {
         assert_eq!(
             (one, other),
-            (Swapped::Done(claim), Swapped::Conflict(Some(now)))
+            (
+                Swapped::Done(unproven(claim)),
+                Swapped::Conflict(Some(unproven(now)))
+            )
         );
     } else {
         assert_eq!(
             (other, one),
-            (Swapped::Done(shrink), Swapped::Conflict(Some(now)))
+            (
+                Swapped::Done(unproven(shrink)),
+                Swapped::Conflict(Some(unproven(now)))
+            )
         );
     }
 }
@@ -167,7 +176,7 @@ async fn a_host_that_shall_have_a_copy_may_claim_and_nothing_else() {
         .to_vec();
     assert_eq!(
         a.swap(&vm(), None, first.clone()).await,
-        Swapped::Done(first.clone())
+        Swapped::Done(unproven(first.clone()))
     );
     let joined = Record {
         epoch: Epoch(2),
@@ -185,7 +194,7 @@ async fn a_host_that_shall_have_a_copy_may_claim_and_nothing_else() {
     };
     assert_eq!(
         c.swap(&vm(), version(1, 1), forced.clone()).await,
-        Swapped::Done(forced)
+        Swapped::Done(unproven(forced))
     );
 }
 
@@ -200,7 +209,7 @@ async fn gateways_only_look_and_operators_only_create() {
     assert!(matches!(&refused, Swapped::Unknown { reason } if reason.contains("gateway")));
     assert_eq!(
         operator.swap(&vm(), None, first.clone()).await,
-        Swapped::Done(first.clone())
+        Swapped::Done(unproven(first.clone()))
     );
     let refused = operator
         .swap(&vm(), version(1, 1), record(1, 2, "a", &[]))
@@ -220,7 +229,7 @@ async fn watchers_hear_of_changes_and_records_survive_a_restart() {
     let first = record(1, 1, "a", &["b"]);
     assert_eq!(
         a.swap(&vm(), None, first.clone()).await,
-        Swapped::Done(first.clone())
+        Swapped::Done(unproven(first.clone()))
     );
     let until = async |watching: &mut client::Following, wanted: &Record| {
         timeout(PATIENCE, async {
@@ -250,7 +259,7 @@ async fn watchers_hear_of_changes_and_records_survive_a_restart() {
     let second = record(1, 2, "a", &[]);
     assert_eq!(
         a.swap(&vm(), version(1, 1), second.clone()).await,
-        Swapped::Done(second.clone())
+        Swapped::Done(unproven(second.clone()))
     );
     until(&mut watching, &second).await;
 }

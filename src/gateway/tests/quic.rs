@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quinn::{RecvStream, SendStream};
+use replay_log::LogIndex;
 use tokio::io::Join;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
@@ -19,7 +20,7 @@ use crate::agent::witness::keeper::{FileKeeper, RecordKeeper};
 use crate::agent::witness::serve;
 use crate::config::{Config, Witness};
 use crate::gateway::{Gateway, GatewayConfig, Publish, Reign, StackConfig};
-use crate::protocol::{Epoch, HostName, Incarnation, Member, Policy, Record, Span};
+use crate::protocol::{Epoch, HostName, Incarnation, Lineage, Member, Policy, Record, Span};
 
 type HostStream = Join<RecvStream, SendStream>;
 
@@ -43,6 +44,9 @@ fn record(reign: &Reign<usize>, copies: usize) -> Record {
         incarnation: Incarnation(1),
     };
     Record {
+        lineage: Lineage(1),
+        through: LogIndex::START,
+        failed: None,
         term: reign.term,
         epoch: Epoch(reign.term.0),
         primary: member(reign.primary),

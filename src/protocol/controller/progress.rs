@@ -143,13 +143,20 @@ impl Controller {
         hosts.sort();
         hosts.dedup();
         hosts.truncate(MAX_COPIES);
+        let lineage = self
+            .base
+            .as_ref()
+            .map_or_else(|| core.new_lineage(), |base| base.lineage);
         let new = Record {
+            lineage,
             term: self.claim.term,
             epoch: self.claim.base.epoch.next(),
             primary: core.me(),
             members,
             hosts,
             policy,
+            through: self.chosen.index,
+            failed: None,
         };
         core.journal(Event::RecordProposed {
             version: new.version(),
@@ -179,6 +186,7 @@ impl Controller {
             core.do_(Action::SwapRecord {
                 expect,
                 new: new.as_ref().clone(),
+                seen: core.seen(),
             });
         }
     }

@@ -211,6 +211,7 @@ impl Primary {
             core.do_(Action::SwapRecord {
                 expect: Some(change.expect),
                 new: change.new.clone(),
+                seen: core.seen(),
             });
         }
     }

@@ -23,7 +23,7 @@ const BACKLOG_MOST: Span = Span::from_millis(500);
 impl Replica {
     pub(super) fn inquired(&mut self, core: &mut Core, from: &HostName, base: Version) {
         let alive = core.version() > base || self.vouches(core);
-        core.send(from, Message::Heard { base, alive });
+        core.heard(from, base, alive);
         core.inform(from, base);
     }
 
@@ -160,7 +160,7 @@ impl Replica {
         }
         let gone = |member: &Member| {
             let greeting = core.peers.get(&member.host).and_then(|peer| peer.greeting);
-            greeting.is_some_and(|greeting| greeting.incarnation > member.incarnation)
+            greeting.is_some_and(|greeting| greeting.incarnation != member.incarnation)
         };
         let missing: Vec<_> = record.members.iter().filter(|m| !gone(m)).collect();
         if missing.is_empty() {

@@ -34,16 +34,26 @@ pub(super) struct Trio {
     pub(super) keeper_down: bool,
     /// Who is how far away from everybody, and what is on its way from there or to there.
     pub(super) far: Option<(HostName, Span)>,
+    /// How many processes have been started: no two draw the same random bits.
+    starts: u64,
     mail: VecDeque<(Time, HostName, Input)>,
+}
+
+/// As the keeper hands it out.
+pub(super) fn by_keeper(record: Record) -> Committed {
+    Committed {
+        record,
+        proof: Proof::default(),
+    }
 }
 
 impl Trio {
     pub(super) fn new() -> Self {
         let now = Time::from_nanos(1_000_000_000);
-        let hosts = ["a", "b", "c"].map(|host| {
+        let hosts = [("a", 1), ("b", 2), ("c", 3)].map(|(host, fresh)| {
             let vm = VmName::new("vm").expect("a name");
-            let fresh = Incarnation(7);
             let restored = Restored {
+                disk: DiskId(fresh),
                 fresh,
                 ..Restored::default()
             };
@@ -56,6 +66,7 @@ impl Trio {
             record: None,
             keeper_down: false,
             far: None,
+            starts: 3,
             mail: VecDeque::new(),
         };
         for host in trio.names() {
@@ -85,6 +96,10 @@ impl Trio {
         self.hosts.keys().cloned().collect()
     }
 
+    fn committed(&self) -> Option<Committed> {
+        self.record.clone().map(by_keeper)
+    }
+
     pub(super) fn record(&self) -> &Record {
         self.record.as_ref().expect("a record")
     }
@@ -103,10 +118,13 @@ impl Trio {
 
     /// A host's process ends and another one begins, with what the first one left on its disk.
     pub(super) fn restart(&mut self, host: &str) {
-        let (now, here) = (self.now, self.host(host));
+        self.starts += 1;
+        let (now, fresh, here) = (self.now, self.starts, self.host(host));
         let restored = Restored {
             durable: here.durable.clone(),
             log: here.tip,
+            disk: here.durable.disk,
+            fresh,
             ..Restored::default()
         };
         let vm = VmName::new("vm").expect("a name");
@@ -203,22 +221,22 @@ impl Trio {
                 }
                 vec![]
             }
-            Action::ReadRecord if self.keeper_down => vec![Input::ReadFailed {
+            Action::ReadRecord { .. } if self.keeper_down => vec![Input::ReadFailed {
                 reason: "down".to_owned(),
             }],
-            Action::ReadRecord => vec![Input::RecordRead(self.record.clone())],
+            Action::ReadRecord { .. } => vec![Input::RecordRead(self.committed())],
             Action::SwapRecord { .. } if self.keeper_down => {
                 vec![Input::RecordSwapped(Swapped::Unknown {
                     reason: "down".to_owned(),
                 })]
             }
-            Action::SwapRecord { expect, new } => {
+            Action::SwapRecord { expect, new, .. } => {
                 let swapped = if self.record.as_ref().map(Record::version) == expect {
                     new.may_follow(self.record.as_ref()).expect("a good record");
                     self.record = Some(new.clone());
-                    Swapped::Done(new)
+                    Swapped::Done(by_keeper(new))
                 } else {
-                    Swapped::Conflict(self.record.clone())
+                    Swapped::Conflict(self.committed())
                 };
                 vec![Input::RecordSwapped(swapped)]
             }

@@ -23,6 +23,7 @@ fn every_message_survives_the_wire() {
         executed: LogIndex(70),
         position: Position(5_000),
         known: claim.base,
+        health: Health::Full,
     };
     let tip = LogTip {
         term: Term(3),
@@ -30,7 +31,16 @@ fn every_message_survives_the_wire() {
         ..LogTip::default()
     };
     let mut trio = Trio::paired(START);
-    let record = trio.record().clone();
+    let mut record = trio.record().clone();
+    record.failed = Some(Stumble {
+        at: Position(3),
+        reigns: 1,
+        reason: "a bug".to_owned(),
+    });
+    let record = Committed {
+        record,
+        proof: Proof(vec![1, 2, 3].into()),
+    };
     let batch = trio.host("a").batches[0].clone();
     let authority = Authority::Claim(claim.clone());
     let messages = [
@@ -43,8 +53,23 @@ fn every_message_survives_the_wire() {
         Message::Refused {
             term: Term(4),
             why: Refusal::Sealed,
-            promise: Some(claim),
-            record: Some(record),
+            promise: Some(claim.clone()),
+            record: Some(record.clone()),
+        },
+        Message::Consent {
+            claim: claim.clone(),
+        },
+        Message::Renounced {
+            claim: claim.clone(),
+        },
+        Message::Abdicated {
+            version: claim.base,
+            failed: record.record.failed.clone(),
+        },
+        Message::Heard {
+            base: claim.base,
+            alive: true,
+            incarnation: Incarnation(5),
         },
         Message::Stream {
             authority,
