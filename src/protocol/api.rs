@@ -22,6 +22,7 @@ use super::event::Event;
 use super::message::Message;
 use super::name::{HostName, Incarnation, VmRun};
 use super::record::{Committed, Policy, Record, Seen, Version};
+use super::time::Span;
 
 /// Something that happened outside.
 #[derive(Clone, Debug)]
@@ -30,6 +31,13 @@ pub enum Input {
     PeerUp(HostName),
     /// There is no connection any more.
     PeerDown(HostName),
+    /// How far a connected host is.
+    Distance {
+        /// Which.
+        host: HostName,
+        /// A round trip to it, as measured lately.
+        rtt: Span,
+    },
     /// A message came.
     Message {
         /// From whom, by the certificate.

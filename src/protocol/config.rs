@@ -58,8 +58,12 @@ pub struct Timing {
     pub stagger: Span,
     /// How long a claimant-to-be waits for somebody to vouch for the primary.
     pub inquiry: Span,
+    /// However far others are, it waits no longer than this.
+    pub inquiry_most: Span,
     /// How long a claimant that has enough seals waits for those of the other reachable copies.
     pub seal_grace: Span,
+    /// How long it waits for those that have answered its inquiry, and so are alive.
+    pub seal_grace_awake: Span,
     /// How long a claimant waits for the sealed copies to take the log they lack.
     pub bring_along: Span,
     /// When a claim that has not come through is given up.
@@ -100,7 +104,9 @@ impl Default for Timing {
             lease: Span::from_millis(150),
             stagger: Span::from_millis(100),
             inquiry: Span::from_millis(20),
+            inquiry_most: Span::from_millis(600),
             seal_grace: Span::from_millis(40),
+            seal_grace_awake: Span::from_millis(500),
             bring_along: Span::from_millis(150),
             claim_patience: Span::from_millis(1_000),
             retry: Span::from_millis(200),

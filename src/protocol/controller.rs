@@ -22,9 +22,10 @@ use super::api::Swapped;
 use super::core::{Core, Rest};
 use super::event::Event;
 use super::message::{Authority, Claim, Message, Refusal};
+use super::mutation::Mutation;
 use super::name::{HostName, Incarnation};
 use super::node::Turn;
-use super::record::{Policy, Record, Version};
+use super::record::{Policy, Record, Stumble, Version};
 use super::time::{Span, Time};
 
 /// Why a host claims.
@@ -41,6 +42,8 @@ pub(super) enum Kind {
     Succession {
         /// The copies that said so.
         awake: BTreeSet<HostName>,
+        /// Why it has abdicated, if its VMM failed.
+        stumble: Option<Stumble>,
     },
     /// The primary asked for this claim.
     Handover(Claim),
@@ -159,10 +162,12 @@ impl Controller {
 
     fn ask(&mut self, core: &mut Core) {
         self.ask_at = core.now.plus(core.config.timing.retry);
-        let consent = matches!(self.kind, Kind::Handover(_) | Kind::Forced { .. });
+        let consent = matches!(self.kind, Kind::Handover(_));
         for host in self.others(core) {
             if !self.sealed.contains_key(&host) {
                 let claim = self.claim.clone();
+                // Who does not know the record that is claimed on cannot judge the claim.
+                core.inform(&host, Version::default());
                 core.send(&host, Message::Seal { claim, consent });
             }
         }
@@ -193,8 +198,12 @@ impl Controller {
                 if let Some(promise) = promise {
                     core.hear_of(promise.term);
                 }
-                // One that is starting will promise in a moment.
-                if why != Refusal::Starting {
+                if why == Refusal::PrimaryAlive && matches!(self.kind, Kind::Forced { .. }) {
+                    return self.give_up(core, why.as_words());
+                }
+                // One that is starting will promise in a moment, and one that claims itself, or has
+                // promised to another claimant, when that claim is given up.
+                if !matches!(why, Refusal::Starting | Refusal::Promised) {
                     self.refused.insert(from.clone());
                 }
                 // Those who are no copies any more say so at every attempt: no need to hurry to it.
@@ -223,6 +232,9 @@ impl Controller {
                     sealed.held = sealed.held.max(ack.held);
                 }
             }
+            Message::TakeBack { claim } if claim == self.claim && !self.may_have_won() => {
+                return self.give_up(core, "the primary goes on itself");
+            }
             Message::Inquire { base } => {
                 let alive = core.version() > base;
                 core.heard(from, base, alive);
@@ -250,7 +262,12 @@ impl Controller {
         if named.is_none_or(|copy| copy.incarnation != incarnation) || from == core.host() {
             return;
         }
-        let too_late = !matches!(self.phase, Phase::Sealing);
+        let too_late = match &self.phase {
+            Phase::Sealing => false,
+            // It can be brought along like those that sealed in time, unless it has more.
+            Phase::Fetching { .. } => (tip.term, tip.index) > (self.chosen.term, self.chosen.index),
+            _ => true,
+        };
         let same = tip == self.chosen;
         self.sealed.entry(from.clone()).or_insert(Sealed {
             incarnation,
@@ -275,12 +292,18 @@ impl Controller {
         if !core.hear_of(claim.term) {
             return Turn::Stay;
         }
+        // Of two claimants of one term the one goes on that is first in the order of claiming: else
+        // both would stand alone.
+        let rank = |host: &HostName| self.base.as_ref().and_then(|base| base.rank(host));
+        let goes_first = claim.term == self.claim.term
+            && claim.base == self.claim.base
+            && rank(from) < rank(core.host());
         if claim.base < core.latest_base() {
             core.refuse(from, claim.term, Refusal::RecordMovedOn, claim.base);
-        } else if core.promised_otherwise(&claim) || self.may_have_won() {
+        } else if self.may_have_won() || (core.promised_otherwise(&claim) && !goes_first) {
             core.refuse(from, claim.term, Refusal::Promised, claim.base);
         } else {
-            self.give_up(core, "another host claims a higher term");
+            self.give_up(core, "another host claims it, too, and goes first");
             return Turn::Yield {
                 to: from.clone(),
                 message: Message::Seal { claim, consent },
@@ -415,13 +438,44 @@ impl Controller {
             why: why.to_owned(),
         });
         core.feeds.stop_all(&mut core.actions);
+        if !self.may_have_won() {
+            self.renounce(core);
+        }
         Turn::StandDown
+    }
+
+    /// The keeper has not been asked for this claim, and never will be: whoever was sealed for it is
+    /// free again, and the primary goes on without asking the keeper.
+    fn renounce(&self, core: &mut Core) {
+        if self.kind.boots() || core.mutated(Mutation::ClaimAbandoned) {
+            return;
+        }
+        core.release_promise(&self.claim);
+        for host in self.others(core) {
+            let claim = self.claim.clone();
+            core.send(&host, Message::Renounced { claim });
+        }
+    }
+
+    /// Something here failed. A claim whose outcome is not known goes on all the same: if it comes
+    /// through, the guest is begun anew.
+    pub(super) fn abandon(&mut self, core: &mut Core, why: &str) -> Turn {
+        if self.may_have_won() && core.settled() && !core.mutated(Mutation::ClaimAbandoned) {
+            return Turn::Stay;
+        }
+        self.give_up(core, why)
+    }
+
+    /// The disk takes nothing more.
+    pub(super) fn store_full(&mut self, core: &mut Core) -> Turn {
+        self.abandon(core, "the disk here takes nothing more")
     }
 
     pub(super) fn tick(&mut self, core: &mut Core) -> Turn {
         let out_of_time =
             core.now.since(self.began) >= core.config.timing.claim_patience.plus(self.slack(core));
-        if out_of_time {
+        let unknown = self.may_have_won() && !core.mutated(Mutation::ClaimAbandoned);
+        if out_of_time && !unknown {
             return self.give_up(core, "it took too long");
         }
         if matches!(self.phase, Phase::Sealing) && core.now >= self.ask_at {
@@ -434,17 +488,18 @@ impl Controller {
     /// The keeper may be unreachable for long; the first boot waits for it.
     fn slack(&self, core: &Core) -> Span {
         if self.kind.boots() {
-            core.config.timing.claim_patience.times(4)
-        } else {
-            Span::ZERO
+            return core.config.timing.claim_patience.times(4);
         }
+        // A few round trips: seal, fetch, bring along.
+        let copies = self.base.iter().flat_map(Record::all_copies);
+        core.farthest(copies.map(|copy| &copy.host)).times(8)
     }
 
     pub(super) fn timeout(&self, core: &Core) -> Time {
         let timing = &core.config.timing;
         let at = match &self.phase {
-            Phase::Sealing => self.began.plus(timing.seal_grace),
-            Phase::Bringing { since } => since.plus(timing.bring_along),
+            Phase::Sealing => self.began.plus(self.grace(core)),
+            Phase::Bringing { since } => since.plus(self.patience_to_bring(core)),
             Phase::Committing {
                 again_at,
                 asking: false,

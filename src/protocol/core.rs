@@ -15,7 +15,7 @@ use super::name::{DiskId, HostName, Incarnation, VmRun};
 use super::record::{
     Acks, Committed, Lineage, Member, Proof, Record, Seen, Stumble, TERM_LEAP, Version,
 };
-use super::time::Time;
+use super::time::{Span, Time};
 
 /// A reign that has come no further than so many landmarks beyond the place where the last one
 /// failed has failed at the same place: what arrives from outside moves it a little.
@@ -45,6 +45,8 @@ pub(super) struct Greeting {
 pub(super) struct Peer {
     pub(super) up: bool,
     pub(super) greeting: Option<Greeting>,
+    /// A round trip to it.
+    pub(super) rtt: Span,
     refused_at: Option<Time>,
     record_sent_at: Option<Time>,
 }
@@ -101,6 +103,12 @@ pub(super) struct Core {
     /// Whether the keeper has answered since this node started.
     pub(super) record_read: bool,
     reading: Option<Time>,
+    /// When the keeper last answered with a record that is not below what this host has seen.
+    pub(super) keeper_heard: Option<Time>,
+    /// The keeper has less than this host has seen; `None` in it: it does not know the VM.
+    pub(super) keeper_set_back: Option<Option<Version>>,
+    /// Whose stream was not taken, because the record that names it was not known.
+    pub(super) overlooked: Option<HostName>,
     pub(super) peers: BTreeMap<HostName, Peer>,
     pub(super) feeds: Feeds,
     pub(super) committed: LogIndex,
@@ -113,6 +121,8 @@ pub(super) struct Core {
     pub(super) unfit_before: LogIndex,
     /// How often the VMM has failed here without having come beyond that place.
     failures: u32,
+    /// Where and why the VMM of the last reign failed, if that ended it.
+    pub(super) stumble: Option<Stumble>,
     /// The highest term that anybody reigned by or claimed, as far as is known.
     pub(super) highest: Term,
     pub(super) actions: VecDeque<Action>,
@@ -159,6 +169,9 @@ impl Core {
             proof,
             record_read: false,
             reading: None,
+            keeper_heard: None,
+            keeper_set_back: None,
+            overlooked: None,
             peers: BTreeMap::new(),
             feeds: Feeds::default(),
             committed: LogIndex::START,
@@ -166,6 +179,7 @@ impl Core {
             let_out: LogIndex::START,
             unfit_before: LogIndex::START,
             failures: 0,
+            stumble: None,
             highest: highest.max(log.term),
             actions: VecDeque::new(),
         };
@@ -195,6 +209,8 @@ impl Core {
             self.renew(Rest::Keep, why);
         } else if self.durable.acks == Acks::Memory && !self.mutated(Mutation::Amnesia) {
             self.renew(Rest::Keep, "what was acknowledged from memory is gone");
+        } else {
+            self.check_holding();
         }
         if had {
             self.journal(Event::Restarted {
@@ -302,6 +318,30 @@ impl Core {
         Lineage(Incarnation::draw(!self.fresh, 0).0)
     }
 
+    /// A copy that has less log than the record says that it held has lost some: a disk that lied
+    /// about a sync, or that was set back with all that is on it.
+    fn check_holding(&mut self) {
+        let through = self.record.as_ref().map(|record| record.through);
+        let own = self.log.appended.index;
+        let lacks = through.is_some_and(|through| own < through);
+        if lacks && self.is_copy() && self.settled() && !self.mutated(Mutation::Amnesia) {
+            let through = through.unwrap_or_default();
+            let why = format!(
+                "its log ends at {own}, and the record says that it held {through}: the disk has lost \
+                 what it had synced, or was set back"
+            );
+            self.forgets(&why);
+        }
+    }
+
+    /// What is here is less than what was acknowledged by this holding: it becomes another one.
+    pub(super) fn forgets(&mut self, why: &str) {
+        self.journal(Event::HoldingLost {
+            why: why.to_owned(),
+        });
+        self.renew(Rest::Keep, why);
+    }
+
     fn take_incarnation(&mut self) {
         self.durable.incarnation = Incarnation::draw(self.fresh, self.drawn);
         self.drawn += 1;
@@ -322,6 +362,16 @@ impl Core {
             let why = why.to_owned();
             self.journal(Event::Resynchronising { incarnation, why });
         }
+    }
+
+    /// A claim binds nobody any more. (What its term was is remembered: no later claim has it.)
+    pub(super) fn release_promise(&mut self, claim: &Claim) -> bool {
+        let bound = self.durable.promise.as_ref() == Some(claim);
+        if bound {
+            self.durable.promise = None;
+            self.persist();
+        }
+        bound
     }
 
     /// Whether a promise forbids to hear somebody who reigns by this state of the record.
@@ -442,7 +492,7 @@ impl Core {
     }
 
     /// A reign has failed at this landmark: how many in a row have by now.
-    pub(super) fn stumble(&self, at: Position, reason: &str) -> Stumble {
+    pub(super) fn stumbles(&self, at: Position, reason: &str) -> Stumble {
         let before = self.record.as_ref().and_then(|r| r.failed.as_ref());
         let again = before.filter(|before| at.0 <= before.at.0.saturating_add(SAME_PLACE));
         let mut reason = reason.to_owned();
@@ -465,6 +515,11 @@ impl Core {
         } else {
             Health::Well
         }
+    }
+
+    /// How many times the usual patience a VMM that has failed waits before it is tried again.
+    pub(super) fn backoff(&self) -> u64 {
+        1 << self.failures.saturating_sub(1).min(5)
     }
 
     /// The VMM failed: until it has executed what it held by then, this host is not fit to reign.
@@ -504,6 +559,9 @@ impl Core {
             return false;
         }
         self.highest = self.highest.max(record.term);
+        if record.term > self.version().term {
+            self.stumble = None;
+        }
         self.journal(Event::RecordCommitted {
             version: record.version(),
             primary: record.primary.clone(),
@@ -514,7 +572,69 @@ impl Core {
         self.proof = committed.proof;
         self.agree_on_acks();
         self.persist();
+        self.check_holding();
         true
+    }
+
+    /// The keeper says that this is the record. Whether it can be: a keeper that has less than this
+    /// host has seen was set back, or emptied, and nothing that it says counts.
+    pub(super) fn keeper_says(&mut self, theirs: Option<&Committed>) -> bool {
+        let ours = self.seen();
+        let theirs = theirs.map(Committed::seen);
+        let back = ours.is_some_and(|ours| {
+            theirs.is_none_or(|theirs| {
+                theirs.lineage != ours.lineage || theirs.version < ours.version
+            })
+        });
+        if !back || self.mutated(Mutation::KeeperTrusted) {
+            self.keeper_heard = Some(self.now);
+            self.keeper_set_back = None;
+            return true;
+        }
+        let kept = theirs.map(|theirs| theirs.version);
+        if self.keeper_set_back.replace(kept) != Some(kept) {
+            self.journal(Event::KeeperSetBack {
+                kept,
+                seen: ours.map(|ours| ours.version).unwrap_or_default(),
+            });
+        }
+        false
+    }
+
+    /// Whether the keeper has answered since this time.
+    pub(super) fn keeper_heard_since(&self, since: Time) -> bool {
+        self.keeper_heard.is_some_and(|at| at >= since)
+    }
+
+    /// The record names this very holding as the primary, and it does not reign (it has restarted, or
+    /// its store failed): nobody need wait for its silence to say so.
+    pub(super) fn disclaim(&mut self, host: &HostName) {
+        let named = self
+            .record
+            .as_ref()
+            .is_some_and(|r| r.primary.host == self.config.host);
+        if named && self.concerns(host) {
+            let version = self.version();
+            self.send(
+                host,
+                Message::Abdicated {
+                    version,
+                    failed: self.stumble.clone(),
+                },
+            );
+        }
+    }
+
+    /// Whether the record that is known concerns this host: it wants a copy there, or has one.
+    pub(super) fn concerns(&self, host: &HostName) -> bool {
+        self.record.as_ref().is_some_and(|r| r.concerns(host))
+    }
+
+    /// The longest round trip to any of these.
+    pub(super) fn farthest<'a>(&self, hosts: impl IntoIterator<Item = &'a HostName>) -> Span {
+        let peers = hosts.into_iter().filter_map(|host| self.peers.get(host));
+        let rtts = peers.filter(|peer| peer.up).map(|peer| peer.rtt);
+        rtts.max().unwrap_or_default()
     }
 
     /// What no keeper can be below that is the one asked before.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use replay_log::{LogIndex, Term};
+use replay_log::{LogIndex, Position, Term};
 use serde::{Deserialize, Serialize};
 
 use super::message::Refusal;
@@ -103,6 +103,22 @@ pub enum Event {
     /// The keeper of records does not answer.
     RecordUnreachable {
         /// Why.
+        reason: String,
+    },
+    /// The keeper of records has less than this host has seen: it was set back, or lost its disk.
+    KeeperSetBack {
+        /// What it has; `None`: it does not know the VM.
+        kept: Option<Version>,
+        /// What this host has seen.
+        seen: Version,
+    },
+    /// Reign after reign fails at the same place: nobody claims any more.
+    GuestStopsHosts {
+        /// The last landmark before it.
+        at: Position,
+        /// How many reigns in a row have ended there.
+        reigns: u32,
+        /// What the last of them said.
         reason: String,
     },
     /// This host is the primary of a term.
@@ -290,6 +306,8 @@ impl Event {
             Self::RecordProposed { .. } => "record_proposed",
             Self::RecordCommitted { .. } => "record_committed",
             Self::RecordUnreachable { .. } => "record_unreachable",
+            Self::KeeperSetBack { .. } => "keeper_set_back",
+            Self::GuestStopsHosts { .. } => "guest_stops_hosts",
             Self::Promoted { .. } => "promoted",
             Self::WentLive { .. } => "went_live",
             Self::Booted { .. } => "booted",
@@ -400,6 +418,23 @@ impl fmt::Display for Event {
             Self::RecordUnreachable { reason } => {
                 write!(f, "the keeper of records cannot be reached: {reason}")
             }
+            Self::KeeperSetBack { kept, seen } => {
+                let has = kept.map_or_else(
+                    || "does not know this VM".to_owned(),
+                    |kept| format!("has {kept}"),
+                );
+                write!(
+                    f,
+                    "the witness {has}, and this host has seen {seen}: it was set back or lost its \
+                     disk, and no record changes until 'understudy witness recover' has given it \
+                     the newest"
+                )
+            }
+            Self::GuestStopsHosts { at, reigns, reason } => write!(
+                f,
+                "the guest stops every host at landmark {at}, {reigns} in a row ({reason}): nobody \
+                 claims it any more until 'understudy switchover --to HOST --accept-loss' says so"
+            ),
             Self::Promoted { term, index } => write!(f, "reigns by term {term} from {index} on"),
             Self::WentLive { term } => write!(f, "runs the guest live under term {term}"),
             Self::Booted { term, cold: false } => write!(f, "boots the guest under term {term}"),

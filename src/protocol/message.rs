@@ -104,8 +104,12 @@ pub enum Refusal {
     PrimaryAlive,
     /// It is not, or no longer, a copy of this VM.
     NotACopy,
-    /// It has restarted and does not know yet what it is.
+    /// It has restarted and does not know yet what it is, or not the record that is claimed on.
     Starting,
+    /// The one that is refused has held more than it has now: it must take another incarnation.
+    Forgotten,
+    /// Its disk takes nothing more.
+    Full,
 }
 
 impl Refusal {
@@ -116,7 +120,8 @@ impl Refusal {
             Self::Sealed | Self::Promised => "another host claims too",
             Self::PrimaryAlive => "the primary is alive",
             Self::NotACopy => "too few copies are left",
-            Self::Starting => "too few copies are ready",
+            Self::Starting | Self::Forgotten => "too few copies are ready",
+            Self::Full => "too few copies have room on their disks",
         }
     }
 }
@@ -212,6 +217,12 @@ pub enum Message {
     /// The sender has given its claim up before it asked the keeper for anything, and never will:
     /// the claim binds nobody any more.
     Renounced {
+        /// The claim.
+        claim: Claim,
+    },
+    /// The primary that asked for this claim wants to go on itself: renounce it, if the keeper has not
+    /// been asked for it.
+    TakeBack {
         /// The claim.
         claim: Claim,
     },

@@ -14,6 +14,18 @@ pub enum Mutation {
     Amnesia,
     /// A host takes a folder that was put back from a backup for the holding that it was copied from.
     Restored,
+    /// A host believes a keeper of records that has less than it has seen itself.
+    KeeperTrusted,
+    /// A claim that is given up is not renounced, and one is given up while its outcome is unknown.
+    ClaimAbandoned,
+    /// A host believes whoever says that it reigns, and seals for whoever asks.
+    StrangersHeard,
+    /// A member that answers and stores nothing is not lost.
+    SilenceOnly,
+    /// A primary removes members although it has not heard the keeper since it lost them.
+    DeafPrimary,
+    /// A copy gives its log up for good although nobody else is known to hold it.
+    Careless,
     /// The primary removes a member although the remaining ones lack released output.
     ShrinkEarly,
     /// A new record names members that do not hold the log.
@@ -26,11 +38,17 @@ pub enum Mutation {
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 14] = [
         Self::NoSeal,
         Self::LocalEviction,
         Self::Amnesia,
         Self::Restored,
+        Self::KeeperTrusted,
+        Self::ClaimAbandoned,
+        Self::StrangersHeard,
+        Self::SilenceOnly,
+        Self::DeafPrimary,
+        Self::Careless,
         Self::ShrinkEarly,
         Self::MemberWithoutLog,
         Self::ReleaseBeforeCommit,
@@ -44,6 +62,12 @@ impl Mutation {
             Self::LocalEviction => "local-eviction",
             Self::Amnesia => "amnesia",
             Self::Restored => "restored",
+            Self::KeeperTrusted => "keeper-trusted",
+            Self::ClaimAbandoned => "claim-abandoned",
+            Self::StrangersHeard => "strangers-heard",
+            Self::SilenceOnly => "silence-only",
+            Self::DeafPrimary => "deaf-primary",
+            Self::Careless => "careless",
             Self::ShrinkEarly => "shrink-early",
             Self::MemberWithoutLog => "member-without-log",
             Self::ReleaseBeforeCommit => "release-before-commit",

@@ -15,7 +15,8 @@ use super::config::{Config, Restored};
 use super::controller::{Controller, Kind};
 use super::core::{Core, Greeting, Rest};
 use super::event::Event;
-use super::message::{Message, PROTOCOL_VERSION};
+use super::message::{Claim, Message, PROTOCOL_VERSION, Refusal};
+use super::mutation::Mutation;
 use super::name::{HostName, Incarnation};
 use super::primary::Primary;
 use super::record::{Committed, Record};
@@ -111,9 +112,11 @@ impl Node {
         let core = &self.core;
         let (mut unprotected_since, mut stalled_since, mut throttled) = (None, None, false);
         let (mut primary_silence, mut followers) = (None, vec![]);
+        let mut stopped_at = None;
         let role = match &self.role {
             Role::Replica(replica) => {
                 primary_silence = core.record.as_ref().map(|_| replica.silence(core));
+                stopped_at = Replica::stopped_at(core);
                 self.replica_role(replica)
             }
             Role::Claimant(_) => RoleName::Claimant,
@@ -141,6 +144,11 @@ impl Node {
             unprotected_since,
             stalled_since,
             throttled,
+            keeper_set_back: core.keeper_set_back,
+            full: core.full.clone(),
+            health: core.health(),
+            stopped_at,
+            seen: core.committed_record(),
             primary_silence,
             followers,
         }
@@ -179,6 +187,9 @@ impl Node {
         match input {
             Input::PeerUp(host) => return self.peer_up(&host),
             Input::PeerDown(host) => return self.peer_down(&host),
+            Input::Distance { host, rtt } => {
+                core.peers.entry(host).or_default().rtt = rtt;
+            }
             Input::Message { from, message } => return self.message(&from, message),
             Input::Stored { incarnation, tip } => {
                 core.stored(incarnation, tip);
@@ -202,7 +213,12 @@ impl Node {
                 return self.advance();
             }
             Input::RecordRead(record) => return self.record_read(record),
-            Input::ReadFailed { reason: _ } => core.read_ended(),
+            Input::ReadFailed { reason } => {
+                core.read_ended();
+                if let Role::Primary(primary) = &mut self.role {
+                    primary.keeper_silent(core, &reason);
+                }
+            }
             Input::RecordSwapped(swapped) => return self.swapped(swapped),
             Input::Executed {
                 run,
@@ -257,8 +273,10 @@ impl Node {
         let core = &mut self.core;
         core.peers.entry(host.clone()).or_default().up = true;
         core.hello(host);
-        if let Role::Primary(_) = &self.role {
-            core.send_record(host);
+        match &self.role {
+            Role::Primary(_) => core.send_record(host),
+            Role::Replica(_) => core.disclaim(host),
+            Role::Claimant(_) => {}
         }
         Turn::Stay
     }
@@ -297,6 +315,7 @@ impl Node {
                 self.advance()
             }
             Message::Record(record) => self.learn(record),
+            Message::Renounced { claim } => self.renounced(from, &claim),
             Message::Refused {
                 term,
                 why,
@@ -315,8 +334,56 @@ impl Node {
                 };
                 self.role_message(from, message)
             }
-            message => self.role_message(from, message),
+            message if self.may_say(from, &message) => self.role_message(from, message),
+            message => {
+                if matches!(message, Message::Stream { .. }) {
+                    self.core.overlooked = Some(from.clone());
+                }
+                // It may know a record that this host does not: what counts is the keeper's word.
+                self.core.read_record();
+                if let Message::Seal { claim, .. } = message {
+                    let why = if claim.base > self.core.version() {
+                        Refusal::Starting
+                    } else {
+                        Refusal::NotACopy
+                    };
+                    self.core.refuse(from, claim.term, why, claim.base);
+                }
+                Turn::Stay
+            }
         }
+    }
+
+    /// Only hosts that the record concerns stop, read or feed a VM.
+    fn may_say(&self, from: &HostName, message: &Message) -> bool {
+        let core = &self.core;
+        match message {
+            Message::Seal { .. }
+            | Message::Fetch { .. }
+            | Message::Handover { .. }
+            | Message::Consent { .. }
+            | Message::TakeBack { .. }
+            | Message::Stream { .. }
+            | Message::Inquire { .. } => {
+                core.concerns(from) || core.mutated(Mutation::StrangersHeard)
+            }
+            _ => true,
+        }
+    }
+
+    /// A claimant has given up, and its claim can never come through.
+    fn renounced(&mut self, from: &HostName, claim: &Claim) -> Turn {
+        if claim.claimant != *from {
+            return Turn::Stay;
+        }
+        let core = &mut self.core;
+        let bound = core.release_promise(claim);
+        match &mut self.role {
+            Role::Replica(replica) => replica.renounced(core, claim, bound),
+            Role::Claimant(_) => {}
+            Role::Primary(primary) => primary.renounced(core, claim),
+        }
+        self.advance()
     }
 
     fn role_message(&mut self, from: &HostName, message: Message) -> Turn {
@@ -339,6 +406,9 @@ impl Node {
             Role::Replica(replica) => {
                 let new_term = core.version().term > term;
                 replica.record_changed(core, new_term);
+                for host in core.up_peers() {
+                    core.disclaim(&host);
+                }
                 Turn::Stay
             }
             Role::Claimant(controller) => controller.record_changed(core),
@@ -349,6 +419,9 @@ impl Node {
     fn record_read(&mut self, record: Option<Committed>) -> Turn {
         self.core.read_ended();
         self.core.record_read = true;
+        if !self.core.keeper_says(record.as_ref()) {
+            return Turn::Stay;
+        }
         let Some(record) = record else {
             return Turn::Stay;
         };
@@ -359,11 +432,16 @@ impl Node {
             Role::Replica(replica) if version == self.core.version() => {
                 replica.record_read(&mut self.core)
             }
-            _ => Turn::Stay,
+            _ => self.advance(),
         }
     }
 
     fn swapped(&mut self, swapped: Swapped) -> Turn {
+        match &swapped {
+            Swapped::Done(record) => _ = self.core.keeper_says(Some(record)),
+            Swapped::Conflict(record) => _ = self.core.keeper_says(record.as_ref()),
+            Swapped::Unknown { .. } => {}
+        }
         match &mut self.role {
             Role::Claimant(controller) => controller.swapped(&mut self.core, swapped),
             Role::Primary(primary) => primary.swapped(&mut self.core, swapped),
@@ -403,7 +481,9 @@ impl Node {
     fn store_failed(&mut self, reason: String) -> Turn {
         let turn = match &mut self.role {
             Role::Primary(primary) => primary.abdicate(&mut self.core, reason.clone(), None),
-            Role::Claimant(_) => Turn::StandDown,
+            Role::Claimant(controller) => {
+                controller.abandon(&mut self.core, "the local store failed")
+            }
             Role::Replica(_) => Turn::Abdicated,
         };
         self.turn(turn);
@@ -417,8 +497,15 @@ impl Node {
             let reason = reason.clone();
             self.core.journal(Event::StoreFull { reason });
         }
-        self.core.full = Some(reason);
-        self.advance()
+        self.core.full = Some(reason.clone());
+        match &mut self.role {
+            Role::Replica(replica) => {
+                replica.acknowledge(&mut self.core);
+                Turn::Stay
+            }
+            Role::Claimant(controller) => controller.store_full(&mut self.core),
+            Role::Primary(primary) => primary.store_full(&mut self.core, reason),
+        }
     }
 
     /// The disk takes more again.
@@ -426,7 +513,17 @@ impl Node {
         if self.core.full.take().is_some() {
             self.core.journal(Event::StoreRoom);
         }
-        self.advance()
+        match &mut self.role {
+            Role::Replica(replica) => {
+                replica.store_room(&mut self.core);
+                Turn::Stay
+            }
+            Role::Claimant(controller) => controller.advance(&mut self.core),
+            Role::Primary(primary) => {
+                primary.store_room(&mut self.core);
+                primary.advance(&mut self.core)
+            }
+        }
     }
 
     fn vm_failed(&mut self, reason: String, at: Position) -> Turn {
@@ -436,9 +533,10 @@ impl Node {
         });
         match &mut self.role {
             Role::Primary(primary) => primary.vm_failed(core, reason, at),
-            Role::Claimant(_) => {
+            Role::Claimant(controller) => {
+                core.note_vm_failure();
                 core.stop_vm(StopReason::Failed);
-                Turn::StandDown
+                controller.abandon(core, "the VMM failed")
             }
             Role::Replica(replica) => {
                 replica.vm_failed(core);

@@ -34,7 +34,7 @@ use super::api::{Action, Operator, StopReason};
 use super::controller::Kind;
 use super::core::{Core, Vm};
 use super::event::Event;
-use super::message::{Ack, Authority, Claim, Message, Refusal};
+use super::message::{Ack, Authority, Claim, Health, Message, Refusal};
 use super::mutation::Mutation;
 use super::name::{HostName, VmRun};
 use super::node::Turn;
@@ -64,6 +64,8 @@ pub(super) struct Primary {
     waiting_since: Option<Time>,
     stalled: bool,
     unprotected_since: Option<Time>,
+    /// The guest is paused because no disk takes its log.
+    parked: bool,
     wanted: Option<Operator>,
     held_back: Vec<Batch>,
     beat_at: Time,
@@ -100,6 +102,7 @@ impl Primary {
             waiting_since: None,
             stalled: false,
             unprotected_since: None,
+            parked: false,
             wanted: None,
             held_back: Vec::new(),
             beat_at: core.now,
@@ -115,7 +118,7 @@ impl Primary {
         let term = self.term;
         if kind.boots() || base.index == LogIndex::START {
             // An empty log in a record that is not the first was lost with everybody's memory.
-            let cold = core.version().epoch.0 > 1;
+            let cold = !matches!(kind, Kind::First { .. });
             core.begin_run(Vm::Recording);
             core.forgotten = FrameNumber(0);
             let run = core.run;
@@ -146,7 +149,7 @@ impl Primary {
         };
         for member in &record.members {
             let mut follower = Follower::new(member.incarnation, core.awake());
-            follower.held = self.base.index;
+            follower.begins_at(self.base.index);
             self.followers.insert(member.host.clone(), follower);
         }
         self.note_protection(core);
@@ -173,7 +176,8 @@ impl Primary {
 
     pub(super) fn message(&mut self, core: &mut Core, from: &HostName, message: Message) -> Turn {
         match message {
-            Message::Ack(ack) | Message::Report(ack) => self.acked(core, from, ack),
+            Message::Ack(ack) => self.acked(core, from, ack, true),
+            Message::Report(ack) => self.acked(core, from, ack, false),
             Message::Inquire { base } => {
                 let alive = core.version() > base || !self.phase.is_handing();
                 core.heard(from, base, alive);
@@ -222,6 +226,14 @@ impl Primary {
         if !wanted {
             return;
         }
+        let forgotten = self
+            .followers
+            .get(from)
+            .is_some_and(|f| f.has_forgotten(greeting.incarnation, greeting.tip.index));
+        if forgotten && !core.mutated(Mutation::Amnesia) {
+            self.forgotten(core, from);
+            return;
+        }
         let follower = self
             .followers
             .entry(from.clone())
@@ -236,7 +248,26 @@ impl Primary {
         core.feed(from, authority, greeting.tip);
     }
 
-    fn acked(&mut self, core: &mut Core, from: &HostName, ack: Ack) {
+    /// A copy has less than it had acknowledged in this very incarnation: its disk lied, or was set
+    /// back. Nothing that it held counts any more.
+    fn forgotten(&mut self, core: &mut Core, from: &HostName) {
+        if let Some(follower) = self.followers.get_mut(from)
+            && !std::mem::replace(&mut follower.forgetful, true)
+        {
+            follower.held = LogIndex::START;
+            core.journal(Event::PeerMisbehaved {
+                peer: from.clone(),
+                what:
+                    "has less log than it had acknowledged: its disk has lost what it had synced, \
+                       or was set back"
+                        .to_owned(),
+            });
+        }
+        core.feeds.stop(from, &mut core.actions);
+        core.refuse(from, self.term, Refusal::Forgotten, core.version());
+    }
+
+    fn acked(&mut self, core: &mut Core, from: &HostName, ack: Ack, ordered: bool) {
         core.inform(from, ack.known);
         if ack.term != self.term {
             return;
@@ -245,10 +276,11 @@ impl Primary {
         let Some(follower) = self.followers.get_mut(from) else {
             return;
         };
-        if follower.incarnation != ack.incarnation || ack.held > own {
+        let another = follower.incarnation != ack.incarnation || follower.forgetful;
+        if another || ack.held > own {
             return;
         }
-        follower.acked(&ack, core.attention.awake());
+        follower.acked(&ack, ordered, core.attention.awake());
     }
 
     pub(super) fn recorded(&mut self, core: &mut Core, run: VmRun, batch: &Batch) -> Turn {
@@ -328,7 +360,7 @@ impl Primary {
     // --- another claims ----------------------------------------------------------------------
 
     fn seal(&mut self, core: &mut Core, from: &HostName, claim: &Claim) {
-        if !core.hear_of(claim.term) {
+        if claim.claimant != *from || !core.hear_of(claim.term) {
             return;
         }
         if core.latest_base() > claim.base {
@@ -344,6 +376,13 @@ impl Primary {
         } else {
             core.refuse(from, claim.term, Refusal::PrimaryAlive, claim.base);
         }
+    }
+
+    /// A claim can never come through: whoever was sealed for it hears this primary again, and the
+    /// keeper need not be asked.
+    pub(super) fn renounced(&mut self, core: &mut Core, claim: &Claim) {
+        self.challenge.take_if(|challenge| challenge == claim);
+        self.take_back(core, claim);
     }
 
     /// A member is sealed for somebody else: it hears nothing of this state of the record. Only
@@ -482,9 +521,44 @@ impl Primary {
         self.advance(core)
     }
 
+    // --- disks -------------------------------------------------------------------------------
+
+    /// The disk here takes nothing more. Whoever has room goes on; where nobody has, the guest waits
+    /// for room, and nothing is lost.
+    pub(super) fn store_full(&mut self, core: &mut Core, reason: String) -> Turn {
+        let able = |member: &Member| {
+            let follower = self.followers.get(&member.host);
+            core.is_up(&member.host)
+                && self.lost(core, member).is_none()
+                && follower.is_some_and(|follower| follower.health() == Health::Well)
+        };
+        let record = core.record.as_ref();
+        if record.is_some_and(|record| record.members.iter().any(able)) {
+            return self.abdicate(core, reason, None);
+        }
+        if matches!(self.phase, Phase::Live) && !self.parked {
+            self.parked = true;
+            core.do_(Action::PauseVm { run: core.run });
+            core.journal(Event::Waiting {
+                why: "the guest is paused: the disk here takes nothing more, and no other copy could \
+                      go on; make room on it, and the guest goes on by itself"
+                    .to_owned(),
+            });
+        }
+        self.advance(core)
+    }
+
+    /// There is room again.
+    pub(super) fn store_room(&mut self, core: &mut Core) {
+        if std::mem::take(&mut self.parked) {
+            core.do_(Action::ResumeVm { run: core.run });
+        }
+    }
+
     /// The VMM failed at this landmark: another host is to go on.
     pub(super) fn vm_failed(&mut self, core: &mut Core, reason: String, at: Position) -> Turn {
-        let failed = core.stumble(at, &reason);
+        let failed = core.stumbles(at, &reason);
+        core.stumble = Some(failed.clone());
         self.abdicate(core, reason, Some(failed))
     }
 
@@ -512,7 +586,7 @@ impl Primary {
     pub(super) fn role(&self) -> RoleName {
         match self.phase {
             Phase::GoingLive => RoleName::GoingLive,
-            Phase::Live => RoleName::Primary,
+            Phase::Live | Phase::Asking { .. } => RoleName::Primary,
             _ => RoleName::HandingOver,
         }
     }
@@ -543,6 +617,7 @@ impl Primary {
                 held: follower.held,
                 executed: follower.executed,
                 lag: self.pace.lag(core.now, follower.executed),
+                health: follower.health(),
                 silence: follower.silence(core.awake()),
             })
             .collect()

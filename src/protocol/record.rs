@@ -299,6 +299,11 @@ pub struct Record {
     /// Every copy that is named here held the log through here when the record was proposed. One
     /// that has less has lost what it held.
     pub through: LogIndex,
+    /// Where this reign's own part of the log begins.
+    pub begins: LogIndex,
+    /// This reign began with less than was acknowledged, for all that is known: by an operator's
+    /// order, or from disks. What other hosts have may be more.
+    pub loss: bool,
     /// Where the last reigns' VMMs failed, if they did.
     pub failed: Option<Stumble>,
 }
@@ -316,6 +321,10 @@ struct RecordParts {
     #[serde(default)]
     through: LogIndex,
     #[serde(default)]
+    begins: LogIndex,
+    #[serde(default)]
+    loss: bool,
+    #[serde(default)]
     failed: Option<Stumble>,
 }
 
@@ -332,6 +341,8 @@ impl TryFrom<RecordParts> for Record {
             hosts: parts.hosts,
             policy: parts.policy,
             through: parts.through,
+            begins: parts.begins,
+            loss: parts.loss,
             failed: parts.failed,
         };
         record.check()?;
@@ -555,6 +566,8 @@ mod tests {
             hosts: vec![],
             policy: Policy::default(),
             through: LogIndex(3),
+            begins: LogIndex(2),
+            loss: false,
             failed: None,
         }
     }

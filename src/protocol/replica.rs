@@ -15,7 +15,7 @@
 
 mod suspicion;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use replay_log::{Batch, LogIndex, LogTip, Term};
 
@@ -26,9 +26,9 @@ use super::detector::Detector;
 use super::event::Event;
 use super::message::{Authority, Claim, Message, Refusal};
 use super::mutation::Mutation;
-use super::name::HostName;
+use super::name::{HostName, Incarnation};
 use super::node::Turn;
-use super::record::Version;
+use super::record::{Stumble, Version};
 use super::time::{Span, Time};
 
 /// Whose log is being taken.
@@ -68,6 +68,15 @@ pub(super) struct Replica {
     not_before: Time,
     /// The promise that waits for being durable before it is told.
     sealing: Option<Claim>,
+    /// The claim that the primary itself has asked for.
+    consented: Option<Claim>,
+    /// That nobody claims because of that has been said.
+    stopped_said: bool,
+    /// Which holdings other hosts have, since they have heard of this state of the record.
+    holdings: BTreeMap<HostName, Incarnation>,
+    holdings_for: Version,
+    /// When they are asked again.
+    ask_at: Time,
     report_at: Time,
     hello_at: Time,
     read_at: Time,
@@ -91,6 +100,11 @@ impl Replica {
             inquiry: None,
             not_before: core.now,
             sealing: None,
+            consented: None,
+            stopped_said: false,
+            holdings: BTreeMap::new(),
+            holdings_for: Version::default(),
+            ask_at: core.now,
             report_at: core.now,
             hello_at: core.now,
             read_at: core.now.plus(core.config.timing.retry),
@@ -109,6 +123,12 @@ impl Replica {
 
     pub(super) fn follows(&self) -> bool {
         self.source.is_some()
+    }
+
+    /// Where reign after reign has failed, if that keeps this host from claiming.
+    pub(super) fn stopped_at(core: &Core) -> Option<Stumble> {
+        let stumble = core.stumble.clone();
+        stumble.filter(|stumble| stumble.reigns >= Stumble::LIMIT)
     }
 
     pub(super) fn silence(&self, core: &Core) -> Span {
@@ -135,7 +155,20 @@ impl Replica {
             }
             Message::Diverged { authority, tip } => self.diverged(core, from, &authority, tip),
             Message::Inquire { base } => self.inquired(core, from, base),
-            Message::Heard { base, alive, .. } => return self.heard(core, from, base, alive),
+            Message::Heard {
+                base,
+                alive,
+                incarnation,
+            } => {
+                if base == core.version() {
+                    if self.holdings_for != base {
+                        self.holdings.clear();
+                        self.holdings_for = base;
+                    }
+                    self.holdings.insert(from.clone(), incarnation);
+                }
+                return self.heard(core, from, base, alive);
+            }
             Message::Seal { claim, consent } => self.seal(core, from, claim, consent),
             Message::Fetch { term, after } => {
                 let promised = core.durable.promise.as_ref();
@@ -144,10 +177,33 @@ impl Replica {
                 }
             }
             Message::Handover { claim, tip } => return Self::handover(core, from, claim, tip),
-            Message::Abdicated { version, .. } => {
+            Message::Consent { claim } => {
+                let record = core.record.as_ref();
+                if record.is_some_and(|r| r.version() == claim.base && r.primary.host == *from) {
+                    self.consented = Some(claim);
+                }
+            }
+            // What was asked for before came before, and was given up or never begun.
+            Message::TakeBack { claim } if claim.claimant == *core.host() => {
+                core.send(from, Message::Renounced { claim });
+            }
+            Message::Refused {
+                term,
+                why: Refusal::Forgotten,
+                ..
+            } => {
+                let record = core.record.as_ref();
+                let reigns = record.is_some_and(|r| r.term == term && r.primary.host == *from);
+                if reigns && core.settled() {
+                    self.source = None;
+                    core.forgets("the primary knows that this host has held more log than it has");
+                }
+            }
+            Message::Abdicated { version, failed } => {
                 let record = core.record.as_ref();
                 if record.is_some_and(|r| r.term == version.term && r.primary.host == *from) {
                     self.abdicated = true;
+                    core.stumble = failed.or(core.stumble.take());
                     self.source = None;
                 }
             }
@@ -165,8 +221,20 @@ impl Replica {
             core.refuse(from, version.term, Refusal::Sealed, version);
             return false;
         }
+        let strangers = core.mutated(Mutation::StrangersHeard);
+        let Some(reigning) = core.record.as_ref().map(|record| record.term) else {
+            core.overlooked = Some(from.clone());
+            core.read_record();
+            return strangers;
+        };
+        if version.term > reigning && !strangers {
+            // Anybody can say so. The record of that term, with its keeper's proof, is on its way.
+            core.overlooked = Some(from.clone());
+            core.read_record();
+            return false;
+        }
         let Some(record) = core.record.as_ref() else {
-            return true;
+            return false;
         };
         if version.term < record.term
             || (version.term == record.term && record.primary.host != *from)
@@ -233,6 +301,11 @@ impl Replica {
         if source.host != *from || source.authority.term() != term || !core.settled() {
             return;
         }
+        if core.full.is_some() {
+            // Nothing more is taken until there is room: then it is asked for from here on.
+            self.source = None;
+            return;
+        }
         let tip = core.log.appended;
         if batch.first() != tip.index || batch.term() < tip.term || batch.term() > term {
             self.source = None;
@@ -282,10 +355,17 @@ impl Replica {
         };
         if core.settled() && Self::may_reign(core, from, *version) && tip == core.log.appended {
             self.source = None;
-            core.renew(
-                Rest::Aside,
-                "the log here is not the beginning of the primary's",
-            );
+            // A reign that began with everything that had been let out has whatever counts of this
+            // log; of one that did not, or may not have, this may be the only copy.
+            let kept = core.record.as_ref().is_some_and(|record| {
+                !record.loss && record.begins >= core.let_out.min(core.log.appended.index)
+            });
+            let rest = if kept || core.mutated(Mutation::Careless) {
+                Rest::Delete
+            } else {
+                Rest::Aside
+            };
+            core.renew(rest, "the log here is not the beginning of the primary's");
         }
     }
 
@@ -333,10 +413,33 @@ impl Replica {
         if core.version() == claim.base && !core.is_copy() {
             return Some(Refusal::NotACopy);
         }
+        if core.full.is_some() {
+            return Some(Refusal::Full);
+        }
         if core.promised_otherwise(claim) {
             return Some(Refusal::Promised);
         }
-        (!consent && self.vouches(core)).then_some(Refusal::PrimaryAlive)
+        // The word of the primary itself counts, not the claimant's.
+        let consents = consent && self.consented.as_ref() == Some(claim);
+        (!consents && self.vouches(core)).then_some(Refusal::PrimaryAlive)
+    }
+
+    /// A claim that this host was promised to is void: it hears the primary again.
+    pub(super) fn renounced(&mut self, core: &mut Core, claim: &Claim, bound: bool) {
+        self.sealing.take_if(|sealing| sealing == claim);
+        self.consented.take_if(|consented| consented == claim);
+        if bound {
+            self.not_before = core.now.plus(core.config.timing.heartbeat);
+            core.hello_all();
+        }
+    }
+
+    /// The disk takes more again: what was not taken is asked for.
+    pub(super) fn store_room(&mut self, core: &mut Core) {
+        self.acknowledge(core);
+        if self.source.is_none() {
+            core.hello_all();
+        }
     }
 
     /// Whether anything came from the primary lately.
@@ -406,6 +509,8 @@ impl Replica {
         self.waiting_said = false;
         if new_term {
             self.abdicated = false;
+            self.stopped_said = false;
+            self.consented = None;
             self.heard = None;
             self.suspected = false;
             self.detector = Detector::new(core.awake(), &core.config.timing);
@@ -418,6 +523,11 @@ impl Replica {
         }
         // Its stream is probably under way; if not, its next heartbeats will find none.
         self.hello_at = core.now.plus(core.config.timing.heartbeat);
+        if let Some(host) = core.overlooked.take()
+            && core.record.as_ref().is_some_and(|r| r.primary.host == host)
+        {
+            core.hello(&host);
+        }
     }
 
     pub(super) fn record_read(&mut self, core: &mut Core) -> Turn {
@@ -447,10 +557,11 @@ impl Replica {
     }
 
     pub(super) fn vm_failed(&mut self, core: &mut Core) {
-        core.stop_vm(StopReason::Failed);
-        let wait = core.config.timing.claim_patience;
-        self.replay_at = Some(core.now.plus(wait));
         core.note_vm_failure();
+        core.stop_vm(StopReason::Failed);
+        // What fails again and again is not tried once a second for ever.
+        let wait = core.config.timing.claim_patience.times(core.backoff());
+        self.replay_at = Some(core.now.plus(wait));
     }
 
     pub(super) fn operator(&mut self, core: &mut Core, wish: Operator) -> Turn {
@@ -460,6 +571,10 @@ impl Replica {
                     "the keeper of records has not answered yet: try again when it can be reached"
                 } else if core.record.is_some() {
                     "a VM of this name exists: choose another name"
+                } else if core.log.appended.index > LogIndex::START || core.durable.live > Term(0) {
+                    "this host holds a log or disks of a VM of this name, and the witness does not \
+                     know it: let 'understudy witness recover' give the witness the record back, or \
+                     remove the VM here first"
                 } else if let Err(why) = policy.fits(&hosts, core.host()) {
                     core.journal(Event::OperatorRefused { why });
                     return Turn::Stay;

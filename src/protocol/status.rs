@@ -3,9 +3,9 @@
 use replay_log::{FrameNumber, LogIndex, LogTip, Position};
 use serde::{Deserialize, Serialize};
 
-use super::message::Claim;
+use super::message::{Claim, Health};
 use super::name::{HostName, Incarnation, VmRun};
-use super::record::Record;
+use super::record::{Committed, Record, Stumble, Version};
 use super::time::{Span, Time};
 
 /// What a host is to a VM.
@@ -47,6 +47,8 @@ pub struct FollowerStatus {
     pub executed: LogIndex,
     /// How far its execution is behind.
     pub lag: Span,
+    /// What keeps it from being counted on.
+    pub health: Health,
     /// How long it has been silent.
     pub silence: Span,
 }
@@ -84,6 +86,17 @@ pub struct Status {
     pub stalled_since: Option<Time>,
     /// Whether the guest is slowed down.
     pub throttled: bool,
+    /// What the keeper of records has (`None` in it: it does not know the VM), if that is less than
+    /// this host has seen: no record changes until an operator has given it the newest.
+    pub keeper_set_back: Option<Option<Version>>,
+    /// Why the disk takes nothing more, if it does not.
+    pub full: Option<String>,
+    /// What keeps this copy from being counted on.
+    pub health: Health,
+    /// Where reign after reign has failed, if nobody claims any more because of that.
+    pub stopped_at: Option<Stumble>,
+    /// The newest record it has seen, with its keeper's proof.
+    pub seen: Option<Committed>,
     /// On a replica, for how long the primary has been silent.
     pub primary_silence: Option<Span>,
     /// On a primary, how the others do.

@@ -2,11 +2,14 @@
 //! rule that nothing here touches the outside. What happens when things fail is simulated
 //! (`tests/simulation.rs`).
 
-use replay_log::{FrameNumber, LogIndex, Term};
+use replay_log::{FrameNumber, LogIndex, LogTip, Position, Term};
 
 use super::*;
 
+mod claims;
+mod doubt;
 mod joining;
+mod progress;
 mod trio;
 mod wire;
 
@@ -195,6 +198,13 @@ fn a_promise_never_falls_back_to_an_earlier_state_of_the_record() {
     // Nobody answers: what matters is what `c` promises.
     trio.host("a").cut_off = true;
     trio.host("b").cut_off = true;
+    // Nor does it vouch for the primary.
+    let message = Message::Abdicated {
+        version: known,
+        failed: None,
+    };
+    let from = name("a");
+    trio.input(&c, Input::Message { from, message });
     trio.input(&c, seal("b", 5, later));
     let promise = |trio: &mut Trio| trio.host("c").node.status().promise.expect("a promise");
     assert_eq!(promise(&mut trio).base, later);
@@ -270,7 +280,7 @@ fn the_guest_is_slowed_for_a_replica_that_lags_and_not_for_one_that_begins() {
         Input::VmFailed {
             run,
             reason,
-            at: replay_log::Position(1),
+            at: Position(1),
         },
     );
     for _ in 0..80 {

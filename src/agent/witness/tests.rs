@@ -32,6 +32,8 @@ fn record(term: u64, epoch: u64, primary: &str, members: &[&str]) -> Record {
     Record {
         lineage: Lineage(1),
         through: LogIndex::START,
+        begins: LogIndex::START,
+        loss: false,
         failed: None,
         term: Term(term),
         epoch: Epoch(epoch),

@@ -46,6 +46,8 @@ fn record(reign: &Reign<usize>, copies: usize) -> Record {
     Record {
         lineage: Lineage(1),
         through: LogIndex::START,
+        begins: LogIndex::START,
+        loss: false,
         failed: None,
         term: reign.term,
         epoch: Epoch(reign.term.0),

@@ -11,7 +11,7 @@ use super::super::mutation::Mutation;
 use super::super::name::HostName;
 use super::super::node::Turn;
 use super::super::record::{MAX_COPIES, Member, Policy, Record};
-use super::super::time::Time;
+use super::super::time::{Span, Time};
 use super::{Controller, Kind, Phase, Sealed};
 
 impl Controller {
@@ -23,7 +23,7 @@ impl Controller {
             .as_ref()
             .is_some_and(|base| base.primary.host == *host);
         match &self.kind {
-            Kind::Succession { awake } => primary && !awake.contains(host),
+            Kind::Succession { awake, .. } => primary && !awake.contains(host),
             _ => false,
         }
     }
@@ -49,7 +49,7 @@ impl Controller {
         let answered = self.others(core).iter().all(|host| {
             self.sealed.contains_key(host) || self.refused.contains(host) || self.is_dead(host)
         });
-        let waited = core.now.since(self.began) >= core.config.timing.seal_grace;
+        let waited = core.now.since(self.began) >= self.grace(core);
         if !(own && enough && (answered || waited)) {
             return None;
         }
@@ -86,6 +86,37 @@ impl Controller {
         Some(Turn::Stay)
     }
 
+    /// How long the other copies have for their seals. Those that have answered the inquiry are alive:
+    /// a copy that is left out would be one less. An operator's claim asks everybody whether the
+    /// primary is heard.
+    pub(super) fn grace(&self, core: &Core) -> Span {
+        let timing = &core.config.timing;
+        let missing =
+            |host: &HostName| !self.sealed.contains_key(host) && !self.refused.contains(host);
+        let alive = match &self.kind {
+            Kind::Succession { awake, .. } => awake.iter().any(missing),
+            Kind::Forced { .. } => true,
+            _ => false,
+        };
+        let others = self.others(core);
+        let far = core
+            .farthest(others.iter().filter(|host| missing(host)))
+            .times(2);
+        let grace = if alive {
+            timing.seal_grace_awake
+        } else {
+            timing.seal_grace
+        };
+        grace.max(far.min(timing.claim_patience))
+    }
+
+    /// How long the sealed copies have to take what they lack.
+    pub(super) fn patience_to_bring(&self, core: &Core) -> Span {
+        let timing = &core.config.timing;
+        let far = core.farthest(self.sealed.keys()).times(4);
+        timing.bring_along.max(far.min(timing.claim_patience))
+    }
+
     pub(super) fn fetch(&mut self, core: &mut Core) -> Option<Turn> {
         let tip = core.log.appended;
         if tip.index < self.chosen.index {
@@ -118,7 +149,7 @@ impl Controller {
         let holds =
             |sealed: &Sealed| everything || (!sealed.left_out && sealed.held >= self.chosen.index);
         let complete = self.sealed.values().all(|s| s.left_out || holds(s));
-        let waited = core.now.since(since) >= core.config.timing.bring_along;
+        let waited = core.now.since(since) >= self.patience_to_bring(core);
         if !complete && !waited {
             return None;
         }
@@ -156,7 +187,12 @@ impl Controller {
             hosts,
             policy,
             through: self.chosen.index,
-            failed: None,
+            begins: self.chosen.index,
+            loss: matches!(self.kind, Kind::Cold | Kind::Forced { .. }),
+            failed: match &self.kind {
+                Kind::Succession { stumble, .. } => stumble.clone(),
+                _ => None,
+            },
         };
         core.journal(Event::RecordProposed {
             version: new.version(),

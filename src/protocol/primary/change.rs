@@ -27,6 +27,7 @@ use replay_log::LogIndex;
 use super::super::api::{Action, Operator, Swapped};
 use super::super::core::Core;
 use super::super::event::Event;
+use super::super::message::Health;
 use super::super::mutation::Mutation;
 use super::super::name::HostName;
 use super::super::node::Turn;
@@ -68,12 +69,17 @@ impl Primary {
             return;
         }
         let grows = members.iter().any(|new| !record.members.contains(new));
-        let mut all = members.iter();
-        let hold = all.all(|member| self.holds(member, self.committed));
+        let hold = self.may_change(core, &record, &members, &hosts, policy);
         let careless = core.mutated(Mutation::ShrinkEarly) && !grows
             || core.mutated(Mutation::MemberWithoutLog) && grows;
         if !hold && !careless {
-            self.await_holders(core, members);
+            let (new, old): (Vec<_>, Vec<_>) = members
+                .into_iter()
+                .partition(|member| !record.members.contains(member));
+            self.await_holders(core, if new.is_empty() { old } else { new });
+            return;
+        }
+        if !self.hears_the_keeper(core, &record, &members) {
             return;
         }
         self.say_why(core, &record, &members);
@@ -89,6 +95,61 @@ impl Primary {
             ..record
         };
         self.propose(core, new, why);
+    }
+
+    /// Whether these copies hold what was let out: enough of them that whoever is promoted from them
+    /// has it, and everyone that is new.
+    fn may_change(
+        &self,
+        core: &Core,
+        record: &Record,
+        members: &[Member],
+        hosts: &[HostName],
+        policy: Policy,
+    ) -> bool {
+        let next = Record {
+            members: members.to_vec(),
+            hosts: hosts.to_vec(),
+            policy: Policy {
+                // Whether output may leave with so few is another question.
+                min_copies: 0,
+                ..policy
+            },
+            ..record.clone()
+        };
+        let mut new = members
+            .iter()
+            .filter(|member| !record.members.contains(member));
+        self.committed_by(core, &next) >= self.committed
+            && new.all(|member| self.holds(member, self.committed))
+    }
+
+    /// Through where every copy of this record is known to hold the log.
+    fn held_by_all(&self, core: &Core, record: &Record) -> LogIndex {
+        let members = record.members.iter().map(|member| self.held_by(member));
+        let all = members.chain([core.held(), self.committed]);
+        all.min().unwrap_or_default()
+    }
+
+    /// Whether the keeper has answered since the members were lost that are to go. One that hears
+    /// nothing at all might have lost nobody: its change would reach the keeper, and it could not
+    /// go on.
+    fn hears_the_keeper(&self, core: &mut Core, record: &Record, members: &[Member]) -> bool {
+        let patience = core.config.timing.shrink_after;
+        let silent = |member: &Member| {
+            let follower = self.followers.get(&member.host);
+            follower.is_some_and(|follower| follower.silence(core.awake()) >= patience)
+        };
+        let mut gone = record.members.iter().filter(|m| !members.contains(m));
+        if !gone.any(silent) {
+            return true;
+        }
+        let since = Time::from_nanos(core.now.as_nanos().saturating_sub(patience.as_nanos()));
+        if core.keeper_heard_since(since) || core.mutated(Mutation::DeafPrimary) {
+            return true;
+        }
+        core.read_record();
+        false
     }
 
     /// Lets output wait for those of these who lack a part of what was released, if it is little.
@@ -158,8 +219,12 @@ impl Primary {
         }
         // Whose machine cannot be started, for want of its image or of memory, would hold a log that
         // nobody could go on from.
-        let runs = follower.executed > LogIndex::START;
-        served && lively && runs && self.nearly_holds(core, candidate)
+        // Nor would clients wait for one that has still to execute what it holds.
+        let runs = follower.executed >= self.base.index
+            && follower.executed > LogIndex::START
+            && self.pace.lag(core.now, follower.executed) <= core.config.timing.lag_limit;
+        let well = follower.health() == Health::Well && !follower.forgetful;
+        served && well && lively && runs && self.nearly_holds(core, candidate)
     }
 
     fn say_why(&self, core: &mut Core, record: &Record, members: &[Member]) {
@@ -186,6 +251,7 @@ impl Primary {
     pub(super) fn propose(&mut self, core: &mut Core, mut new: Record, why: &str) {
         let expect = core.version();
         new.epoch = expect.epoch.next();
+        new.through = self.held_by_all(core, &new);
         core.journal(Event::RecordProposed {
             version: new.version(),
             copies: new.all_copies().cloned().collect(),

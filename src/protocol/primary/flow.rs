@@ -3,6 +3,7 @@
 use super::super::api::Action;
 use super::super::core::Core;
 use super::super::event::Event;
+use super::super::record::OnLoss;
 use super::super::time::Span;
 use super::Primary;
 
@@ -93,7 +94,12 @@ impl Primary {
 
     /// Whether the guest has been held back for a replica for too long.
     fn slowed_in_vain(&self, core: &Core) -> bool {
-        let patience = core.config.timing.slow_patience;
+        // Where lost replicas are removed, none keeps clients waiting for longer than that takes.
+        let timing = &core.config.timing;
+        let patience = match Self::on_loss(core) {
+            OnLoss::Shrink => timing.slow_patience.min(timing.shrink_after),
+            OnLoss::Stall => timing.slow_patience,
+        };
         self.worst_lag(core) > Span::ZERO && core.now.since(self.throttled_at) >= patience
     }
 

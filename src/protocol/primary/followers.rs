@@ -5,7 +5,8 @@ use std::collections::VecDeque;
 use replay_log::LogIndex;
 
 use super::super::core::Core;
-use super::super::message::Ack;
+use super::super::message::{Ack, Health};
+use super::super::mutation::Mutation;
 use super::super::name::{Incarnation, VmRun};
 use super::super::record::Member;
 use super::super::time::{Span, Time};
@@ -27,6 +28,14 @@ pub(super) struct Follower {
     pub(super) executed: LogIndex,
     /// The run of its VMM that has executed it.
     run: VmRun,
+    /// Through where it has said that it holds it on the lane that keeps the order of its greetings.
+    told: LogIndex,
+    /// When `held` moved last, or had nothing to move to; in awake time.
+    moved: Time,
+    /// What keeps it from being counted on, and since when; in awake time.
+    health: (Health, Time),
+    /// It has greeted with less than it had held in this very incarnation.
+    pub(super) forgetful: bool,
     /// It is sealed against this state of the record.
     pub(super) refuses: bool,
     /// It has once executed nearly everything: from then on falling behind is lagging.
@@ -40,6 +49,10 @@ impl Follower {
             incarnation,
             held: LogIndex::START,
             executed: LogIndex::START,
+            told: LogIndex::START,
+            moved: awake,
+            health: (Health::Well, awake),
+            forgetful: false,
             run: VmRun::default(),
             refuses: false,
             has_kept_up: false,
@@ -47,17 +60,61 @@ impl Follower {
         }
     }
 
-    pub(super) fn acked(&mut self, ack: &Ack, awake: Time) {
-        self.held = self.held.max(ack.held);
+    /// It has acknowledged. `ordered`: on the lane that keeps the order; a datagram may be an old one.
+    pub(super) fn acked(&mut self, ack: &Ack, ordered: bool, awake: Time) {
+        if ack.held > self.held {
+            self.held = ack.held;
+            self.moved = awake;
+        }
+        if ordered {
+            self.told = self.told.max(ack.held);
+        }
         if ack.run == self.run {
             self.executed = self.executed.max(ack.executed);
-        } else {
+        } else if ordered {
             // Another VMM has begun, at the beginning of the log. It has to be let.
             self.run = ack.run;
             self.executed = ack.executed;
             self.has_kept_up = false;
         }
+        if ack.health != self.health.0 {
+            self.health = (ack.health, awake);
+        }
         self.acked = awake;
+    }
+
+    /// This reign's members held its beginning when it was won.
+    pub(super) fn begins_at(&mut self, base: LogIndex) {
+        self.held = base;
+        self.told = base;
+    }
+
+    /// Whether a greeting with this end of its log shows that it has lost what it held.
+    pub(super) fn has_forgotten(&self, incarnation: Incarnation, tip: LogIndex) -> bool {
+        incarnation == self.incarnation && tip < self.told
+    }
+
+    /// What keeps it from being counted on.
+    pub(super) fn health(&self) -> Health {
+        self.health.0
+    }
+
+    /// Whether it has nothing to acknowledge, or has just begun to have: what it does not move counts
+    /// from then on.
+    pub(super) fn note_progress(&mut self, tail: LogIndex, awake: Time) {
+        if self.held >= tail {
+            self.moved = awake;
+        }
+    }
+
+    /// For how long it has not come on although there is more log, or its disk or VMM has been such
+    /// that it could not.
+    pub(super) fn stands_still(&self, awake: Time) -> Span {
+        let unwell = match self.health {
+            (Health::Well, _) => Span::ZERO,
+            (_, since) => awake.since(since),
+        };
+        awake.since(self.moved).max(unwell)
     }
 
     /// For how long it has acknowledged nothing, in awake time.
@@ -153,14 +210,23 @@ impl Primary {
     pub(super) fn lost(&self, core: &Core, member: &Member) -> Option<Span> {
         let follower = self.followers.get(&member.host)?;
         let silence = follower.silence(core.awake());
-        let gone = follower.incarnation != member.incarnation;
-        (gone || silence >= core.config.timing.shrink_after).then_some(silence)
+        let gone = follower.incarnation != member.incarnation || follower.forgetful;
+        // Whoever answers and does not come on is of no more use than one that is silent.
+        let stands = if core.mutated(Mutation::SilenceOnly) {
+            Span::ZERO
+        } else {
+            follower.stands_still(core.awake())
+        };
+        let longest = silence.max(stands);
+        (gone || longest >= core.config.timing.shrink_after).then_some(longest)
     }
 
     /// Notes who executes nearly as fast as the log grows.
     pub(super) fn note_pace(&mut self, core: &Core) {
         let half = Span::from_nanos(core.config.timing.lag_limit.as_nanos() / 2);
+        let (tail, awake) = (core.log.appended.index, core.awake());
         for follower in self.followers.values_mut() {
+            follower.note_progress(tail, awake);
             // A new reign knows of nobody's past: whoever is there has executed its beginning.
             let here = follower.executed >= self.base.index;
             if here && self.pace.lag(core.now, follower.executed) < half {

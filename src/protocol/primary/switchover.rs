@@ -23,10 +23,18 @@ pub(super) enum Phase {
     GoingLive,
     /// The guest runs.
     Live,
+    /// The keeper is asked whether it is there: without it nobody can take over, and a guest that
+    /// was stopped would have to wait for it.
+    Asking { to: HostName, since: Time },
     /// The guest is being stopped.
     Pausing { to: HostName, since: Time },
-    /// The guest is stopped; the target takes and executes the rest.
-    Draining { to: HostName, since: Time },
+    /// The guest is stopped; the target takes and executes the rest. `asked`: since when the keeper
+    /// is asked once more.
+    Draining {
+        to: HostName,
+        since: Time,
+        asked: Option<Time>,
+    },
     /// The target is to claim; this host hears nobody who reigns by the present record, and
     /// releases nothing by it.
     Handing {
@@ -68,9 +76,9 @@ impl Primary {
         };
         let to = member.host.clone();
         core.journal(Event::SwitchoverBegan { to: to.clone() });
-        core.do_(Action::PauseVm { run: core.run });
         let since = core.now;
-        self.phase = Phase::Pausing { to, since };
+        self.phase = Phase::Asking { to, since };
+        core.read_record();
         Ok(())
     }
 
@@ -81,6 +89,7 @@ impl Primary {
             self.phase = Phase::Draining {
                 to: to.clone(),
                 since: *since,
+                asked: None,
             };
         }
         self.advance(core)
@@ -90,14 +99,23 @@ impl Primary {
         let patience = core.config.timing.switchover_patience;
         let late = |since: Time| core.now.since(since) >= patience;
         match &self.phase {
+            Phase::Asking { since, .. } if late(*since) => {
+                self.resume(core, "the keeper of records does not answer");
+            }
+            Phase::Asking { to, since } if core.keeper_heard_since(*since) => {
+                let (to, since) = (to.clone(), *since);
+                self.phase = Phase::Pausing { to, since };
+                core.do_(Action::PauseVm { run: core.run });
+            }
             Phase::Pausing { since, .. } | Phase::Draining { since, .. } if late(*since) => {
                 self.resume(core, "it took too long");
             }
-            Phase::Draining { to, since } => {
-                let (to, since) = (to.clone(), *since);
+            Phase::Draining { to, since, asked } => {
+                let (to, since, asked) = (to.clone(), *since, *asked);
                 // A change that is under way would void the claim.
-                if self.change.is_none() && self.challenge.is_none() && self.has_all(core, &to) {
-                    self.hand_over(core, to, since);
+                let ready = self.change.is_none() && self.challenge.is_none();
+                if ready && self.has_all(core, &to) {
+                    self.ask_again(core, to, since, asked);
                 }
             }
             Phase::Handing {
@@ -109,6 +127,19 @@ impl Primary {
         Turn::Stay
     }
 
+    /// The keeper did not answer. A guest that was only to be stopped for a while goes on.
+    pub(in super::super) fn keeper_silent(&mut self, core: &mut Core, reason: &str) {
+        let waits = match &self.phase {
+            Phase::Asking { .. } => true,
+            Phase::Draining { asked, .. } => asked.is_some(),
+            _ => false,
+        };
+        if waits {
+            let why = format!("the keeper of records does not answer ({reason})");
+            self.resume(core, &why);
+        }
+    }
+
     /// Whether the target holds and has executed the whole log, and all of it is committed.
     fn has_all(&self, core: &Core, to: &HostName) -> bool {
         let tail = core.log.appended.index;
@@ -118,6 +149,20 @@ impl Primary {
             && core.held() >= tail
             && self.committed >= tail
             && member.is_some_and(|member| self.holds(member, tail))
+    }
+
+    /// The target has everything. What it needs now is the keeper: only when that has answered once
+    /// more is the promise made that nobody but the keeper, or the target, can take back.
+    fn ask_again(&mut self, core: &mut Core, to: HostName, since: Time, asked: Option<Time>) {
+        match asked {
+            Some(asked) if core.keeper_heard_since(asked) => self.hand_over(core, to, since),
+            Some(_) => core.read_record(),
+            None => {
+                let asked = Some(core.now);
+                self.phase = Phase::Draining { to, since, asked };
+                core.read_record();
+            }
+        }
     }
 
     fn hand_over(&mut self, core: &mut Core, to: HostName, since: Time) {
@@ -152,16 +197,30 @@ impl Primary {
                 to: to.clone(),
                 term: claim.term,
             };
-            let to = to.clone();
+            let (to, claim) = (to.clone(), claim.clone());
             core.journal(event);
+            for host in core.up_peers() {
+                if host != to && core.concerns(&host) {
+                    let claim = claim.clone();
+                    core.send(&host, Message::Consent { claim });
+                }
+            }
             core.send(&to, message);
         }
     }
 
-    /// Too late to simply go on: the keeper must confirm this reign before.
+    /// Too late to simply go on: the target must renounce its claim, or the keeper confirm this reign.
     fn regret(&mut self, core: &mut Core) {
-        if let Phase::Handing { regretted, .. } = &mut self.phase {
+        if let Phase::Handing {
+            to,
+            claim,
+            regretted,
+            ..
+        } = &mut self.phase
+        {
             *regretted = true;
+            let (to, claim) = (to.clone(), claim.clone());
+            core.send(&to, Message::TakeBack { claim });
         }
         if let Some(record) = core.record.clone().filter(|_| self.change.is_none()) {
             self.propose(core, record, "to take back a switchover");
@@ -182,6 +241,15 @@ impl Primary {
         }
     }
 
+    /// The target has renounced this claim: it can never come through, and the guest goes on.
+    pub(super) fn take_back(&mut self, core: &mut Core, renounced: &Claim) {
+        let ours = matches!(&self.phase, Phase::Handing { claim, .. } if claim == renounced);
+        if ours {
+            core.release_promise(renounced);
+            self.resume(core, "the target does not claim");
+        }
+    }
+
     /// A confirmed record voids the claim: the guest goes on here.
     pub(super) fn switchover_record_changed(&mut self, core: &mut Core) {
         if let Phase::Handing { claim, .. } = &self.phase
@@ -192,14 +260,19 @@ impl Primary {
     }
 
     fn resume(&mut self, core: &mut Core, why: &str) {
-        if let Phase::Pausing { to, .. } | Phase::Draining { to, .. } | Phase::Handing { to, .. } =
-            &self.phase
+        if let Phase::Asking { to, .. }
+        | Phase::Pausing { to, .. }
+        | Phase::Draining { to, .. }
+        | Phase::Handing { to, .. } = &self.phase
         {
+            let runs = matches!(self.phase, Phase::Asking { .. });
             core.journal(Event::SwitchoverFailed {
                 to: to.clone(),
                 why: why.to_owned(),
             });
-            core.do_(Action::ResumeVm { run: core.run });
+            if !runs {
+                core.do_(Action::ResumeVm { run: core.run });
+            }
             self.phase = Phase::Live;
             self.record_held_back(core);
         }

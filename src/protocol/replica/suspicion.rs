@@ -93,12 +93,31 @@ impl Replica {
                 silence_ms: silence.as_millis(),
             });
         }
-        let fit = core.executed >= core.unfit_before;
+        if self.is_stopped(core) {
+            return Turn::Stay;
+        }
+        let fit = core.executed >= core.unfit_before && core.full.is_none();
         let due = fit && silence >= self.patience(core, &record) && core.now >= self.not_before;
         if due && self.inquiry.is_none() && self.sealing.is_none() {
             self.inquire(core, &record);
         }
         self.consider_claim(core)
+    }
+
+    /// Whether nobody claims any more because reign after reign has failed at one place: the next
+    /// copy would only execute the same instruction.
+    fn is_stopped(&mut self, core: &mut Core) -> bool {
+        let Some(stumble) = Self::stopped_at(core) else {
+            return false;
+        };
+        if !std::mem::replace(&mut self.stopped_said, true) {
+            core.journal(Event::GuestStopsHosts {
+                at: stumble.at,
+                reigns: stumble.reigns,
+                reason: stumble.reason,
+            });
+        }
+        true
     }
 
     fn inquire(&mut self, core: &mut Core, record: &Record) {
@@ -125,7 +144,11 @@ impl Replica {
         let Some(inquiry) = &self.inquiry else {
             return Turn::Stay;
         };
-        let waited = core.now.since(inquiry.since) >= core.config.timing.inquiry;
+        // As long as those who were asked are far away, and no longer than others take over.
+        let timing = &core.config.timing;
+        let far = core.farthest(&inquiry.asked).times(2);
+        let patience = timing.inquiry.max(far.min(timing.inquiry_most));
+        let waited = core.now.since(inquiry.since) >= patience;
         let everybody = inquiry.asked.iter().all(|h| inquiry.silent.contains(h));
         if !(inquiry.confirmed && (waited || everybody)) {
             return Turn::Stay;
@@ -139,6 +162,7 @@ impl Replica {
                 Turn::Claim {
                     kind: Kind::Succession {
                         awake: inquiry.silent.clone(),
+                        stumble: core.stumble.clone(),
                     },
                     base: Some(base),
                 }
@@ -158,11 +182,20 @@ impl Replica {
         if !here || record.policy.acks != Acks::Memory || !core.settled() {
             return Turn::Stay;
         }
+        // What a host holds counts from when it has heard of this very record: an older greeting may
+        // be from before it became a member.
+        let base = record.version();
         let gone = |member: &Member| {
-            let greeting = core.peers.get(&member.host).and_then(|peer| peer.greeting);
-            greeting.is_some_and(|greeting| greeting.incarnation != member.incarnation)
+            let holding = self.holdings.get(&member.host);
+            self.holdings_for == base && holding.is_some_and(|held| *held != member.incarnation)
         };
         let missing: Vec<_> = record.members.iter().filter(|m| !gone(m)).collect();
+        if core.now >= self.ask_at {
+            self.ask_at = core.now.plus(core.config.timing.retry);
+            for member in &missing {
+                core.send(&member.host, Message::Inquire { base });
+            }
+        }
         if missing.is_empty() {
             return Turn::Claim {
                 kind: Kind::Cold,
@@ -175,8 +208,11 @@ impl Replica {
             core.journal(Event::Waiting {
                 why: format!(
                     "lost its memory and boots from its disks only when {} cannot have the log \
-                     any more",
-                    names.join(", ")
+                     any more: start it, or go on without it by 'understudy switchover {} --to {} \
+                     --accept-loss'",
+                    names.join(", "),
+                    core.config.vm,
+                    core.host()
                 ),
             });
         }

@@ -9,6 +9,7 @@ const FAR: Span = Span::from_millis(40);
 fn alone_with_a_far_host() -> Trio {
     let mut trio = Trio::new();
     trio.far = Some((name("c"), FAR));
+    trio.host("c").keeps_up = true;
     let create = Operator::Create {
         hosts: vec![name("a")],
         policy: START,

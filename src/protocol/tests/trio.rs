@@ -1,6 +1,6 @@
 //! Three hosts and a keeper, in a world without faults but those that a test asks for.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 
 use replay_log::{Batch, BatchBuilder, Entry, LogIndex, LogTip, Mark, MarkDigest, Position};
 
@@ -24,6 +24,23 @@ pub(super) struct Host {
     pub(super) store_is_stuck: bool,
     /// No machine can be started.
     pub(super) has_no_image: bool,
+    /// Its machine executes whatever comes at once; else only the beginning of the log.
+    pub(super) keeps_up: bool,
+    /// It hears nobody, the keeper neither; what it says is heard.
+    pub(super) deaf: bool,
+    /// Its guest is paused.
+    pub(super) paused: bool,
+    /// Its log was given up; whether it was set aside.
+    pub(super) dropped: Option<bool>,
+    /// The disk that its folder is on.
+    pub(super) disk: DiskId,
+}
+
+/// Something that is on its way.
+enum Mail {
+    Input(HostName, Input),
+    /// A question to the keeper, which is slow.
+    Keeper(HostName, Action),
 }
 
 /// Three hosts and a keeper.
@@ -36,7 +53,10 @@ pub(super) struct Trio {
     pub(super) far: Option<(HostName, Span)>,
     /// How many processes have been started: no two draw the same random bits.
     starts: u64,
-    mail: VecDeque<(Time, HostName, Input)>,
+    /// How long the keeper takes to do what it is asked for.
+    pub(super) keeper_takes: Span,
+    mail: BTreeMap<(Time, u64), Mail>,
+    mailed: u64,
 }
 
 /// As the keeper hands it out.
@@ -49,8 +69,12 @@ pub(super) fn by_keeper(record: Record) -> Committed {
 
 impl Trio {
     pub(super) fn new() -> Self {
+        Self::with_hosts(&["a", "b", "c"])
+    }
+
+    pub(super) fn with_hosts(hosts: &[&str]) -> Self {
         let now = Time::from_nanos(1_000_000_000);
-        let hosts = [("a", 1), ("b", 2), ("c", 3)].map(|(host, fresh)| {
+        let hosts = (1..).zip(hosts).map(|(fresh, host)| {
             let vm = VmName::new("vm").expect("a name");
             let restored = Restored {
                 disk: DiskId(fresh),
@@ -58,16 +82,18 @@ impl Trio {
                 ..Restored::default()
             };
             let node = Node::new(Config::new(name(host), vm), restored, now);
-            (name(host), Host::new(node))
+            (name(host), Host::new(node, DiskId(fresh)))
         });
         let mut trio = Self {
             now,
-            hosts: BTreeMap::from(hosts),
+            hosts: hosts.collect(),
             record: None,
             keeper_down: false,
             far: None,
-            starts: 3,
-            mail: VecDeque::new(),
+            starts: 100,
+            keeper_takes: Span::ZERO,
+            mail: BTreeMap::new(),
+            mailed: 0,
         };
         for host in trio.names() {
             trio.carry_out(&host);
@@ -83,13 +109,18 @@ impl Trio {
     /// The three paired, `a` the primary.
     pub(super) fn paired(policy: Policy) -> Self {
         let mut trio = Self::new();
-        let hosts = trio.names();
-        let create = Operator::Create { hosts, policy };
-        trio.input(&name("a"), Input::Operator(create));
+        trio.create_on(&["a", "b", "c"], policy);
         trio.record_entries(1);
         trio.pass(200);
         assert_eq!(trio.record().members.len(), 2, "{:?}", trio.record);
         trio
+    }
+
+    /// `a` creates the VM, with copies wanted on these.
+    pub(super) fn create_on(&mut self, hosts: &[&str], policy: Policy) {
+        let hosts = hosts.iter().map(|host| name(host)).collect();
+        let create = Operator::Create { hosts, policy };
+        self.input(&name("a"), Input::Operator(create));
     }
 
     pub(super) fn names(&self) -> Vec<HostName> {
@@ -110,7 +141,15 @@ impl Trio {
 
     pub(super) fn input(&mut self, host: &HostName, input: Input) {
         let now = self.now;
-        if let Some(here) = self.hosts.get_mut(host).filter(|here| !here.cut_off) {
+        let heard = matches!(
+            input,
+            Input::Message { .. }
+                | Input::RecordRead(_)
+                | Input::ReadFailed { .. }
+                | Input::RecordSwapped(_)
+        );
+        let reached = |here: &&mut Host| !here.cut_off && !(heard && here.deaf);
+        if let Some(here) = self.hosts.get_mut(host).filter(reached) {
             here.node.handle(now, input);
         }
         self.carry_out(host);
@@ -123,7 +162,7 @@ impl Trio {
         let restored = Restored {
             durable: here.durable.clone(),
             log: here.tip,
-            disk: here.durable.disk,
+            disk: here.disk,
             fresh,
             ..Restored::default()
         };
@@ -146,18 +185,34 @@ impl Trio {
             Some((far, away)) if *far == from || far == to => {
                 let at = self.now.plus(*away);
                 let input = Input::Message { from, message };
-                self.mail.push_back((at, to.clone(), input));
+                self.mail(at, Mail::Input(to.clone(), input));
             }
             _ => self.input(to, Input::Message { from, message }),
         }
+    }
+
+    fn mail(&mut self, at: Time, mail: Mail) {
+        self.mailed += 1;
+        self.mail.insert((at, self.mailed), mail);
     }
 
     /// Lets milliseconds pass.
     pub(super) fn pass(&mut self, millis: u64) {
         for _ in 0..millis {
             self.now = self.now.plus(Span::from_millis(1));
-            while let Some((_, to, input)) = self.mail.pop_front_if(|(at, ..)| *at <= self.now) {
-                self.input(&to, input);
+            while let Some(mail) = self
+                .mail
+                .first_entry()
+                .filter(|due| due.key().0 <= self.now)
+            {
+                match mail.remove() {
+                    Mail::Input(to, input) => self.input(&to, input),
+                    Mail::Keeper(from, action) => {
+                        for input in self.keep(action) {
+                            self.input(&from, input);
+                        }
+                    }
+                }
             }
             for host in self.names() {
                 let now = self.now;
@@ -195,6 +250,32 @@ impl Trio {
         }
     }
 
+    /// What the keeper does and answers.
+    fn keep(&mut self, action: Action) -> Vec<Input> {
+        match action {
+            Action::ReadRecord { .. } if self.keeper_down => vec![Input::ReadFailed {
+                reason: "down".to_owned(),
+            }],
+            Action::ReadRecord { .. } => vec![Input::RecordRead(self.committed())],
+            Action::SwapRecord { .. } if self.keeper_down => {
+                vec![Input::RecordSwapped(Swapped::Unknown {
+                    reason: "down".to_owned(),
+                })]
+            }
+            Action::SwapRecord { expect, new, .. } => {
+                let swapped = if self.record.as_ref().map(Record::version) == expect {
+                    new.may_follow(self.record.as_ref()).expect("a good record");
+                    self.record = Some(new.clone());
+                    Swapped::Done(by_keeper(new))
+                } else {
+                    Swapped::Conflict(self.committed())
+                };
+                vec![Input::RecordSwapped(swapped)]
+            }
+            _ => vec![],
+        }
+    }
+
     fn perform(&mut self, host: &HostName, action: Action) -> Vec<Input> {
         let now = self.now;
         let here = self.hosts.get_mut(host).expect("one of the three");
@@ -221,24 +302,13 @@ impl Trio {
                 }
                 vec![]
             }
-            Action::ReadRecord { .. } if self.keeper_down => vec![Input::ReadFailed {
-                reason: "down".to_owned(),
-            }],
-            Action::ReadRecord { .. } => vec![Input::RecordRead(self.committed())],
-            Action::SwapRecord { .. } if self.keeper_down => {
-                vec![Input::RecordSwapped(Swapped::Unknown {
-                    reason: "down".to_owned(),
-                })]
-            }
-            Action::SwapRecord { expect, new, .. } => {
-                let swapped = if self.record.as_ref().map(Record::version) == expect {
-                    new.may_follow(self.record.as_ref()).expect("a good record");
-                    self.record = Some(new.clone());
-                    Swapped::Done(by_keeper(new))
-                } else {
-                    Swapped::Conflict(self.committed())
-                };
-                vec![Input::RecordSwapped(swapped)]
+            Action::ReadRecord { .. } | Action::SwapRecord { .. } => {
+                if self.keeper_takes == Span::ZERO {
+                    return self.keep(action);
+                }
+                let at = self.now.plus(self.keeper_takes);
+                self.mail(at, Mail::Keeper(host.clone(), action));
+                vec![]
             }
             action => here.perform(now, action),
         }
@@ -246,7 +316,7 @@ impl Trio {
 }
 
 impl Host {
-    fn new(node: Node) -> Self {
+    fn new(node: Node, disk: DiskId) -> Self {
         Self {
             node,
             batches: vec![],
@@ -261,6 +331,11 @@ impl Host {
             cut_off: false,
             store_is_stuck: false,
             has_no_image: false,
+            keeps_up: false,
+            deaf: false,
+            paused: false,
+            dropped: None,
+            disk,
         }
     }
 
@@ -280,6 +355,7 @@ impl Host {
                 }
                 return inputs;
             }
+            Action::Sync if self.store_is_stuck => return vec![],
             Action::Sync => {
                 let (incarnation, tip) = (self.durable.incarnation, self.tip);
                 return vec![Input::Synced { incarnation, tip }];
@@ -295,7 +371,8 @@ impl Host {
                 let tip = Some(tip).filter(|tip| tip.index == index);
                 return vec![Input::TipAt { peer, index, tip }];
             }
-            Action::DropLog { .. } => {
+            Action::DropLog { aside, .. } => {
+                self.dropped = Some(aside);
                 self.batches.clear();
                 self.tip = LogTip::default();
             }
@@ -310,7 +387,11 @@ impl Host {
                 self.builder = None;
                 return self.begun();
             }
-            Action::PauseVm { run } => return vec![Input::Paused { run }],
+            Action::PauseVm { run } => {
+                self.paused = true;
+                return vec![Input::Paused { run }];
+            }
+            Action::ResumeVm { .. } => self.paused = false,
             Action::StopVm { why, .. } => self.stopped = Some(why),
             Action::Release { through, .. } => self.released = self.released.max(through),
             Action::Journal(event) => self.events.push(event),
@@ -319,16 +400,27 @@ impl Host {
         vec![]
     }
 
-    /// The guest has executed the beginning of the log, and no more until a test says so.
+    /// The guest has executed the beginning of the log, and no more until a test says so, or all.
     fn begun(&self) -> Vec<Input> {
+        let through = if self.keeps_up { self.tip.index.0 } else { 1 };
         let begun = Input::Executed {
             run: self.run,
-            through: LogIndex(1),
-            position: Position(1),
+            through: LogIndex(through),
+            position: Position(through),
         };
         let has_log = self.tip.index > LogIndex::START;
         let replays = has_log && self.builder.is_none() && !self.has_no_image;
         if replays { vec![begun] } else { vec![] }
+    }
+
+    /// The disk loses what it had synced behind here.
+    pub(super) fn forget_after(&mut self, index: LogIndex) {
+        self.batches.retain(|batch| batch.end() <= index);
+        let mut tip = LogTip::default();
+        for batch in &self.batches {
+            tip = batch.tip(tip.chain);
+        }
+        self.tip = tip;
     }
 
     pub(super) fn executed_all(&self, run: VmRun) -> Input {

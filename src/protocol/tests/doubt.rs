@@ -1,0 +1,295 @@
+//! What is not believed without proof: disks, keepers, peers. Each test names what was believed.
+
+use super::trio::by_keeper;
+use super::*;
+
+const DISK: Policy = Policy {
+    acks: Acks::Disk,
+    ..START
+};
+
+/// Whether the journal of a host has a line with this code.
+fn has(trio: &mut Trio, host: &str, code: &str) -> bool {
+    trio.host(host).journal().contains(&code)
+}
+
+// --- disks ---------------------------------------------------------------------------------------
+
+/// Copies hold the same bytes, so equal disks fill in the same second.
+#[test]
+fn full_disks_everywhere_cost_no_log_and_the_guest_goes_on_when_there_is_room() {
+    for acks in [Acks::Memory, Acks::Disk] {
+        let mut trio = Trio::paired(Policy { acks, ..START });
+        trio.record_entries(3);
+        let holdings = ["a", "b", "c"].map(|host| trio.host(host).durable.incarnation);
+        let reason = || "no space left on device".to_owned();
+        for host in ["b", "c", "a"] {
+            trio.input(&name(host), Input::StoreFull { reason: reason() });
+        }
+        trio.pass(500);
+        assert_eq!(trio.record().term, Term(1), "nobody else could go on");
+        assert!(trio.host("a").paused, "the guest waits for room");
+        assert!(has(&mut trio, "a", "waiting"));
+        for host in ["a", "b", "c"] {
+            trio.input(&name(host), Input::StoreRoom);
+        }
+        trio.pass(500);
+        assert!(!trio.host("a").paused, "and goes on by itself");
+        trio.record_entries(2);
+        assert_eq!(trio.host("a").released, LogIndex(6));
+        let now = ["a", "b", "c"].map(|host| trio.host(host).durable.incarnation);
+        assert_eq!(holdings, now, "no holding was given up");
+        assert!(!has(&mut trio, "b", "resynchronising"));
+    }
+}
+
+#[test]
+fn a_primary_whose_disk_is_full_lets_one_with_room_go_on_and_keeps_its_log() {
+    let mut trio = Trio::paired(DISK);
+    trio.record_entries(3);
+    trio.host("a").keeps_up = true;
+    let reason = "no space left on device".to_owned();
+    trio.input(&name("a"), Input::StoreFull { reason });
+    trio.pass(500);
+    assert_eq!(trio.record().primary.host, name("b"));
+    assert_eq!(trio.host("a").tip.index, LogIndex(4), "nothing is dropped");
+    trio.input(&name("a"), Input::StoreRoom);
+    trio.pass(2_000);
+    assert_eq!(trio.record().members.len(), 2, "{:?}", trio.record);
+}
+
+/// A failed fsync: nobody knows what the disk has. The log is evidence and stays beside.
+#[test]
+fn a_log_that_has_become_doubtful_is_set_aside() {
+    let mut trio = Trio::paired(DISK);
+    trio.record_entries(3);
+    let reason = "fsync failed".to_owned();
+    trio.input(&name("c"), Input::StoreFailed { reason });
+    assert_eq!(trio.host("c").dropped, Some(true));
+    trio.pass(2_000);
+    assert_eq!(trio.record().members.len(), 2, "it joins again, as another");
+}
+
+/// The folder was put back from a backup: with disk acknowledgements, too, it is another holding.
+#[test]
+fn a_folder_that_was_put_back_is_not_the_holding_that_the_record_names() {
+    let mut trio = Trio::paired(DISK);
+    let before = trio.host("c").durable.incarnation;
+    assert_eq!(
+        trio.record().member_on(&name("c")).map(|m| m.incarnation),
+        Some(before)
+    );
+    trio.host("a").cut_off = true;
+    trio.host("b").cut_off = true;
+    trio.host("c").disk = DiskId(99);
+    trio.restart("c");
+    trio.pass(3_000);
+    assert_ne!(trio.host("c").durable.incarnation, before);
+    assert!(has(&mut trio, "c", "holding_lost"));
+    assert_eq!(trio.record().term, Term(1), "nobody is promoted from it");
+}
+
+/// The whole disk went back, its identity with it: the record knows what its copies held.
+#[test]
+fn a_copy_with_less_than_the_record_says_does_not_claim() {
+    let mut trio = Trio::paired(DISK);
+    trio.record_entries(10);
+    // A change of the record notes how far everybody is.
+    trio.host("b").cut_off = true;
+    trio.record_entries(1);
+    trio.pass(1_500);
+    assert!(trio.record().through > LogIndex(10), "{:?}", trio.record());
+    trio.host("a").cut_off = true;
+    trio.host("c").forget_after(LogIndex(5));
+    trio.restart("c");
+    trio.pass(3_000);
+    assert!(has(&mut trio, "c", "holding_lost"));
+    assert_eq!(trio.record().term, Term(1));
+}
+
+/// A disk that lied about its syncs: what its host says after the restart is less than it had said.
+#[test]
+fn a_copy_that_greets_with_less_than_it_held_is_not_counted() {
+    let mut trio = Trio::paired(DISK);
+    trio.record_entries(10);
+    let before = trio.host("b").durable.incarnation;
+    trio.host("b").forget_after(LogIndex(3));
+    // Only the acknowledgements could have told: the record is older.
+    trio.host("b").durable.seen = None;
+    trio.restart("b");
+    trio.pass(100);
+    assert_ne!(
+        trio.host("b").durable.incarnation,
+        before,
+        "it takes another"
+    );
+    assert!(has(&mut trio, "a", "peer_misbehaved"));
+    trio.host("c").cut_off = true;
+    trio.pass(3_000);
+    trio.record_entries(1);
+    assert_eq!(
+        trio.host("b").tip.index,
+        LogIndex(12),
+        "it has all of it again"
+    );
+}
+
+// --- the keeper ----------------------------------------------------------------------------------
+
+#[test]
+fn a_keeper_that_was_set_back_is_not_believed_and_said_so() {
+    let mut trio = Trio::paired(START);
+    let old = trio.record.clone();
+    trio.host("c").cut_off = true;
+    trio.record_entries(1);
+    trio.pass(1_500);
+    assert_eq!(trio.record().members.len(), 1);
+    trio.record = old;
+    trio.host("a").cut_off = true;
+    trio.pass(3_000);
+    assert!(has(&mut trio, "b", "keeper_set_back"));
+    assert_eq!(trio.record().term, Term(1), "b does not claim on it");
+    assert!(trio.host("b").node.status().keeper_set_back.is_some());
+}
+
+#[test]
+fn an_emptied_keeper_lets_nobody_begin_a_vm_that_hosts_still_have() {
+    let mut trio = Trio::paired(DISK);
+    trio.record_entries(5);
+    trio.record = None;
+    for host in ["a", "b", "c"] {
+        trio.restart(host);
+    }
+    trio.pass(500);
+    let hosts = trio.names();
+    let create = Operator::Create {
+        hosts,
+        policy: DISK,
+    };
+    trio.input(&name("a"), Input::Operator(create.clone()));
+    assert!(has(&mut trio, "a", "operator_refused"));
+    // Neither does one that has only the log.
+    trio.host("b").durable.seen = None;
+    trio.restart("b");
+    trio.pass(500);
+    trio.input(&name("b"), Input::Operator(create));
+    assert!(has(&mut trio, "b", "operator_refused"));
+    assert_eq!(trio.host("b").tip.index, LogIndex(6), "nothing is dropped");
+    assert!(trio.record.is_none());
+}
+
+/// An operator gives the keeper the record back.
+#[test]
+fn a_keeper_that_has_the_record_again_is_believed_again() {
+    let mut trio = Trio::paired(START);
+    let kept = trio.record.take();
+    trio.host("c").cut_off = true;
+    trio.pass(2_000);
+    assert!(has(&mut trio, "a", "keeper_set_back"));
+    trio.record = kept;
+    trio.pass(2_000);
+    assert_eq!(trio.record().members.len(), 1, "c could be removed");
+    assert!(trio.host("a").node.status().keeper_set_back.is_none());
+}
+
+// --- peers ---------------------------------------------------------------------------------------
+
+#[test]
+fn whoever_says_that_it_reigns_by_an_unknown_record_is_not_believed() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(2);
+    let version = Version {
+        term: Term(9),
+        epoch: Epoch(9),
+    };
+    let authority = Authority::Reign(version);
+    let tip = trio.host("b").tip;
+    for message in [
+        Message::Heartbeat {
+            version,
+            tail: LogIndex(99),
+            committed: LogIndex(99),
+            forget: FrameNumber(0),
+        },
+        Message::Stream {
+            authority: authority.clone(),
+            after: tip,
+        },
+        Message::Diverged { authority, tip },
+    ] {
+        let from = name("c");
+        trio.input(&name("b"), Input::Message { from, message });
+    }
+    trio.pass(100);
+    assert_eq!(trio.host("b").tip, tip);
+    assert!(trio.host("b").dropped.is_none());
+    trio.record_entries(1);
+    assert_eq!(trio.host("a").released, LogIndex(4));
+}
+
+#[test]
+fn a_host_that_the_record_does_not_concern_gets_neither_promise_nor_log() {
+    let mut trio = Trio::new();
+    trio.create_on(&["a", "b"], START);
+    trio.record_entries(3);
+    trio.pass(300);
+    let claim = Claim {
+        term: Term(2),
+        claimant: name("c"),
+        base: trio.record().version(),
+    };
+    trio.host("c").tip = LogTip::default();
+    for message in [
+        Message::Seal {
+            claim,
+            consent: true,
+        },
+        Message::Fetch {
+            term: Term(2),
+            after: LogTip::default(),
+        },
+    ] {
+        let from = name("c");
+        trio.input(&name("b"), Input::Message { from, message });
+    }
+    trio.pass(100);
+    assert_eq!(trio.host("b").node.status().promise, None);
+    assert!(trio.host("c").batches.is_empty(), "no log was sent");
+    trio.record_entries(1);
+    assert_eq!(trio.host("a").released, LogIndex(4), "output goes on");
+}
+
+/// The claimant's word that the primary consents counts for nothing.
+#[test]
+fn consent_is_the_primarys_to_give() {
+    let mut trio = Trio::paired(START);
+    let claim = Claim {
+        term: Term(2),
+        claimant: name("c"),
+        base: trio.record().version(),
+    };
+    let message = Message::Seal {
+        claim,
+        consent: true,
+    };
+    let from = name("c");
+    trio.input(&name("b"), Input::Message { from, message });
+    assert_eq!(trio.host("b").node.status().promise, None);
+}
+
+/// A record is only news with its keeper's proof; nodes are handed nothing else.
+#[test]
+fn a_record_of_another_vm_of_this_name_is_no_news() {
+    let mut trio = Trio::paired(START);
+    let mut other = trio.record().clone();
+    other.lineage = Lineage(other.lineage.0 ^ 1);
+    other.term = Term(7);
+    other.epoch = Epoch(70);
+    other.primary.host = name("c");
+    other.members = vec![];
+    let from = name("c");
+    let message = Message::Record(by_keeper(other));
+    trio.input(&name("a"), Input::Message { from, message });
+    trio.record_entries(1);
+    assert_eq!(trio.host("a").released, LogIndex(2));
+}

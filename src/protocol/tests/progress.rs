@@ -1,0 +1,158 @@
+//! Progress is life: who answers and does not come on is lost, and who hears nothing judges nobody.
+
+use super::*;
+
+/// Whether output is let out again within so many milliseconds, while the guest goes on.
+fn flows_within(trio: &mut Trio, millis: u64) -> bool {
+    let before = trio.host("a").released;
+    for _ in 0..millis {
+        trio.record_entries(1);
+        trio.pass(1);
+        if trio.host("a").released > before {
+            return true;
+        }
+    }
+    false
+}
+
+#[test]
+fn a_replica_that_answers_and_stores_nothing_is_removed() {
+    for acks in [Acks::Memory, Acks::Disk] {
+        let mut trio = Trio::paired(Policy { acks, ..START });
+        trio.host("b").store_is_stuck = true;
+        assert!(flows_within(&mut trio, 1_500), "{acks:?}");
+        assert!(trio.record().member_on(&name("b")).is_none());
+        assert!(trio.record().member_on(&name("c")).is_some());
+    }
+}
+
+#[test]
+fn a_replica_whose_disk_is_full_is_removed_and_joins_again() {
+    let mut trio = Trio::paired(START);
+    trio.host("b").keeps_up = true;
+    let reason = "full".to_owned();
+    trio.input(&name("b"), Input::StoreFull { reason });
+    assert!(flows_within(&mut trio, 1_500));
+    assert!(trio.record().member_on(&name("b")).is_none());
+    trio.input(&name("b"), Input::StoreRoom);
+    for _ in 0..2_000 {
+        trio.record_entries(1);
+        trio.pass(1);
+    }
+    assert!(trio.record().member_on(&name("b")).is_some());
+}
+
+/// Its removal of everybody would reach the keeper, and it could not go on by it.
+#[test]
+fn a_primary_that_hears_nothing_removes_nobody() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(1);
+    trio.host("a").deaf = true;
+    trio.pass(2_500);
+    assert_eq!(trio.record().term, Term(1));
+    assert_eq!(trio.record().members.len(), 2, "{:?}", trio.record());
+    trio.host("a").deaf = false;
+    assert!(flows_within(&mut trio, 500));
+}
+
+/// min-copies keeps a member that is dead; another host can be added all the same.
+#[test]
+fn a_dead_member_that_has_to_stay_does_not_keep_others_out() {
+    let policy = Policy {
+        rule: Rule::Any(1),
+        min_copies: 3,
+        ..START
+    };
+    let mut trio = Trio::with_hosts(&["a", "b", "c", "d"]);
+    trio.create_on(&["a", "b", "c"], policy);
+    trio.record_entries(1);
+    trio.pass(300);
+    assert_eq!(trio.record().members.len(), 2);
+    trio.host("b").cut_off = true;
+    trio.host("d").keeps_up = true;
+    let hosts = ["a", "b", "c", "d"].map(name).to_vec();
+    let pair = Operator::Pair { hosts, policy };
+    trio.input(&name("a"), Input::Operator(pair));
+    for _ in 0..2_500 {
+        trio.record_entries(1);
+        trio.pass(1);
+    }
+    assert!(
+        trio.record().member_on(&name("d")).is_some(),
+        "{:?}",
+        trio.record()
+    );
+}
+
+/// Whoever has the log and has not executed it would keep clients waiting when it is promoted.
+#[test]
+fn a_host_is_no_member_before_its_guest_has_caught_up() {
+    let mut trio = Trio::new();
+    trio.create_on(&["a"], START);
+    for _ in 0..2_000 {
+        trio.record_entries(1);
+        trio.pass(1);
+    }
+    let hosts = trio.names();
+    let pair = Operator::Pair {
+        hosts,
+        policy: START,
+    };
+    trio.input(&name("a"), Input::Operator(pair));
+    trio.host("c").keeps_up = true;
+    for _ in 0..1_000 {
+        trio.record_entries(1);
+        trio.pass(1);
+    }
+    assert!(trio.record().member_on(&name("c")).is_some());
+    assert!(
+        trio.record().member_on(&name("b")).is_none(),
+        "it has executed one entry"
+    );
+    let tip = trio.host("a").tip;
+    assert_eq!(trio.host("b").tip, tip, "and holds everything");
+}
+
+/// An acknowledgement of another run of the VMM says nothing of what this one has executed.
+#[test]
+fn a_run_after_a_restart_is_another_one() {
+    let mut trio = Trio::paired(Policy {
+        acks: Acks::Disk,
+        ..START
+    });
+    let before = trio.host("b").node.status().run;
+    trio.restart("b");
+    trio.pass(200);
+    let after = trio.host("b").node.status().run;
+    assert_ne!(before, after);
+    trio.restart("b");
+    trio.pass(200);
+    assert_ne!(trio.host("b").node.status().run, after);
+}
+
+/// The same machine does the same on the next host: somebody has to look.
+#[test]
+fn after_two_reigns_that_fail_at_one_place_nobody_claims() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(3);
+    for _ in 0..6 {
+        let primary = trio.record().primary.host.clone();
+        let host = primary.to_string();
+        let run = trio.host(&host).node.status().run;
+        let failed = Input::VmFailed {
+            run,
+            reason: "an instruction that KVM cannot emulate".to_owned(),
+            at: Position(77),
+        };
+        trio.input(&primary, failed);
+        trio.pass(5_000);
+    }
+    assert_eq!(trio.record().term, Term(2), "one more reign, and no third");
+    let failed = trio.record().failed.clone().expect("the first failure");
+    assert_eq!((failed.at, failed.reigns), (Position(77), 1));
+    assert!(trio.host("c").journal().contains(&"guest_stops_hosts"));
+    // An operator decides.
+    trio.input(&name("c"), Input::Operator(Operator::AcceptLoss));
+    trio.pass(1_000);
+    assert_eq!(trio.record().term, Term(3));
+}
