@@ -99,7 +99,7 @@ impl KvmMachine {
         memory::dirty_log(&self.vm, &self.memory).map_err(|e| refused("KVM_GET_DIRTY_LOG", e))
     }
 
-    fn serve(&mut self, exit: Exit, tape: &mut dyn Tape) -> Result<(), TapeError> {
+    fn serve(&mut self, exit: Exit, tape: &mut dyn Tape) -> Result<(), MachineError> {
         match exit {
             Exit::Port(access) => self.serve_port(&access, tape)?,
             Exit::Mmio {
@@ -117,7 +117,9 @@ impl KvmMachine {
             }
             Exit::Halt => {
                 self.exits.add(kind(&exit), 0, 0, &[]);
-                if self.vcpu.interrupts_on() {
+                if self.vcpu.exception_waits()? {
+                    // A single step: the trap flag was set, and HLT is executed.
+                } else if self.vcpu.interrupts_on() {
                     self.halted = true;
                 } else {
                     self.ended = Some(GuestEnd::Dead);
@@ -211,7 +213,8 @@ impl Machine for KvmMachine {
         }
         if !self.vcpu.ready_for_interrupt() {
             return if self.halted {
-                // HLT with interrupts on ends every interrupt shadow: nothing could be in the way.
+                // HLT with interrupts on ends every interrupt shadow, and a guest with an exception
+                // to take is not halted: nothing could be in the way.
                 Err(refused("KVM_INTERRUPT", errno::Error::new(libc::EBUSY)))
             } else {
                 Ok(false)

@@ -107,6 +107,14 @@ impl Vcpu {
         Ok(events.interrupt.injected != 0)
     }
 
+    /// Whether an exception is the next thing that the guest takes. Nothing else is delivered
+    /// before it, and a guest that has one to take does not wait, whatever it has executed.
+    pub(super) fn exception_waits(&self) -> Result<bool, MachineError> {
+        let events = self.fd.get_vcpu_events();
+        let events = events.map_err(|e| refused("KVM_GET_VCPU_EVENTS", e))?;
+        Ok(events.exception.pending != 0 || events.exception.injected != 0)
+    }
+
     /// Completes pending I/O without executing anything beyond it.
     pub(super) fn settle(&mut self) -> Result<Left, MachineError> {
         if self.settled {
