@@ -140,6 +140,8 @@ pub enum FromVm {
         kind: FailureKind,
         /// A sentence.
         reason: String,
+        /// The last landmark that the guest had passed.
+        at: Position,
     },
 }
 

@@ -139,6 +139,14 @@ impl KvmMachine {
                 self.exits.add(kind(&exit), 0, 0, &[]);
                 self.ended = Some(GuestEnd::TripleFault);
             }
+            Exit::Unrunnable(why) => {
+                let (rip, said) = self.vcpu.last_words()?;
+                tracing::warn!("the guest cannot be run any further: {said}");
+                // Not what KVM says of it: much of that is of the host.
+                let (number, detail) = why.digested();
+                self.exits.add(kind(&exit), rip, number, &[detail]);
+                self.ended = Some(GuestEnd::Unrunnable { why, rip });
+            }
         }
         Ok(())
     }
@@ -267,6 +275,7 @@ fn kind(exit: &Exit) -> u8 {
         Exit::Hypercall { .. } => (7, Direction::In),
         Exit::TaskPriority => (8, Direction::In),
         Exit::Shutdown => (9, Direction::In),
+        Exit::Unrunnable(_) => (10, Direction::In),
     };
     kind + u8::from(direction == Direction::Out)
 }

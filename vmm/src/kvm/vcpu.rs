@@ -147,6 +147,14 @@ impl Vcpu {
         })
     }
 
+    /// The address of the instruction at which the guest stands, and, for people, all that KVM says of
+    /// why it cannot go on. Only the address is the same on every host.
+    pub(super) fn last_words(&mut self) -> Result<(u64, String), MachineError> {
+        let regs = self.fd.get_regs().map_err(|e| refused("KVM_GET_REGS", e))?;
+        let said = exit::describe_failure(self.fd.get_kvm_run());
+        Ok((regs.rip, format!("{said}; {}", self.where_it_was())))
+    }
+
     fn where_it_was(&self) -> String {
         match (self.fd.get_regs(), self.fd.get_sregs()) {
             (Ok(regs), Ok(sregs)) => format!(
