@@ -35,6 +35,10 @@ fn word(recorded: &Recorded, at: u64) -> u64 {
     u64::from_le_bytes(bytes.expect("eight bytes"))
 }
 
+/// The trap and the interrupt flag.
+const TRAP: i32 = 0x100;
+const INTERRUPTS: i32 = 0x200;
+
 /// A guest that halts with the trap flag set has a debug exception to take, and no interrupt before
 /// it: with interrupts on it does not wait for one, with interrupts off it is not dead.
 #[test]
@@ -42,8 +46,6 @@ fn a_single_step_over_hlt_is_taken() {
     if !kvm_is_here("a single step over HLT") {
         return;
     }
-    const TRAP: i32 = 0x100;
-    const INTERRUPTS: i32 = 0x200;
     for (name, flags) in [("IF on", TRAP | INTERRUPTS), ("IF off", TRAP)] {
         let mut guest = Guest::new(Ring::Zero);
         guest.out32(layout::TIMER_MILLIS, 3);
