@@ -175,12 +175,12 @@ fn serve(
     let start = match await_start(&mut host) {
         Ok(Some(start)) => start,
         Ok(None) => return ExitCode::SUCCESS,
-        Err(error) => return fail(&mut host, &error, Position::START),
+        Err(error) => return fail(&mut host, Position::START, &error),
     };
     let reversible = background.reversible();
     let machine = match build(&start, &mut host, for_disk, &prompter, reversible) {
         Ok(machine) => machine,
-        Err(error) => return fail(&mut host, &error, Position::START),
+        Err(error) => return fail(&mut host, Position::START, &error),
     };
     let mut vmm = match Vmm::start(machine, host, start, background, prompter) {
         Ok(vmm) => vmm,
@@ -198,7 +198,7 @@ fn serve(
             Err(error) => {
                 vmm.keep_the_end();
                 let at = vmm.runner.at();
-                return fail(vmm.host(), &error, at);
+                return fail(vmm.host(), at, &error);
             }
         }
     }
@@ -217,13 +217,13 @@ fn said(panic: &(dyn Any + Send)) -> String {
         .unwrap_or_else(|| "a panic without words".to_owned())
 }
 
-/// Tells the agent why the process ends, and how far the guest was.
-fn fail(host: &mut ProcessHost, error: &ChildError, at: Position) -> ExitCode {
+/// Tells the agent why the process ends.
+fn fail(host: &mut ProcessHost, at: Position, error: &ChildError) -> ExitCode {
     let said = host
         .say(&FromVm::Failed {
             kind: error.kind(),
-            reason: error.to_string(),
             at,
+            reason: error.to_string(),
         })
         .and_then(|()| host.send());
     if said.is_err() {

@@ -138,10 +138,10 @@ pub enum FromVm {
     Failed {
         /// What kind of failure.
         kind: FailureKind,
+        /// The last landmark that the machine has passed.
+        at: Position,
         /// A sentence.
         reason: String,
-        /// The last landmark that the guest had passed.
-        at: Position,
     },
 }
 
