@@ -19,9 +19,11 @@ mod log;
 pub mod operator;
 mod pair;
 mod process;
+mod remove;
 mod replay;
 mod run;
 mod simulate;
+mod standing;
 pub mod status;
 mod switchover;
 mod witness;
@@ -67,6 +69,8 @@ enum Command {
     Status(status::Args),
     /// Let a replica of a VM reign, with nothing lost
     Switchover(switchover::Args),
+    /// Let a host forget a VM of which it is no copy any more, and delete what it has of it
+    Remove(remove::Args),
     /// Show what each host decided, and why
     Events(events::Args),
     /// Run a guest on this host alone, in the foreground
@@ -131,6 +135,7 @@ fn dispatch(command: Command) -> Result<(), Failure> {
         Command::Pair(args) => pair::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Switchover(args) => switchover::run(&args),
+        Command::Remove(args) => remove::run(&args),
         Command::Events(args) => events::run(&args),
         Command::Run(args) => run::run(&args).map_err(blame_host),
         Command::Replay(args) => replay::run(&args).map_err(blame_host),

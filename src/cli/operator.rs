@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::failure::{Failure, OrExit as _};
+use super::standing::Standing;
 use super::{events, suggest};
 use crate::agent::journal::What;
 use crate::agent::operator::{Client, OperatorError, Request};
@@ -50,10 +51,21 @@ pub fn known_host(client: &Client, name: &HostName) -> Result<HostName, Failure>
 /// The record of a VM that the cluster knows.
 pub async fn known_vm(client: &Client, vm: &VmName) -> Result<Record, Failure> {
     let all = client.witness().or_fail()?.list().await.or_fail()?;
-    match all.get(vm) {
-        Some(record) => Ok(record.clone()),
+    if let Some(record) = all.get(vm) {
+        return Ok(record.clone());
+    }
+    let look = client.status_of_all().await;
+    match Standing::of(&look, vm) {
+        Some(_) => Err(forgotten(vm)).or_fail(),
         None => Err(suggest::unknown("VM", vm.as_str(), all.keys())).or_fail(),
     }
+}
+
+/// What is said of a VM that hosts know and the witness does not.
+fn forgotten(vm: &VmName) -> String {
+    format!(
+        "the witness knows no VM '{vm}', and hosts do: it has lost its records; see 'understudy witness --help' for how they are put back"
+    )
 }
 
 /// The record of a VM, if the cluster knows it.
@@ -116,4 +128,31 @@ pub async fn refusal(
         }
         _ => None,
     }))
+}
+
+/// What a host last said of its attempts at what was ordered after a line of its journal, for an order
+/// that has come to nothing yet.
+pub async fn last_word(
+    client: &Client,
+    host: &HostName,
+    vm: &VmName,
+    journal: u64,
+) -> Option<String> {
+    let lines = events::events_after(client, host, journal).await.ok()?;
+    let about_it = lines
+        .into_iter()
+        .filter(|line| line.vm.as_ref() == Some(vm));
+    let words = about_it.filter(|line| {
+        matches!(
+            line.what,
+            What::Decision(
+                Event::ClaimGivenUp { .. }
+                    | Event::RecordUnreachable { .. }
+                    | Event::Refused { .. }
+                    | Event::Waiting { .. }
+                    | Event::StoreFull { .. }
+            )
+        )
+    });
+    words.last().map(|line| line.text)
 }

@@ -10,9 +10,10 @@ use serde::Serialize;
 use super::failure::{Failure, OrExit as _};
 use super::operator::ClusterArgs;
 use super::run::LONG_DEFERRAL;
+use super::standing::{self, Look, Standing, ago};
 use super::{block_on, output};
 use crate::agent::operator::{Client, GuestStatus, HostStatus, OperatorError, VmStatus};
-use crate::protocol::{HostName, Record, RoleName, Span, Time, VmName};
+use crate::protocol::{HostName, RoleName, Span, Time, VmName};
 use crate::sentence::sentence;
 
 /// A guest that comes past no landmark for so long does nothing but compute: others come past
@@ -57,9 +58,6 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     })
 }
 
-/// What every host says.
-type Look = BTreeMap<HostName, Result<HostStatus, OperatorError>>;
-
 async fn look(client: &Client) -> Look {
     client.status_of_all().await
 }
@@ -76,6 +74,16 @@ fn unreachable_all(look: &Look) -> Result<(), Failure> {
 #[derive(Serialize)]
 struct Json<'a> {
     hosts: BTreeMap<&'a HostName, HostJson<'a>>,
+    vms: BTreeMap<&'a VmName, VmJson<'a>>,
+}
+
+/// What all hosts together say of a VM.
+#[derive(Serialize)]
+struct VmJson<'a> {
+    /// The host that runs the guest, if one does.
+    runs_on: Option<&'a HostName>,
+    /// The sentence of the table.
+    standing: String,
 }
 
 #[derive(Serialize)]
@@ -98,25 +106,35 @@ impl<'a> From<&'a Look> for Json<'a> {
                 .iter()
                 .map(|(name, status)| (name, host(status)))
                 .collect(),
+            vms: standing::all(look)
+                .iter()
+                .map(|standing| {
+                    let of = VmJson {
+                        runs_on: standing.runs_on(),
+                        standing: standing.sentence(),
+                    };
+                    (standing.vm(), of)
+                })
+                .collect(),
         }
     }
 }
 
 fn text(look: &Look) -> String {
     let mut text = String::new();
-    let latest = latest_records(look);
-    for (vm, record) in &latest {
+    let vms = standing::all(look);
+    for standing in &vms {
         // Writing to a string cannot fail.
-        let _ = writeln!(text, "VM {vm}: {}", standing(look, vm, record));
+        let _ = writeln!(text, "VM {}: {}", standing.vm(), standing.sentence());
         let mut table = output::table(["host", "role", "position", "log", "lag", "log bytes", ""]);
         for (host, status) in look {
             match status {
                 Ok(status) => {
-                    if let Some(seen) = status.vms.iter().find(|seen| seen.vm == *vm) {
-                        table.add_row(row(look, host, status.now, seen));
+                    if let Some(seen) = standing.on(host) {
+                        table.add_row(row(look, standing, host, status.now, seen));
                     }
                 }
-                Err(_) if record.concerns(host) => {
+                Err(_) if standing.record.concerns(host) => {
                     table.add_row([host.as_str(), "unreachable", "", "", "", "", ""]);
                 }
                 Err(_) => {}
@@ -124,8 +142,8 @@ fn text(look: &Look) -> String {
         }
         let _ = writeln!(text, "{table}\n");
     }
-    if latest.is_empty() {
-        text.push_str("No VM is known; 'understudy pair' starts one.\n\n");
+    if vms.is_empty() {
+        text.push_str(no_vm(look));
     }
     for (host, status) in look {
         match status {
@@ -146,67 +164,24 @@ fn text(look: &Look) -> String {
     text
 }
 
-/// The newest record that any host knows of each VM.
-fn latest_records(look: &Look) -> BTreeMap<VmName, Record> {
-    let mut latest: BTreeMap<VmName, Record> = BTreeMap::new();
-    for seen in look.values().flatten().flat_map(|status| &status.vms) {
-        let Some(record) = &seen.node.record else {
-            continue;
-        };
-        let known = latest
-            .entry(seen.vm.clone())
-            .or_insert_with(|| record.clone());
-        if record.version() > known.version() {
-            *known = record.clone();
-        }
-    }
-    latest
-}
-
-/// One sentence about a VM.
-fn standing(look: &Look, vm: &VmName, record: &Record) -> String {
-    let members: Vec<_> = record.members.iter().map(|m| m.host.as_str()).collect();
-    let mut text = format!(
-        "{} reigns in term {}, rule {}",
-        record.primary.host, record.term, record.policy.rule
-    );
-    if members.is_empty() {
-        text.push_str(", UNPROTECTED");
-        let since = primary_view(look, vm, record)
-            .and_then(|(status, seen)| Some((status.now, seen.node.unprotected_since?)));
-        if let Some((now, since)) = since {
-            let _ = write!(text, " since {} ago", ago(now, since));
-        }
+/// What is said where no VM is to be seen: nothing is known by whom nobody answers.
+fn no_vm(look: &Look) -> &'static str {
+    if look.values().all(Result::is_ok) {
+        "No VM is known; 'understudy pair' starts one.\n\n"
+    } else if look.values().any(Result::is_ok) {
+        "No host that answers knows a VM.\n\n"
     } else {
-        let _ = write!(text, ", {} may succeed", members.join(", "));
+        ""
     }
-    let stalled = primary_view(look, vm, record)
-        .and_then(|(status, seen)| Some((status.now, seen.node.stalled_since?)));
-    if let Some((now, since)) = stalled {
-        let _ = write!(
-            text,
-            "; OUTPUT WAITS for copies since {} ago",
-            ago(now, since)
-        );
-    }
-    text
 }
 
-fn ago(now: Time, since: Time) -> String {
-    output::span(Duration::from_nanos(now.since(since).as_nanos()))
-}
-
-fn primary_view<'a>(
-    look: &'a Look,
-    vm: &VmName,
-    record: &Record,
-) -> Option<(&'a HostStatus, &'a VmStatus)> {
-    let status = look.get(&record.primary.host)?.as_ref().ok()?;
-    let seen = status.vms.iter().find(|seen| seen.vm == *vm)?;
-    Some((status, seen))
-}
-
-fn row(look: &Look, host: &HostName, now: Time, seen: &VmStatus) -> [String; 7] {
+fn row(
+    look: &Look,
+    standing: &Standing<'_>,
+    host: &HostName,
+    now: Time,
+    seen: &VmStatus,
+) -> [String; 7] {
     let node = &seen.node;
     let lag = lag_of(look, &seen.vm, host);
     let mut remarks = Vec::new();
@@ -216,7 +191,11 @@ fn row(look: &Look, host: &HostName, now: Time, seen: &VmStatus) -> [String; 7] 
     if let Some(silence) = node.primary_silence
         && silence.as_millis() >= 200
     {
-        remarks.push(format!("has not heard the primary for {silence}"));
+        let silence = Duration::from_nanos(silence.as_nanos());
+        remarks.push(format!(
+            "has not heard the primary for {}",
+            output::span(silence)
+        ));
     }
     if seen.waiting_output > 0 {
         remarks.push(format!(
@@ -224,14 +203,22 @@ fn row(look: &Look, host: &HostName, now: Time, seen: &VmStatus) -> [String; 7] 
             output::bytes(seen.waiting_output)
         ));
     }
-    if seen.gateways > 0 {
-        remarks.push(format!("{} gateways", seen.gateways));
+    match seen.gateways {
+        0 => {}
+        1 => remarks.push("1 gateway".to_owned()),
+        gateways => remarks.push(format!("{gateways} gateways")),
     }
     if let Some(since) = node.stalled_since {
         remarks.push(format!("output stalled for {}", ago(now, since)));
     }
     remarks.extend(seen.guest.as_ref().and_then(guest_state));
     remarks.extend(seen.failure.clone());
+    if !standing.record.concerns(host) {
+        remarks.push(format!(
+            "no copy any more: 'understudy remove {} --host {host}' deletes what it has",
+            seen.vm
+        ));
+    }
     [
         host.to_string(),
         role(node.role).to_owned(),
@@ -289,5 +276,58 @@ pub const fn role(role: RoleName) -> &'static str {
         RoleName::GoingLive => "going live",
         RoleName::Primary => "PRIMARY",
         RoleName::HandingOver => "handing over",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::standing::tests::{Told, host, node, record};
+
+    #[test]
+    fn what_nobody_runs_is_not_told_as_if_somebody_did() {
+        let record = record(&["b"]);
+        let told = Told::default()
+            .says("a", node(RoleName::Starting, &record))
+            .is_down("b");
+        let text = text(&told.0);
+        assert!(text.starts_with("VM shop: NOBODY RUNS IT: "), "{text}");
+        let json = serde_json::to_value(Json::from(&told.0)).expect("plain data");
+        assert!(json["vms"]["shop"]["runs_on"].is_null(), "{json}");
+        let told = told.says("a", node(RoleName::Primary, &record));
+        let json = serde_json::to_value(Json::from(&told.0)).expect("plain data");
+        assert_eq!(json["vms"]["shop"]["runs_on"], "a");
+    }
+
+    #[test]
+    fn a_host_that_keeps_what_nobody_wants_says_how_to_delete_it() {
+        let record = record(&["b"]);
+        let told = Told::default()
+            .says("a", node(RoleName::Primary, &record))
+            .says("b", node(RoleName::Member, &record))
+            .says("c", node(RoleName::Outsider, &record));
+        let rows: Vec<String> = text(&told.0).lines().map(str::to_owned).collect();
+        let offers = |name: &str| {
+            let command = format!("'understudy remove shop --host {name}'");
+            rows.iter().any(|row| row.contains(&command))
+        };
+        assert!(offers("c") && !offers("b"), "{rows:?}");
+    }
+
+    #[test]
+    fn a_host_that_does_not_answer_may_know_a_vm() {
+        let mut look = Look::new();
+        look.insert(host("a"), Err(OperatorError::NoWitness));
+        assert_eq!(no_vm(&look), "", "nobody answers");
+        let told = Told(look).says("b", node(RoleName::Starting, &record(&[])));
+        let mut look = told.0;
+        look.get_mut(&host("b"))
+            .and_then(|status| status.as_mut().ok())
+            .expect("answers")
+            .vms
+            .clear();
+        assert!(no_vm(&look).starts_with("No host that answers knows a VM"));
+        look.remove(&host("a"));
+        assert!(no_vm(&look).contains("'understudy pair' starts one"));
     }
 }

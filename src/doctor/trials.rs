@@ -181,7 +181,10 @@ pub fn fate(trick: Trick) -> Result<Fate, ProbeError> {
     match probe::run_once(&trick.guest()?) {
         Ok(_) => Ok(Fate::Works),
         Err(ProbeError::Ended(Turn::Ended(GuestEnd::TripleFault))) => Ok(Fate::Faults),
-        Err(ProbeError::Machine(MachineError::Host { .. })) => Ok(Fate::Fails),
+        Err(
+            ProbeError::Ended(Turn::Ended(GuestEnd::Unrunnable { .. }))
+            | ProbeError::Machine(MachineError::Host { .. }),
+        ) => Ok(Fate::Fails),
         Err(error) => Err(error),
     }
 }

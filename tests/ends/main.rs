@@ -22,7 +22,7 @@ use tempfile::TempDir;
 use understudy::protocol::RoleName;
 use vmm::boot::BootImage;
 use vmm::devices::layout;
-use vmm::tape::{Ending, GuestEnd};
+use vmm::tape::{Ending, GuestEnd, Unrunnable};
 
 use guest::{FREE, Guest, Ring, ok};
 use loopback::{host_name, on_kvm, understudy};
@@ -33,6 +33,9 @@ use virtio::{Descriptor, NEXT, Queue, WRITE};
 const HANGS: &str = "computing\n";
 /// Said by a guest whose disk takes no more.
 const FULL: &str = "the disk is full\n";
+
+/// Device addresses with no device.
+const DEVICES: u64 = 0xe000_0000;
 
 /// What a guest that fills its disk writes at once.
 const CHUNK: u32 = 64 << 10;
@@ -59,6 +62,14 @@ fn triple_fault() -> BootImage {
 fn dead() -> BootImage {
     let mut guest = Guest::new(Ring::Zero);
     ok(guest.asm.hlt());
+    guest.build()
+}
+
+/// Executes where there are devices, which no KVM can.
+fn unrunnable() -> BootImage {
+    let mut guest = Guest::new(Ring::Zero);
+    ok(guest.asm.mov(rax, DEVICES));
+    ok(guest.asm.jmp(rax));
     guest.build()
 }
 
@@ -214,6 +225,20 @@ fn a_halt_with_interrupts_off() {
     on_kvm(async || {
         let words = "dead (HLT with interrupts off)";
         ends_everywhere(&dead(), &[], GuestEnd::Dead, words).await;
+    });
+}
+
+/// What no host can run is an end of the guest like any other. Were it a failure of the host, the
+/// hosts would take turns at it for ever.
+#[test]
+fn an_instruction_that_no_kvm_can_emulate() {
+    on_kvm(async || {
+        let how = GuestEnd::Unrunnable {
+            why: Unrunnable::Emulation,
+            rip: DEVICES,
+        };
+        let words = "unrunnable (KVM cannot emulate the instruction at 0xe0000000)";
+        ends_everywhere(&unrunnable(), &[], how, words).await;
     });
 }
 

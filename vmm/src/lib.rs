@@ -32,4 +32,4 @@ pub type GuestMemory = vm_memory::GuestMemoryMmap<vm_memory::bitmap::AtomicBitma
 
 /// The version of the machine model: what a log's entries mean to a machine. A change of any
 /// device, of the boot state or of the landmark protocol that an old log would notice raises it.
-pub const MACHINE_MODEL: u32 = 6;
+pub const MACHINE_MODEL: u32 = 7;

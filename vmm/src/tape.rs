@@ -103,6 +103,62 @@ pub enum GuestEnd {
     Dead,
     /// A triple fault.
     TripleFault,
+    /// It made the CPU do what KVM cannot do for it: nothing can execute it any further.
+    Unrunnable {
+        /// What.
+        why: Unrunnable,
+        /// The address of the instruction (RIP).
+        rip: u64,
+    },
+}
+
+/// What a guest can ask of its CPU that KVM cannot do. It depends on the guest and on the kind of KVM
+/// alone: every copy comes to it at the same instruction, so it is an end of the guest and no failure
+/// of a host, and no other host can go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Unrunnable {
+    /// An instruction that KVM has to emulate and cannot: most often code in, or an access of an
+    /// unusual kind to, the addresses of devices.
+    Emulation,
+    /// An exception while another was being delivered, in a combination that KVM does not know.
+    Exceptions,
+    /// An interrupt or exception whose delivery touches the addresses of devices: a descriptor table
+    /// or a stack that lies there.
+    Delivery,
+    /// An exception that the host does not let a guest have, such as one of a lock over two cache
+    /// lines where the host forbids them.
+    Forbidden {
+        /// Its vector.
+        vector: u8,
+    },
+}
+
+impl Unrunnable {
+    /// Its number in the digest, and what belongs to it.
+    pub(crate) const fn digested(self) -> (usize, u8) {
+        match self {
+            Self::Emulation => (1, 0),
+            Self::Exceptions => (2, 0),
+            Self::Delivery => (3, 0),
+            Self::Forbidden { vector } => (4, vector),
+        }
+    }
+}
+
+impl fmt::Display for Unrunnable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Emulation => f.write_str("KVM cannot emulate the instruction"),
+            Self::Exceptions => f.write_str("KVM cannot deliver an exception within another"),
+            Self::Delivery => {
+                f.write_str("KVM cannot deliver an interrupt or exception over device addresses")
+            }
+            Self::Forbidden { vector } => {
+                write!(f, "the host forbids what raises exception {vector}")
+            }
+        }
+    }
 }
 
 impl GuestEnd {
@@ -110,19 +166,20 @@ impl GuestEnd {
     pub const fn is_crash(self) -> bool {
         match self {
             Self::PowerOff | Self::Reset => false,
-            Self::Dead | Self::TripleFault => true,
+            Self::Dead | Self::TripleFault | Self::Unrunnable { .. } => true,
         }
     }
 }
 
 impl fmt::Display for GuestEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::PowerOff => "power off",
-            Self::Reset => "reset",
-            Self::Dead => "dead (HLT with interrupts off)",
-            Self::TripleFault => "triple fault",
-        })
+        match self {
+            Self::PowerOff => f.write_str("power off"),
+            Self::Reset => f.write_str("reset"),
+            Self::Dead => f.write_str("dead (HLT with interrupts off)"),
+            Self::TripleFault => f.write_str("triple fault"),
+            Self::Unrunnable { why, rip } => write!(f, "unrunnable ({why} at {rip:#x})"),
+        }
     }
 }
 

@@ -9,14 +9,20 @@
 //!      └───────────────► replaying
 //!   any state: the agent gone ─► exit;  guest ended ─► ended;  failure ─► Failed, exit
 //! ```
+//!
+//! A panic is a failure like any other, told with the guest's position: if it is the guest that leads to
+//! it, every copy comes to it, and whoever watches several hosts fail has to see that they did so at
+//! one place.
 
+use std::any::Any;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
-use replay_log::{Batch, LogIndex, Term};
+use replay_log::{Batch, LogIndex, Position, Term};
 use thiserror::Error;
 use vmm::config::MachineConfig;
 use vmm::disk::{DiskWorker, Finish};
@@ -62,6 +68,8 @@ enum ChildError {
     NotForPrimary(&'static str),
     #[error("a replica was told to {0}")]
     NotForReplica(&'static str),
+    #[error("the VMM came upon a bug of its own: {0}")]
+    Bug(String),
 }
 
 impl From<TapeError> for ChildError {
@@ -167,12 +175,12 @@ fn serve(
     let start = match await_start(&mut host) {
         Ok(Some(start)) => start,
         Ok(None) => return ExitCode::SUCCESS,
-        Err(error) => return fail(&mut host, &error),
+        Err(error) => return fail(&mut host, Position::START, &error),
     };
     let reversible = background.reversible();
     let machine = match build(&start, &mut host, for_disk, &prompter, reversible) {
         Ok(machine) => machine,
-        Err(error) => return fail(&mut host, &error),
+        Err(error) => return fail(&mut host, Position::START, &error),
     };
     let mut vmm = match Vmm::start(machine, host, start, background, prompter) {
         Ok(vmm) => vmm,
@@ -182,22 +190,39 @@ fn serve(
         }
     };
     loop {
-        match vmm.step() {
+        match unwound(|| vmm.step()) {
             Ok(()) if vmm.host().lost() => return ExitCode::SUCCESS,
             Ok(()) => {}
+            // It panicked between two tapes, and the way to the agent is lost with them.
+            Err(_) if matches!(vmm.play, Play::Changing) => return ExitCode::FAILURE,
             Err(error) => {
                 vmm.keep_the_end();
-                return fail(vmm.host(), &error);
+                let at = vmm.runner.at();
+                return fail(vmm.host(), at, &error);
             }
         }
     }
 }
 
+/// Makes a panic an error. The process ends with it: nothing that it left half done is used but the way
+/// to the agent.
+fn unwound(step: impl FnOnce() -> Result<(), ChildError>) -> Result<(), ChildError> {
+    catch_unwind(AssertUnwindSafe(step)).unwrap_or_else(|panic| Err(ChildError::Bug(said(&*panic))))
+}
+
+/// What a panic said.
+fn said(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a panic without words".to_owned())
+}
+
 /// Tells the agent why the process ends.
-fn fail(host: &mut ProcessHost, error: &ChildError) -> ExitCode {
+fn fail(host: &mut ProcessHost, at: Position, error: &ChildError) -> ExitCode {
     let said = host
         .say(&FromVm::Failed {
             kind: error.kind(),
+            at,
             reason: error.to_string(),
         })
         .and_then(|()| host.send());
@@ -482,5 +507,27 @@ impl Vmm {
                 Ok(false)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_a_failure_of_the_host_in_its_own_words() {
+        for (step, words) in [
+            (
+                (|| panic!("ring {} is torn", 7)) as fn() -> _,
+                "ring 7 is torn",
+            ),
+            (|| panic!("plain"), "plain"),
+            (|| std::panic::panic_any(5), "a panic without words"),
+        ] {
+            let error = unwound(step).expect_err("it panics");
+            assert_eq!(error.kind(), FailureKind::Host);
+            assert!(error.to_string().ends_with(words), "{error}");
+        }
+        assert!(unwound(|| Ok(())).is_ok());
     }
 }

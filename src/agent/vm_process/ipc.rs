@@ -138,6 +138,8 @@ pub enum FromVm {
     Failed {
         /// What kind of failure.
         kind: FailureKind,
+        /// The last landmark that the machine has passed.
+        at: Position,
         /// A sentence.
         reason: String,
     },

@@ -106,8 +106,8 @@ impl Power {
             None => 0,
             Some(GuestEnd::PowerOff) => 1,
             Some(GuestEnd::Reset) => 2,
-            Some(GuestEnd::Dead) => 3,
-            Some(GuestEnd::TripleFault) => 4,
+            // The vCPU's own ends, which this device never has.
+            Some(GuestEnd::Dead | GuestEnd::TripleFault | GuestEnd::Unrunnable { .. }) => 3,
         };
         hasher.update(&[
             ended,

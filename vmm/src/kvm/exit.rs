@@ -2,13 +2,20 @@
 //!
 //! Exits of the numbered kinds ([`Exit`]) are landmarks: things the guest did. Everything else is
 //! either no event at all (a signal) or a failure of the host ([`describe_failure`]).
+//!
+//! What KVM calls an internal error is most often the guest's doing: an instruction that has to be
+//! emulated and cannot be. Every copy of the guest comes to it, at the same instruction. If it counted
+//! as a failure of the host, the guest would end each of its hosts in turn.
 
 use kvm_bindings::{
-    KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_HYPERCALL, KVM_EXIT_INTERNAL_ERROR,
-    KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT,
-    KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
-    kvm_run,
+    KVM_EXIT_DEBUG, KVM_EXIT_EXCEPTION, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_HYPERCALL,
+    KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IRQ_WINDOW_OPEN,
+    KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR,
+    KVM_EXIT_X86_WRMSR, KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_INTERNAL_ERROR_SIMUL_EX, kvm_run,
 };
+
+use crate::tape::Unrunnable;
 
 /// Which way data goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +60,8 @@ pub enum Exit {
     TaskPriority,
     /// A triple fault.
     Shutdown,
+    /// The guest made the CPU do what this KVM cannot do.
+    Unrunnable(Unrunnable),
 }
 
 /// One `KVM_EXIT_IO`. Its data lie in the run area, behind the run page.
@@ -111,8 +120,25 @@ pub(super) fn decode(run: &kvm_run) -> Option<Exit> {
         },
         KVM_EXIT_SET_TPR => Exit::TaskPriority,
         KVM_EXIT_SHUTDOWN => Exit::Shutdown,
+        KVM_EXIT_INTERNAL_ERROR => Exit::Unrunnable(match suberror(run) {
+            KVM_INTERNAL_ERROR_EMULATION => Unrunnable::Emulation,
+            KVM_INTERNAL_ERROR_SIMUL_EX => Unrunnable::Exceptions,
+            KVM_INTERNAL_ERROR_DELIVERY_EV => Unrunnable::Delivery,
+            // An exit that this KVM does not expect: it may be the CPU's doing.
+            _ => return None,
+        }),
+        KVM_EXIT_EXCEPTION => Exit::Unrunnable(Unrunnable::Forbidden {
+            // SAFETY: as above.
+            vector: u8::try_from(unsafe { u.ex.exception }).ok()?,
+        }),
         _ => return None,
     })
+}
+
+/// Which internal error it is; the exit reason must say that it is one.
+fn suberror(run: &kvm_run) -> u32 {
+    // SAFETY: plain integers, whatever the exit reason.
+    unsafe { run.__bindgen_anon_1.internal.suberror }
 }
 
 /// Where the guest was stopped for a debugger, if it was: no event of the guest either.
@@ -130,7 +156,8 @@ pub(super) fn is_interrupted(run: &kvm_run) -> bool {
     matches!(run.exit_reason, KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN)
 }
 
-/// Everything KVM says about an exit that is a failure of the host.
+/// Everything KVM says about an exit that ends the guest's execution: a failure of the host, or what
+/// no KVM like this can do for it.
 pub(super) fn describe_failure(run: &kvm_run) -> String {
     let u = &run.__bindgen_anon_1;
     match run.exit_reason {
@@ -166,10 +193,63 @@ pub(super) fn describe_failure(run: &kvm_run) -> String {
                 fault.gpa, fault.size, fault.flags
             )
         }
+        KVM_EXIT_EXCEPTION => {
+            // SAFETY: as above.
+            let exception = unsafe { u.ex };
+            format!(
+                "the host kept exception {} from the guest, error code {:#x}",
+                exception.exception, exception.error_code
+            )
+        }
         reason => format!("KVM came back with exit reason {reason}, which nobody asked for"),
     }
 }
 
 const fn direction(write: bool) -> Direction {
     if write { Direction::Out } else { Direction::In }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn left(reason: u32, fill: impl FnOnce(&mut kvm_run)) -> kvm_run {
+        let mut run = kvm_run {
+            exit_reason: reason,
+            ..kvm_run::default()
+        };
+        fill(&mut run);
+        run
+    }
+
+    fn internal(suberror: u32) -> kvm_run {
+        left(KVM_EXIT_INTERNAL_ERROR, |run| {
+            run.__bindgen_anon_1.internal.suberror = suberror;
+        })
+    }
+
+    #[test]
+    fn what_the_guest_caused_is_its_end_and_all_else_the_hosts_failure() {
+        let exception = left(KVM_EXIT_EXCEPTION, |run| {
+            run.__bindgen_anon_1.ex.exception = 17;
+        });
+        for (run, why) in [
+            (internal(1), Unrunnable::Emulation),
+            (internal(2), Unrunnable::Exceptions),
+            (internal(3), Unrunnable::Delivery),
+            (exception, Unrunnable::Forbidden { vector: 17 }),
+        ] {
+            assert_eq!(decode(&run), Some(Exit::Unrunnable(why)));
+        }
+        for (run, said) in [
+            (internal(4), "suberror 4 (an exit that this KVM does not"),
+            (left(KVM_EXIT_FAIL_ENTRY, |_| {}), "refused to enter"),
+            (left(KVM_EXIT_MEMORY_FAULT, |_| {}), "could not be reached"),
+            (left(999, |_| {}), "exit reason 999"),
+        ] {
+            assert_eq!(decode(&run), None, "{said}");
+            let text = describe_failure(&run);
+            assert!(text.contains(said), "{text}");
+        }
+    }
 }

@@ -99,7 +99,7 @@ impl KvmMachine {
         memory::dirty_log(&self.vm, &self.memory).map_err(|e| refused("KVM_GET_DIRTY_LOG", e))
     }
 
-    fn serve(&mut self, exit: Exit, tape: &mut dyn Tape) -> Result<(), TapeError> {
+    fn serve(&mut self, exit: Exit, tape: &mut dyn Tape) -> Result<(), MachineError> {
         match exit {
             Exit::Port(access) => self.serve_port(&access, tape)?,
             Exit::Mmio {
@@ -117,7 +117,9 @@ impl KvmMachine {
             }
             Exit::Halt => {
                 self.exits.add(kind(&exit), 0, 0, &[]);
-                if self.vcpu.interrupts_on() {
+                if self.vcpu.exception_waits()? {
+                    // A single step: the trap flag was set, and HLT is executed.
+                } else if self.vcpu.interrupts_on() {
                     self.halted = true;
                 } else {
                     self.ended = Some(GuestEnd::Dead);
@@ -136,6 +138,14 @@ impl KvmMachine {
             Exit::Shutdown => {
                 self.exits.add(kind(&exit), 0, 0, &[]);
                 self.ended = Some(GuestEnd::TripleFault);
+            }
+            Exit::Unrunnable(why) => {
+                let (rip, said) = self.vcpu.last_words()?;
+                tracing::warn!("the guest cannot be run any further: {said}");
+                // Not what KVM says of it: much of that is of the host.
+                let (number, detail) = why.digested();
+                self.exits.add(kind(&exit), rip, number, &[detail]);
+                self.ended = Some(GuestEnd::Unrunnable { why, rip });
             }
         }
         Ok(())
@@ -211,7 +221,8 @@ impl Machine for KvmMachine {
         }
         if !self.vcpu.ready_for_interrupt() {
             return if self.halted {
-                // HLT with interrupts on ends every interrupt shadow: nothing could be in the way.
+                // HLT with interrupts on ends every interrupt shadow, and a guest with an exception
+                // to take is not halted: nothing could be in the way.
                 Err(refused("KVM_INTERRUPT", errno::Error::new(libc::EBUSY)))
             } else {
                 Ok(false)
@@ -264,6 +275,7 @@ fn kind(exit: &Exit) -> u8 {
         Exit::Hypercall { .. } => (7, Direction::In),
         Exit::TaskPriority => (8, Direction::In),
         Exit::Shutdown => (9, Direction::In),
+        Exit::Unrunnable(_) => (10, Direction::In),
     };
     kind + u8::from(direction == Direction::Out)
 }

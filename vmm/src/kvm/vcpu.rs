@@ -107,6 +107,14 @@ impl Vcpu {
         Ok(events.interrupt.injected != 0)
     }
 
+    /// Whether an exception is the next thing that the guest takes. Nothing else is delivered
+    /// before it, and a guest that has one to take does not wait, whatever it has executed.
+    pub(super) fn exception_waits(&self) -> Result<bool, MachineError> {
+        let events = self.fd.get_vcpu_events();
+        let events = events.map_err(|e| refused("KVM_GET_VCPU_EVENTS", e))?;
+        Ok(events.exception.pending != 0 || events.exception.injected != 0)
+    }
+
     /// Completes pending I/O without executing anything beyond it.
     pub(super) fn settle(&mut self) -> Result<Left, MachineError> {
         if self.settled {
@@ -137,6 +145,14 @@ impl Vcpu {
             doing,
             reason: format!("{reason}; {}", self.where_it_was()),
         })
+    }
+
+    /// The address of the instruction at which the guest stands, and, for people, all that KVM says of
+    /// why it cannot go on. Only the address is the same on every host.
+    pub(super) fn last_words(&mut self) -> Result<(u64, String), MachineError> {
+        let regs = self.fd.get_regs().map_err(|e| refused("KVM_GET_REGS", e))?;
+        let said = exit::describe_failure(self.fd.get_kvm_run());
+        Ok((regs.rip, format!("{said}; {}", self.where_it_was())))
     }
 
     fn where_it_was(&self) -> String {

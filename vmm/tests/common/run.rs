@@ -50,6 +50,7 @@ pub struct Scenario {
 
 /// What a primary left behind.
 pub struct Recorded {
+    pub end: GuestEnd,
     pub batches: Vec<Batch>,
     pub outputs: Vec<Output>,
     pub at: Position,
@@ -144,17 +145,28 @@ impl Scenario {
     }
 }
 
-/// Runs a primary to the end of its guest.
+/// Runs a primary to the end of its guest, which switches itself off.
 pub fn record(scenario: &Scenario) -> Recorded {
+    let recorded = record_to_end(scenario);
+    assert_eq!(
+        recorded.end,
+        GuestEnd::PowerOff,
+        "the guest found something wrong"
+    );
+    recorded
+}
+
+/// Runs a primary to the end of its guest, whatever that is.
+pub fn record_to_end(scenario: &Scenario) -> Recorded {
     let mut tape = Recorder::start(scenario.host(3), scenario.policy(), scenario.header())
         .expect("the recorder starts");
     let machine = scenario.machine();
     let storm = scenario.storm(&machine);
     let mut runner = Runner::new(machine);
     let end = run_live(&mut runner, &mut tape, scenario, 0);
-    assert_eq!(end, GuestEnd::PowerOff, "the guest found something wrong");
     drop(storm);
     Recorded {
+        end,
         kicks: runner.kicks(),
         at: runner.at(),
         memory: all_memory(runner.machine()),
@@ -217,15 +229,24 @@ impl NoReplay {
     }
 }
 
-/// Replays a whole log on a fresh machine.
+/// Replays a whole log on a fresh machine, of a guest that switches itself off.
 pub fn replay(scenario: &Scenario, batches: &[Batch]) -> Result<Replayed, NoReplay> {
+    replay_to_end(scenario, batches, GuestEnd::PowerOff)
+}
+
+/// Replays a whole log on a fresh machine, of a guest that ends like this.
+pub fn replay_to_end(
+    scenario: &Scenario,
+    batches: &[Batch],
+    expected: GuestEnd,
+) -> Result<Replayed, NoReplay> {
     let mut tape = Replayer::new(scenario.host(99), scenario.header());
     let machine = scenario.machine();
     let storm = scenario.storm(&machine);
     let mut runner = Runner::new(machine);
     let end = replay_on(&mut runner, &mut tape, batches)?;
     drop(storm);
-    if end != Turn::Ended(GuestEnd::PowerOff) {
+    if end != Turn::Ended(expected) {
         return Err(NoReplay::Stuck(end));
     }
     Ok(Replayed {
