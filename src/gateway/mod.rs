@@ -11,6 +11,7 @@ mod local;
 mod metrics;
 pub mod port;
 mod pump;
+pub mod ready;
 pub mod stack;
 pub mod stream;
 #[cfg(test)]
