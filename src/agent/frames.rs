@@ -15,6 +15,7 @@
 //!                                            absent for too long, or too many bytes ──▶ dropped
 //! ```
 
+mod places;
 mod sessions;
 mod words;
 
@@ -23,6 +24,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use bytes::Bytes;
 use replay_log::{FrameNumber, FrameSource, GatewayIncarnation, LogIndex, Term};
 
+use crate::agent::certs::Name;
 use crate::gateway::frames::{Boot, Hello, Mac, Refusal, SessionId, ToGateway};
 use crate::protocol::{Span, Time, VmName};
 
@@ -87,6 +89,8 @@ enum Standing {
     Welcomed(Flow),
     /// Refused, to be told; nothing more is taken.
     Refused,
+    /// The stream is to be dropped.
+    Over,
 }
 
 #[derive(Debug)]
@@ -103,9 +107,13 @@ struct Flow {
 
 #[derive(Debug)]
 struct Session {
+    /// The gateway's name, by its certificate.
+    who: Name,
     standing: Standing,
     /// Welcomes and refusals to be written first.
     first: Option<ToGateway>,
+    /// Unless it is welcomed by then, it is refused; when it is refused, it is over.
+    until: Time,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,6 +134,18 @@ pub struct FramePort {
     gateways: BTreeMap<GatewayIncarnation, Gateway>,
     owners: HashMap<Mac, GatewayIncarnation>,
     sessions: HashMap<SessionId, Session>,
+    /// The sessions of each gateway, by its certificate, oldest first.
+    sessions_of: HashMap<Name, VecDeque<SessionId>>,
+    /// The sessions that are welcomed.
+    served: BTreeMap<SessionId, GatewayIncarnation>,
+    /// [`Session::until`] of all sessions that are not welcomed; some are gone or have another.
+    deadlines: VecDeque<(Time, SessionId)>,
+    /// Sessions that are not served and are to be looked at.
+    changed: Vec<SessionId>,
+    /// Why a gateway was refused last.
+    told: HashMap<Name, Refusal>,
+    /// The latest time that was told.
+    now: Time,
     arrivals: VecDeque<(FrameSource, Bytes)>,
     held: bool,
     last_output: FrameNumber,
@@ -156,6 +176,12 @@ impl FramePort {
             gateways: BTreeMap::new(),
             owners: HashMap::new(),
             sessions: HashMap::new(),
+            sessions_of: HashMap::new(),
+            served: BTreeMap::new(),
+            deadlines: VecDeque::new(),
+            changed: Vec::new(),
+            told: HashMap::new(),
+            now: Time::default(),
             arrivals: VecDeque::new(),
             held: false,
             last_output: FrameNumber(0),
@@ -298,6 +324,7 @@ impl FramePort {
         logged: impl IntoIterator<Item = (GatewayIncarnation, FrameNumber)>,
         now: Time,
     ) {
+        self.now = now;
         self.follow(term);
         self.role = Role::Leading(term);
         for (incarnation, number) in logged {
@@ -313,7 +340,7 @@ impl FramePort {
             self.route(number, frame);
         }
         let mut waiting = Vec::new();
-        for (id, session) in &mut self.sessions {
+        for (id, session) in &self.sessions {
             if let Standing::Waiting(hello) = &session.standing {
                 waiting.push((*id, hello.clone()));
             }
@@ -342,19 +369,19 @@ impl FramePort {
             gateway.arriving_bytes = 0;
         }
         self.kept = kept.into_iter().collect();
-        for session in self.sessions.values_mut() {
-            let over = match &session.standing {
-                Standing::Welcomed(_) => true,
-                Standing::Waiting(hello) => hello.term < self.known,
-                Standing::Silent | Standing::Refused => false,
-            };
-            if over {
-                session.standing = Standing::Refused;
-                session.first = Some(ToGateway::Refused {
-                    term: self.known,
-                    why: Refusal::OtherTerm,
-                });
-            }
+        let is_past = |session: &Session| match &session.standing {
+            Standing::Welcomed(_) => true,
+            Standing::Waiting(hello) => hello.term < self.known,
+            Standing::Silent | Standing::Refused | Standing::Over => false,
+        };
+        let past: Vec<_> = self
+            .sessions
+            .iter()
+            .filter(|(_, session)| is_past(session))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in past {
+            self.refuse(id, Refusal::OtherTerm);
         }
     }
 
@@ -379,11 +406,16 @@ impl FramePort {
                 .map(|since| since.plus(self.limits.absence)),
             Role::Following => None,
         };
-        [absent, self.tell_at].into_iter().flatten().min()
+        [absent, self.tell_at, self.poll_places()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Does what has become due; every session is to be asked for what it has to write then.
     pub fn handle_timeout(&mut self, now: Time) {
+        self.now = now;
+        self.review_places(now);
         if self.tell_at.is_some_and(|at| at <= now) {
             self.tell_at = None;
             for session in self.sessions.values_mut() {
@@ -420,14 +452,8 @@ impl FramePort {
         }
         gateway.absent_since = None;
         gateway.dropped = true;
-        if let Some(session) = gateway.session.take()
-            && let Some(session) = self.sessions.get_mut(&session)
-        {
-            session.standing = Standing::Refused;
-            session.first = Some(ToGateway::Refused {
-                term: self.known,
-                why: Refusal::TooLate,
-            });
+        if let Some(session) = gateway.session.take() {
+            self.refuse(session, Refusal::TooLate);
         }
         self.tell(FrameEvent::Dropped {
             gateway: incarnation,
@@ -472,10 +498,7 @@ impl FramePort {
 
     /// How many gateways are served now.
     pub fn served(&self) -> usize {
-        self.gateways
-            .values()
-            .filter(|gateway| gateway.session.is_some())
-            .count()
+        self.served.len()
     }
 }
 

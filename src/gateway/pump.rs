@@ -23,6 +23,7 @@ use super::GatewayError;
 use super::metrics::{GatewayMetrics, add, set};
 use super::ready::{Ready, ReadyWaker};
 use super::stack::{ConnectionId, Progress, Stack, StackConfig};
+use crate::agent::certs::Name;
 use crate::protocol::{Span, Time};
 
 /// How long nobody is accepted after the host had no file descriptor left for a client.
@@ -59,8 +60,8 @@ pub(super) trait Carrier {
     /// When it wants to be polled at the latest.
     fn poll_timeout(&self) -> Option<Time>;
 
-    /// Begins anew under another incarnation.
-    fn restart(&mut self, incarnation: GatewayIncarnation, now: Time);
+    /// Begins, or begins anew, as this incarnation.
+    fn begin(&mut self, incarnation: GatewayIncarnation, now: Time);
 
     /// Writes down what it counts.
     fn report(&self, metrics: &GatewayMetrics);
@@ -102,6 +103,8 @@ pub(super) struct Published {
 /// Everything that one gateway does, as one future's worth of state.
 pub(super) struct Pump<C> {
     carrier: C,
+    /// The gateway's name: every incarnation is one of it.
+    name: Name,
     stack: Stack,
     config: StackConfig,
     published: Vec<Published>,
@@ -128,16 +131,19 @@ pub(super) struct Pump<C> {
 
 impl<C: Carrier> Pump<C> {
     pub(super) fn new(
-        carrier: C,
-        incarnation: GatewayIncarnation,
+        mut carrier: C,
+        name: Name,
         config: StackConfig,
         published: Vec<Published>,
         most_clients: usize,
         metrics: Arc<GatewayMetrics>,
     ) -> Result<Self, GatewayError> {
+        let incarnation = super::fresh_incarnation(&name);
         let stack = Stack::new(incarnation, config.clone(), Time::default())?;
+        carrier.begin(incarnation, Time::default());
         Ok(Self {
             carrier,
+            name,
             stack,
             config,
             published,
@@ -206,7 +212,7 @@ impl<C: Carrier> Pump<C> {
 
     /// Every client is reset, and a new incarnation begins.
     fn start_afresh(&mut self, lost: &HistoryLost, now: Time) -> Result<(), GatewayError> {
-        let incarnation = super::fresh_incarnation();
+        let incarnation = super::fresh_incarnation(&self.name);
         tracing::warn!(
             reason = lost.0,
             clients = self.clients.len(),
@@ -220,7 +226,7 @@ impl<C: Carrier> Pump<C> {
         self.stopped.clear();
         add(&self.metrics.fresh_starts, 1);
         self.stack = Stack::new(incarnation, self.config.clone(), now)?;
-        self.carrier.restart(incarnation, now);
+        self.carrier.begin(incarnation, now);
         Ok(())
     }
 

@@ -11,6 +11,13 @@ use crate::protocol::Span;
 pub struct FrameLimits {
     /// How many gateways may be served at the same time.
     pub gateways: usize,
+    /// How many sessions there may be, welcomed or not.
+    pub sessions: usize,
+    /// How many of them may be of one gateway, by its certificate.
+    pub sessions_each: usize,
+    /// How long a session may wait for its welcome, and then for its refusal to be taken. A gateway
+    /// asks anew more often than that.
+    pub welcome_within: Span,
     /// Bytes of outputs kept for one gateway; one that lacks more is dropped.
     pub outputs: usize,
     /// Bytes of frames that wait for the machine, for each gateway; beyond it nothing is read from
@@ -24,6 +31,9 @@ impl Default for FrameLimits {
     fn default() -> Self {
         Self {
             gateways: 64,
+            sessions: 512,
+            sessions_each: 8,
+            welcome_within: Span::from_millis(3_000),
             outputs: 4 << 20,
             arrivals: 1 << 20,
             absence: Span::from_millis(60_000),
