@@ -144,6 +144,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> FrameStreams<S> {
     /// Reads and writes what can be read and written. Ready when there is an arrival or an event to
     /// be taken from the port; pending (and woken later) when there is not.
     pub fn poll(&mut self, cx: &mut Context<'_>, now: Time) -> Poll<()> {
+        self.port.tell_time(now);
         loop {
             if self.port.poll_timeout().is_some_and(|due| due <= now) {
                 self.port.handle_timeout(now);

@@ -12,14 +12,15 @@
 //!      ▲                    │                       ▲  (a Hello for a later term waits │
 //!      └──────follow()──────┘                       │   for `lead` of that term)       ▼
 //!                                                   └──────────────────────────────── absent
-//!                                            absent for too long, or too many bytes ──▶ dropped
+//!                                absent for too long, or takes none of too many ──▶ dropped
 //! ```
 
+mod absence;
 mod places;
 mod sessions;
 mod words;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use bytes::Bytes;
 use replay_log::{FrameNumber, FrameSource, GatewayIncarnation, LogIndex, Term};
@@ -58,6 +59,8 @@ struct Gateway {
     arriving_bytes: usize,
     session: Option<SessionId>,
     absent_since: Option<Time>,
+    /// Since when it has had more to take than is kept for one that is away, and has taken nothing.
+    stuck_since: Option<Time>,
     /// It was dropped: nothing is kept for it.
     dropped: bool,
 }
@@ -132,6 +135,8 @@ pub struct FramePort {
     /// The highest term this agent has heard of.
     known: Term,
     gateways: BTreeMap<GatewayIncarnation, Gateway>,
+    /// Those that may have to be dropped; some need not any more.
+    watched: BTreeSet<GatewayIncarnation>,
     owners: HashMap<Mac, GatewayIncarnation>,
     sessions: HashMap<SessionId, Session>,
     /// The sessions of each gateway, by its certificate, oldest first.
@@ -174,6 +179,7 @@ impl FramePort {
             role: Role::Following,
             known: Term(0),
             gateways: BTreeMap::new(),
+            watched: BTreeSet::new(),
             owners: HashMap::new(),
             sessions: HashMap::new(),
             sessions_of: HashMap::new(),
@@ -239,8 +245,11 @@ impl FramePort {
         gateway.output_bytes += frame.len();
         gateway.outputs.push_back((number, frame));
         self.counters.outputs += 1;
-        if gateway.output_bytes > self.limits.outputs {
-            self.drop_gateway(incarnation, DropReason::TooFarBehind);
+        // It is not dropped for that: what comes at once after a stall, or when a copy begins to
+        // reign, is as much as the guest could make, and is no fault of who is to take it.
+        if gateway.output_bytes > self.limits.outputs && gateway.stuck_since.is_none() {
+            gateway.stuck_since = Some(self.now);
+            self.watch([incarnation]);
         }
     }
 
@@ -336,6 +345,7 @@ impl FramePort {
             gateway.committed = gateway.logged;
             gateway.absent_since = (!gateway.dropped).then_some(now);
         }
+        self.watch(self.gateways.keys().copied().collect::<Vec<_>>());
         for (number, frame) in std::mem::take(&mut self.kept) {
             self.route(number, frame);
         }
@@ -365,6 +375,7 @@ impl FramePort {
             gateway.output_bytes = 0;
             gateway.session = None;
             gateway.absent_since = None;
+            gateway.stuck_since = None;
             gateway.uncommitted.clear();
             gateway.arriving_bytes = 0;
         }
@@ -393,89 +404,7 @@ impl FramePort {
         self.gateways.entry(incarnation).or_default()
     }
 
-    // ---- time ----
-
-    /// When [`FramePort::handle_timeout`] wants to be called.
-    pub fn poll_timeout(&self) -> Option<Time> {
-        let absent = match self.role {
-            Role::Leading(_) => self
-                .gateways
-                .values()
-                .filter_map(|gateway| gateway.absent_since)
-                .min()
-                .map(|since| since.plus(self.limits.absence)),
-            Role::Following => None,
-        };
-        [absent, self.tell_at, self.poll_places()]
-            .into_iter()
-            .flatten()
-            .min()
-    }
-
-    /// Does what has become due; every session is to be asked for what it has to write then.
-    pub fn handle_timeout(&mut self, now: Time) {
-        self.now = now;
-        self.review_places(now);
-        if self.tell_at.is_some_and(|at| at <= now) {
-            self.tell_at = None;
-            for session in self.sessions.values_mut() {
-                if let Standing::Welcomed(flow) = &mut session.standing {
-                    flow.tell_now = true;
-                }
-            }
-        }
-        if !matches!(self.role, Role::Leading(_)) {
-            return;
-        }
-        let gone: Vec<_> = self
-            .gateways
-            .iter()
-            .filter(|(_, gateway)| {
-                gateway
-                    .absent_since
-                    .is_some_and(|since| since.plus(self.limits.absence) <= now)
-            })
-            .map(|(incarnation, _)| *incarnation)
-            .collect();
-        for incarnation in gone {
-            self.drop_gateway(incarnation, DropReason::Absent);
-        }
-    }
-
-    fn drop_gateway(&mut self, incarnation: GatewayIncarnation, why: DropReason) {
-        let Some(gateway) = self.gateways.get_mut(&incarnation) else {
-            return;
-        };
-        let outputs = gateway.outputs.len();
-        if let Some(last) = gateway.forget_outputs(FrameNumber(u64::MAX)) {
-            self.forgotten_for.insert(Mac::of(incarnation), last);
-        }
-        gateway.absent_since = None;
-        gateway.dropped = true;
-        if let Some(session) = gateway.session.take() {
-            self.refuse(session, Refusal::TooLate);
-        }
-        self.tell(FrameEvent::Dropped {
-            gateway: incarnation,
-            why,
-            outputs,
-        });
-    }
-
-    /// Forgets a gateway that is gone for good, or at least one that is not there.
-    fn forget_a_gateway(&mut self) {
-        let victim = self
-            .gateways
-            .iter()
-            .filter(|(_, gateway)| gateway.session.is_none())
-            .min_by_key(|(_, gateway)| (!gateway.dropped, gateway.outputs.len()))
-            .map(|(incarnation, _)| *incarnation);
-        if let Some(victim) = victim {
-            self.gateways.remove(&victim);
-            self.owners.remove(&Mac::of(victim));
-            self.forgotten_for.remove(&Mac::of(victim));
-        }
-    }
+    // ---- news ----
 
     fn tell(&mut self, event: FrameEvent) {
         // A driver that takes none costs no memory.

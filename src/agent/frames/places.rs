@@ -58,6 +58,7 @@ impl FramePort {
         {
             gateway.session = None;
             gateway.absent_since = Some(now);
+            self.watch([incarnation]);
         }
     }
 

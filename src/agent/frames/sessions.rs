@@ -79,9 +79,11 @@ impl FramePort {
         }
         let term = self.known;
         self.received(hello.gateway, hello.received);
+        let now = self.now;
         let gateway = self.known_gateway(hello.gateway);
         let before = gateway.session.replace(id);
         gateway.absent_since = None;
+        gateway.stuck_since = gateway.stuck_since.map(|_| now);
         gateway.dropped = false;
         let (logged, resent) = (gateway.accepted, gateway.outputs.len());
         self.served.insert(id, hello.gateway);
@@ -113,9 +115,16 @@ impl FramePort {
     }
 
     fn received(&mut self, incarnation: GatewayIncarnation, through: FrameNumber) {
-        if let Some(gateway) = self.gateways.get_mut(&incarnation)
-            && let Some(last) = gateway.forget_outputs(through)
-        {
+        let Some(gateway) = self.gateways.get_mut(&incarnation) else {
+            return;
+        };
+        let before = gateway.outputs.len();
+        let forgotten = gateway.forget_outputs(through);
+        if gateway.outputs.len() < before {
+            let stuck = gateway.output_bytes > self.limits.outputs;
+            gateway.stuck_since = stuck.then_some(self.now);
+        }
+        if let Some(last) = forgotten {
             self.forgotten_for.insert(Mac::of(incarnation), last);
         }
     }

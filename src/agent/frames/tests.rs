@@ -207,14 +207,108 @@ fn a_gateway_that_stays_away_is_dropped_and_cannot_come_back() {
 }
 
 #[test]
-fn a_gateway_that_takes_nothing_is_dropped_at_the_bound() {
+fn a_gateway_that_takes_nothing_holds_the_guest_back_and_is_dropped_then() {
     let mut port = leading();
     join(&mut port, 1, gateway(0, 5), 0);
-    for number in 1..=7 {
+    join(&mut port, 2, gateway(1, 6), 0);
+    port.tell_time(seconds(1));
+    for number in 1..=6 {
         port.output(FrameNumber(number), ethernet(gateway(0, 5)));
     }
+    assert_eq!(port.overdue_bytes(), 0, "90 bytes of 100");
+    port.output(FrameNumber(7), ethernet(gateway(0, 5)));
+    assert_eq!(port.overdue_bytes(), 105);
+    // What it takes is a sign of life.
+    written(&mut port, SessionId(1));
+    port.tell_time(seconds(4));
+    let received = |through| ToAgent::Received {
+        through: FrameNumber(through),
+    };
+    port.message(SessionId(1), received(1)).expect("received");
+    assert_eq!(port.overdue_bytes(), 0);
+    for number in 8..=9 {
+        port.output(FrameNumber(number), ethernet(gateway(0, 5)));
+    }
+    assert_eq!(port.overdue_bytes(), 120);
+    assert_eq!(port.poll_timeout(), Some(seconds(9)));
+    port.handle_timeout(seconds(9));
     assert_eq!(refusal(&mut port, SessionId(1)), Some(Refusal::TooLate));
-    assert_eq!(port.received_by_all(), FrameNumber(7));
+    let mut events = std::iter::from_fn(|| port.poll_event());
+    let dropped = events.find_map(|event| match event {
+        FrameEvent::Dropped { gateway, why, .. } => Some((gateway, why)),
+        _ => None,
+    });
+    assert_eq!(dropped, Some((gateway(0, 5), DropReason::TooFarBehind)));
+    assert_eq!(port.overdue_bytes(), 0);
+    assert_eq!(port.received_by_all(), FrameNumber(9));
+}
+
+/// A whole commit comes before the streams are polled once: after a stall, more than is kept for
+/// a gateway that is away.
+#[test]
+fn a_burst_reaches_a_gateway_that_is_there() {
+    const OUTPUTS: u64 = 10_000;
+    let payload = [7; 1_500];
+    let frame: Bytes = [&ethernet(gateway(0, 5))[..], &payload].concat().into();
+    let mut port = FramePort::new(vm("vm"), Boot([1; 16]), FrameLimits::default());
+    port.lead(Term(1), [(gateway(0, 5), FrameNumber(1))], START);
+    join(&mut port, 1, gateway(0, 5), 0);
+    for number in 1..=OUTPUTS {
+        port.output(FrameNumber(number), frame.clone());
+    }
+    assert!(port.kept_bytes() > 3 * FrameLimits::default().outputs);
+    assert_eq!(port.overdue_bytes(), port.kept_bytes());
+    let mut frames = 0;
+    port.tell_time(seconds(1));
+    while frames < OUTPUTS {
+        let (messages, ends) = written(&mut port, SessionId(1));
+        assert!(!ends, "{frames} frames reached it");
+        let outputs = |message: &&ToGateway| matches!(message, ToGateway::Frame { .. });
+        frames += messages.iter().filter(outputs).count() as u64;
+    }
+    let received = ToAgent::Received {
+        through: FrameNumber(OUTPUTS),
+    };
+    port.message(SessionId(1), received).expect("received");
+    assert_eq!((port.kept_bytes(), port.overdue_bytes()), (0, 0));
+    assert_eq!(port.poll_timeout(), None);
+}
+
+/// The same for a copy that begins to reign: its gateways come a moment later.
+#[test]
+fn a_burst_is_kept_for_gateways_that_come_with_the_reign() {
+    let mut port = leading();
+    port.follow(Term(1));
+    for number in 1..=20 {
+        port.output(FrameNumber(number), ethernet(gateway(0, 5)));
+    }
+    port.lead(Term(2), [], seconds(1));
+    port.connected(SessionId(1), &name(0), seconds(2));
+    port.message(SessionId(1), hello(gateway(0, 5), 2, 0))
+        .expect("hello");
+    let (messages, _) = written(&mut port, SessionId(1));
+    let outputs = |message: &&ToGateway| matches!(message, ToGateway::Frame { .. });
+    assert_eq!(messages.iter().filter(outputs).count(), 20);
+}
+
+#[test]
+fn a_gateway_that_was_replaced_is_not_waited_for_as_long() {
+    let mut port = leading();
+    join(&mut port, 1, gateway(0, 5), 0);
+    join(&mut port, 2, gateway(1, 6), 0);
+    port.disconnected(SessionId(1), seconds(10));
+    assert_eq!(port.poll_timeout(), Some(seconds(70)));
+    join(&mut port, 3, gateway(0, 8), 0);
+    assert_eq!(port.poll_timeout(), Some(seconds(15)));
+    port.handle_timeout(seconds(15));
+    let dropped = |event| matches!(event, FrameEvent::Dropped { .. });
+    assert_eq!(
+        std::iter::from_fn(|| port.poll_event())
+            .filter(|e| dropped(e.clone()))
+            .count(),
+        1
+    );
+    assert_eq!((port.served(), port.poll_timeout()), (2, None));
 }
 
 #[test]
