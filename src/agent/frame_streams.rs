@@ -4,7 +4,7 @@
 //! ```ignore
 //! loop {
 //!     tokio::select! {
-//!         stream = incoming.recv() => frames.accept(stream),
+//!         (stream, who) = incoming.recv() => frames.accept(stream, who, now()),
 //!         () = poll_fn(|cx| frames.poll(cx, now())) => {}
 //!         output = vmm.recv() => frames.port.output(number, bytes),
 //!     }
@@ -13,22 +13,79 @@
 //! ```
 //!
 //! What the port has to say is written when [`FrameStreams::poll`] runs next, so a loop that comes
-//! back to it after every input sends everything at once.
+//! back to it after every input sends everything at once. Sessions that are not served are looked at
+//! when something happens on them and never else: however many there are, they cost no turn.
 
 use std::collections::HashMap;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake as _, Waker};
+use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite};
+use bytes::{Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::time::Sleep;
 
+use super::certs::{Name, Role};
 use super::frames::FramePort;
-use crate::gateway::frames::{SessionId, ToAgent};
+use super::link::{CloseReason, IncomingStream};
+use crate::gateway::frames::{Message as _, SessionId, ToAgent};
+use crate::gateway::ready::{Ready, ReadyWaker};
 use crate::gateway::stream::{MessageStream, WRITE_BUDGET};
-use crate::protocol::Time;
+use crate::protocol::{Time, VmName};
+
+/// How long a gateway may take to say hello on a stream that it has opened.
+const HELLO_WITHIN: Duration = Duration::from_secs(3);
+
+/// No hello is longer, in bytes: it holds a name and a few numbers.
+const HELLO_MAX: usize = 512;
+
+/// Reads the hello on a stream that a peer has opened, to know which VM it is for. Gives the VM and
+/// the stream whole: what was read comes again. `None` when no hello comes in time or it is none;
+/// a peer that is no gateway loses its connection.
+pub async fn greet(stream: IncomingStream) -> Option<(VmName, Name, GatewayStream)> {
+    if stream.from.role != Role::Gateway {
+        tracing::warn!(from = %stream.from, "opens a stream for frames, and is no gateway");
+        CloseReason::WrongRole.close(&stream.connection);
+        return None;
+    }
+    let IncomingStream {
+        from,
+        send,
+        mut recv,
+        ..
+    } = stream;
+    let hello = tokio::time::timeout(HELLO_WITHIN, read_hello(&mut recv)).await;
+    let Ok(Some((vm, head))) = hello else {
+        tracing::debug!(%from, "a stream for frames is closed: it does not begin with a hello");
+        return None;
+    };
+    let recv = AsyncReadExt::chain(std::io::Cursor::new(head), recv);
+    Some((vm, from.name, tokio::io::join(recv, send)))
+}
+
+/// The VM of a hello, and the bytes that were read to know it.
+async fn read_hello(stream: &mut (impl AsyncRead + Unpin)) -> Option<(VmName, Bytes)> {
+    let mut head = BytesMut::new();
+    loop {
+        match ToAgent::decode(&mut head.clone()) {
+            Ok(Some(ToAgent::Hello(hello))) => return Some((hello.vm, head.freeze())),
+            Ok(None) if head.len() < HELLO_MAX => {}
+            _ => return None,
+        }
+        if !stream.read_buf(&mut head).await.is_ok_and(|read| read > 0) {
+            return None;
+        }
+    }
+}
+
+/// A gateway's stream, whole: what was read of it to know the VM comes again.
+pub type GatewayStream =
+    tokio::io::Join<tokio::io::Chain<std::io::Cursor<Bytes>, quinn::RecvStream>, quinn::SendStream>;
 
 struct Stream<S> {
     messages: MessageStream<S>,
+    waker: Arc<ReadyWaker<SessionId>>,
     /// Nothing more is read; it ends when everything is written.
     ending: bool,
 }
@@ -40,6 +97,7 @@ pub struct FrameStreams<S> {
     pub port: FramePort,
     streams: HashMap<SessionId, Stream<S>>,
     next_session: u64,
+    ready: Arc<Ready<SessionId>>,
     timer: Option<(Time, Pin<Box<Sleep>>)>,
 }
 
@@ -50,19 +108,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> FrameStreams<S> {
             port,
             streams: HashMap::new(),
             next_session: 1,
+            ready: Arc::default(),
             timer: None,
         }
     }
 
-    /// A gateway has opened a stream.
-    pub fn accept(&mut self, stream: S) {
+    /// The gateway of this name, by its certificate, has opened a stream.
+    pub fn accept(&mut self, stream: S, who: Name, now: Time) {
         let session = SessionId(self.next_session);
         self.next_session += 1;
-        self.port.connected(session);
+        self.port.connected(session, &who, now);
+        let waker = ReadyWaker::new(session, &self.ready);
+        // It is looked at for the first time in the next turn.
+        waker.wake_by_ref();
         self.streams.insert(
             session,
             Stream {
                 messages: MessageStream::new(stream),
+                waker,
                 ending: false,
             },
         );
@@ -81,23 +144,36 @@ impl<S: AsyncRead + AsyncWrite + Unpin> FrameStreams<S> {
     /// Reads and writes what can be read and written. Ready when there is an arrival or an event to
     /// be taken from the port; pending (and woken later) when there is not.
     pub fn poll(&mut self, cx: &mut Context<'_>, now: Time) -> Poll<()> {
+        self.port.tell_time(now);
         loop {
             if self.port.poll_timeout().is_some_and(|due| due <= now) {
                 self.port.handle_timeout(now);
             }
-            let port = &mut self.port;
-            self.streams.retain(|session, stream| {
-                let lives = stream.read(*session, port, cx) && stream.write(*session, port, cx);
-                if !lives {
-                    port.disconnected(*session, now);
-                }
-                lives
-            });
+            self.ready.listen(cx.waker());
+            let mut turn: Vec<_> = self.port.welcomed().collect();
+            self.ready.take(&mut turn);
+            self.look_at(turn, now);
+            // What was heard may have changed other sessions.
+            while let Some(session) = self.port.poll_changed() {
+                self.look_at(vec![session], now);
+            }
             if self.port.has_news() {
                 return Poll::Ready(());
             }
             if !self.timer_is_due(cx, now) {
                 return Poll::Pending;
+            }
+        }
+    }
+
+    fn look_at(&mut self, sessions: Vec<SessionId>, now: Time) {
+        for session in sessions {
+            let Some(stream) = self.streams.get_mut(&session) else {
+                continue;
+            };
+            if !stream.look(session, &mut self.port) {
+                self.streams.remove(&session);
+                self.port.disconnected(session, now);
             }
         }
     }
@@ -129,6 +205,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> FrameStreams<S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
+    /// Reads and writes what can be. Says whether the stream lives.
+    fn look(&mut self, session: SessionId, port: &mut FramePort) -> bool {
+        self.waker.unlist();
+        let waker = Waker::from(Arc::clone(&self.waker));
+        let mut cx = Context::from_waker(&waker);
+        !port.is_over(session)
+            && self.read(session, port, &mut cx)
+            && !port.is_over(session)
+            && self.write(session, port, &mut cx)
+    }
+
     /// Says whether the stream lives.
     fn read(&mut self, session: SessionId, port: &mut FramePort, cx: &mut Context<'_>) -> bool {
         while !self.ending && port.wants_input(session) {
@@ -171,3 +258,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
         !(self.ending && self.messages.poll_finish(cx).is_ready())
     }
 }
+
+#[cfg(test)]
+mod tests;

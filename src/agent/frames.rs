@@ -12,17 +12,20 @@
 //!      ▲                    │                       ▲  (a Hello for a later term waits │
 //!      └──────follow()──────┘                       │   for `lead` of that term)       ▼
 //!                                                   └──────────────────────────────── absent
-//!                                            absent for too long, or too many bytes ──▶ dropped
+//!                                absent for too long, or takes none of too many ──▶ dropped
 //! ```
 
+mod absence;
+mod places;
 mod sessions;
 mod words;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use bytes::Bytes;
 use replay_log::{FrameNumber, FrameSource, GatewayIncarnation, LogIndex, Term};
 
+use crate::agent::certs::Name;
 use crate::gateway::frames::{Boot, Hello, Mac, Refusal, SessionId, ToGateway};
 use crate::protocol::{Span, Time, VmName};
 
@@ -56,6 +59,8 @@ struct Gateway {
     arriving_bytes: usize,
     session: Option<SessionId>,
     absent_since: Option<Time>,
+    /// Since when it has had more to take than is kept for one that is away, and has taken nothing.
+    stuck_since: Option<Time>,
     /// It was dropped: nothing is kept for it.
     dropped: bool,
 }
@@ -87,6 +92,8 @@ enum Standing {
     Welcomed(Flow),
     /// Refused, to be told; nothing more is taken.
     Refused,
+    /// The stream is to be dropped.
+    Over,
 }
 
 #[derive(Debug)]
@@ -103,9 +110,13 @@ struct Flow {
 
 #[derive(Debug)]
 struct Session {
+    /// The gateway's name, by its certificate.
+    who: Name,
     standing: Standing,
     /// Welcomes and refusals to be written first.
     first: Option<ToGateway>,
+    /// Unless it is welcomed by then, it is refused; when it is refused, it is over.
+    until: Time,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,8 +135,22 @@ pub struct FramePort {
     /// The highest term this agent has heard of.
     known: Term,
     gateways: BTreeMap<GatewayIncarnation, Gateway>,
+    /// Those that may have to be dropped; some need not any more.
+    watched: BTreeSet<GatewayIncarnation>,
     owners: HashMap<Mac, GatewayIncarnation>,
     sessions: HashMap<SessionId, Session>,
+    /// The sessions of each gateway, by its certificate, oldest first.
+    sessions_of: HashMap<Name, VecDeque<SessionId>>,
+    /// The sessions that are welcomed.
+    served: BTreeMap<SessionId, GatewayIncarnation>,
+    /// [`Session::until`] of all sessions that are not welcomed; some are gone or have another.
+    deadlines: VecDeque<(Time, SessionId)>,
+    /// Sessions that are not served and are to be looked at.
+    changed: Vec<SessionId>,
+    /// Why a gateway was refused last.
+    told: HashMap<Name, Refusal>,
+    /// The latest time that was told.
+    now: Time,
     arrivals: VecDeque<(FrameSource, Bytes)>,
     held: bool,
     last_output: FrameNumber,
@@ -154,8 +179,15 @@ impl FramePort {
             role: Role::Following,
             known: Term(0),
             gateways: BTreeMap::new(),
+            watched: BTreeSet::new(),
             owners: HashMap::new(),
             sessions: HashMap::new(),
+            sessions_of: HashMap::new(),
+            served: BTreeMap::new(),
+            deadlines: VecDeque::new(),
+            changed: Vec::new(),
+            told: HashMap::new(),
+            now: Time::default(),
             arrivals: VecDeque::new(),
             held: false,
             last_output: FrameNumber(0),
@@ -213,8 +245,11 @@ impl FramePort {
         gateway.output_bytes += frame.len();
         gateway.outputs.push_back((number, frame));
         self.counters.outputs += 1;
-        if gateway.output_bytes > self.limits.outputs {
-            self.drop_gateway(incarnation, DropReason::TooFarBehind);
+        // It is not dropped for that: what comes at once after a stall, or when a copy begins to
+        // reign, is as much as the guest could make, and is no fault of who is to take it.
+        if gateway.output_bytes > self.limits.outputs && gateway.stuck_since.is_none() {
+            gateway.stuck_since = Some(self.now);
+            self.watch([incarnation]);
         }
     }
 
@@ -298,6 +333,7 @@ impl FramePort {
         logged: impl IntoIterator<Item = (GatewayIncarnation, FrameNumber)>,
         now: Time,
     ) {
+        self.now = now;
         self.follow(term);
         self.role = Role::Leading(term);
         for (incarnation, number) in logged {
@@ -309,11 +345,12 @@ impl FramePort {
             gateway.committed = gateway.logged;
             gateway.absent_since = (!gateway.dropped).then_some(now);
         }
+        self.watch(self.gateways.keys().copied().collect::<Vec<_>>());
         for (number, frame) in std::mem::take(&mut self.kept) {
             self.route(number, frame);
         }
         let mut waiting = Vec::new();
-        for (id, session) in &mut self.sessions {
+        for (id, session) in &self.sessions {
             if let Standing::Waiting(hello) = &session.standing {
                 waiting.push((*id, hello.clone()));
             }
@@ -338,23 +375,24 @@ impl FramePort {
             gateway.output_bytes = 0;
             gateway.session = None;
             gateway.absent_since = None;
+            gateway.stuck_since = None;
             gateway.uncommitted.clear();
             gateway.arriving_bytes = 0;
         }
         self.kept = kept.into_iter().collect();
-        for session in self.sessions.values_mut() {
-            let over = match &session.standing {
-                Standing::Welcomed(_) => true,
-                Standing::Waiting(hello) => hello.term < self.known,
-                Standing::Silent | Standing::Refused => false,
-            };
-            if over {
-                session.standing = Standing::Refused;
-                session.first = Some(ToGateway::Refused {
-                    term: self.known,
-                    why: Refusal::OtherTerm,
-                });
-            }
+        let is_past = |session: &Session| match &session.standing {
+            Standing::Welcomed(_) => true,
+            Standing::Waiting(hello) => hello.term < self.known,
+            Standing::Silent | Standing::Refused | Standing::Over => false,
+        };
+        let past: Vec<_> = self
+            .sessions
+            .iter()
+            .filter(|(_, session)| is_past(session))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in past {
+            self.refuse(id, Refusal::OtherTerm);
         }
     }
 
@@ -366,90 +404,7 @@ impl FramePort {
         self.gateways.entry(incarnation).or_default()
     }
 
-    // ---- time ----
-
-    /// When [`FramePort::handle_timeout`] wants to be called.
-    pub fn poll_timeout(&self) -> Option<Time> {
-        let absent = match self.role {
-            Role::Leading(_) => self
-                .gateways
-                .values()
-                .filter_map(|gateway| gateway.absent_since)
-                .min()
-                .map(|since| since.plus(self.limits.absence)),
-            Role::Following => None,
-        };
-        [absent, self.tell_at].into_iter().flatten().min()
-    }
-
-    /// Does what has become due; every session is to be asked for what it has to write then.
-    pub fn handle_timeout(&mut self, now: Time) {
-        if self.tell_at.is_some_and(|at| at <= now) {
-            self.tell_at = None;
-            for session in self.sessions.values_mut() {
-                if let Standing::Welcomed(flow) = &mut session.standing {
-                    flow.tell_now = true;
-                }
-            }
-        }
-        if !matches!(self.role, Role::Leading(_)) {
-            return;
-        }
-        let gone: Vec<_> = self
-            .gateways
-            .iter()
-            .filter(|(_, gateway)| {
-                gateway
-                    .absent_since
-                    .is_some_and(|since| since.plus(self.limits.absence) <= now)
-            })
-            .map(|(incarnation, _)| *incarnation)
-            .collect();
-        for incarnation in gone {
-            self.drop_gateway(incarnation, DropReason::Absent);
-        }
-    }
-
-    fn drop_gateway(&mut self, incarnation: GatewayIncarnation, why: DropReason) {
-        let Some(gateway) = self.gateways.get_mut(&incarnation) else {
-            return;
-        };
-        let outputs = gateway.outputs.len();
-        if let Some(last) = gateway.forget_outputs(FrameNumber(u64::MAX)) {
-            self.forgotten_for.insert(Mac::of(incarnation), last);
-        }
-        gateway.absent_since = None;
-        gateway.dropped = true;
-        if let Some(session) = gateway.session.take()
-            && let Some(session) = self.sessions.get_mut(&session)
-        {
-            session.standing = Standing::Refused;
-            session.first = Some(ToGateway::Refused {
-                term: self.known,
-                why: Refusal::TooLate,
-            });
-        }
-        self.tell(FrameEvent::Dropped {
-            gateway: incarnation,
-            why,
-            outputs,
-        });
-    }
-
-    /// Forgets a gateway that is gone for good, or at least one that is not there.
-    fn forget_a_gateway(&mut self) {
-        let victim = self
-            .gateways
-            .iter()
-            .filter(|(_, gateway)| gateway.session.is_none())
-            .min_by_key(|(_, gateway)| (!gateway.dropped, gateway.outputs.len()))
-            .map(|(incarnation, _)| *incarnation);
-        if let Some(victim) = victim {
-            self.gateways.remove(&victim);
-            self.owners.remove(&Mac::of(victim));
-            self.forgotten_for.remove(&Mac::of(victim));
-        }
-    }
+    // ---- news ----
 
     fn tell(&mut self, event: FrameEvent) {
         // A driver that takes none costs no memory.
@@ -472,10 +427,7 @@ impl FramePort {
 
     /// How many gateways are served now.
     pub fn served(&self) -> usize {
-        self.gateways
-            .values()
-            .filter(|gateway| gateway.session.is_some())
-            .count()
+        self.served.len()
     }
 }
 

@@ -8,21 +8,20 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use bytes::{Buf, BytesMut};
 use thiserror::Error;
-use tokio::io::AsyncReadExt;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::budget::Budget;
 use super::bulk;
-use super::certs::{Identity, Role};
+use super::certs::{Identity, Name};
 use super::clock;
-use super::driver::{DriverError, GatewayOpened, HostMessage, Surroundings, ToDriver, VmDriver};
+use super::driver::{DriverError, HostMessage, Surroundings, ToDriver, VmDriver};
+use super::frame_streams::{GatewayStream, greet};
 use super::introduction::Introduction;
 use super::journal::{Incident, Journal, OpenJournalError};
 use super::library::{Library, LibraryError};
-use super::link::{BindError, CloseReason, Endpoint, IncomingStream, Link, LinkEvent, StreamKind};
+use super::link::{BindError, Endpoint, Link, LinkEvent, StreamKind};
 use super::metrics::{self, ServeMetricsError};
 use super::operator::{
     self, Answer, Asked, HostStatus, LinkFigures, Request, VmAnswer, VmQuestion,
@@ -31,7 +30,6 @@ use super::thread::on_own_thread;
 use super::witness::client::WitnessClient;
 use crate::config::{Config, ConfigError};
 use crate::doctor::offer;
-use crate::gateway::frames::{Message as _, ToAgent, WireError};
 use crate::protocol::{HostName, Input, Operator, Span, Time, VmName};
 use crate::sentence::sentence;
 
@@ -41,8 +39,6 @@ const INBOX: usize = 4_096;
 const ASK_AGAIN: Span = Span::from_millis(300);
 /// So many VMs that are not looked after here are remembered.
 const ASKED_MAX: usize = 256;
-/// The longest first message of a gateway.
-const HELLO_MAX: usize = 1_024;
 
 /// Why an agent cannot run.
 #[derive(Debug, Error)]
@@ -299,9 +295,15 @@ impl Agent {
             tokio::select! {
                 Some(event) = events.recv() => self.link_event(event).await,
                 Some(stream) = frames.recv() => {
-                    tokio::spawn(greet(stream, opened.clone()));
+                    let opened = opened.clone();
+                    tokio::spawn(async move {
+                        if let Some(gateway) = greet(stream).await {
+                            // Only an agent that ends does not take it.
+                            let _ = opened.send(gateway).await;
+                        }
+                    });
                 }
-                Some((vm, gateway)) = gateways.recv() => self.gateway(&vm, gateway).await,
+                Some((vm, who, stream)) = gateways.recv() => self.gateway(&vm, who, stream).await,
                 Some(asked) = orders.recv() => {
                     if let Some(asked) = self.asked(asked) {
                         self.order(asked);
@@ -360,11 +362,11 @@ impl Agent {
         }
     }
 
-    async fn gateway(&self, vm: &VmName, gateway: GatewayOpened) {
+    async fn gateway(&self, vm: &VmName, who: Name, stream: GatewayStream) {
         // For a VM that is not looked after here the stream is dropped, and the gateway asks again
         // when the record's keeper names another host.
         if let Some(running) = self.drivers.get(vm) {
-            let _ = running.inbox.send(ToDriver::Gateway(gateway)).await;
+            let _ = running.inbox.send(ToDriver::Gateway(who, stream)).await;
         }
     }
 
@@ -580,32 +582,4 @@ fn answering(answer: impl Future<Output = Answer> + Send + 'static) -> Answering
 
 fn not_here(vm: &VmName) -> String {
     format!("this host does not look after {vm}: ask its primary, which 'understudy status' names")
-}
-
-/// Reads a gateway's first message, to know which VM it wants, and hands the stream on whole.
-async fn greet(mut stream: IncomingStream, opened: mpsc::Sender<(VmName, GatewayOpened)>) {
-    if stream.from.role != Role::Gateway {
-        tracing::warn!(from = %stream.from, "opens a stream for frames, and is no gateway");
-        return CloseReason::WrongRole.close(&stream.connection);
-    }
-    let mut head = BytesMut::new();
-    loop {
-        let mut copy = head.clone();
-        let hello: Result<Option<ToAgent>, WireError> = ToAgent::decode(&mut copy);
-        match hello {
-            Ok(Some(ToAgent::Hello(hello))) => {
-                let recv = AsyncReadExt::chain(std::io::Cursor::new(head.freeze()), stream.recv);
-                let gateway = tokio::io::join(recv, stream.send);
-                // Only an agent that ends does not take it.
-                let _ = opened.send((hello.vm, gateway)).await;
-                return;
-            }
-            Ok(None) if head.remaining() < HELLO_MAX => {}
-            _ => return,
-        }
-        match stream.recv.read_buf(&mut head).await {
-            Ok(0) | Err(_) => return,
-            Ok(_) => {}
-        }
-    }
 }

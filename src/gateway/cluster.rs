@@ -67,13 +67,12 @@ pub(super) struct ClusterCarrier<D: Dial> {
 impl<D: Dial> ClusterCarrier<D> {
     pub(super) fn new(
         vm: VmName,
-        incarnation: GatewayIncarnation,
         most_bytes: usize,
         dial: D,
         reigns: mpsc::Receiver<Reign<D::Host>>,
     ) -> Self {
         Self {
-            port: GatewayPort::new(vm.clone(), incarnation, most_bytes),
+            port: GatewayPort::new(vm.clone(), GatewayIncarnation::default(), most_bytes),
             vm,
             most_bytes,
             dial,
@@ -252,7 +251,7 @@ impl<D: Dial> Carrier for ClusterCarrier<D> {
         self.port.poll_timeout()
     }
 
-    fn restart(&mut self, incarnation: GatewayIncarnation, now: Time) {
+    fn begin(&mut self, incarnation: GatewayIncarnation, now: Time) {
         self.before = self.before.plus(self.port.counters());
         let reign = self.port.reigning().cloned();
         self.opening = None;

@@ -7,8 +7,9 @@ use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;
 use replay_log::{FrameNumber, FrameSource, GatewayIncarnation, LogIndex, Term};
 
-use super::frames::{Boot, Mac, Message, SessionId, ToAgent, ToGateway};
+use super::frames::{Boot, Mac, Message, SessionId, ToAgent, ToGateway, incarnation_of};
 use super::port::{GatewayPort, PortAction};
+use crate::agent::certs::Name;
 use crate::agent::frames::{FrameLimits, FramePort};
 use crate::protocol::{Span, Time, VmName};
 
@@ -120,8 +121,22 @@ struct World {
     next_agent_session: u64,
 }
 
+fn name(gateway: u64) -> Name {
+    format!("gateway-{gateway}").parse().expect("a name")
+}
+
+/// The only incarnation of a gateway: its run has the gateway's number.
+fn incarnation(gateway: u64) -> GatewayIncarnation {
+    incarnation_of(&name(gateway), gateway as u32)
+}
+
+/// The number of the gateway whose incarnation this is.
+fn number(incarnation: GatewayIncarnation) -> u64 {
+    incarnation.0 & u64::from(u32::MAX)
+}
+
 fn mac(gateway: u64) -> [u8; 6] {
-    Mac::of(GatewayIncarnation(gateway)).0
+    Mac::of(incarnation(gateway)).0
 }
 
 fn vm() -> VmName {
@@ -136,8 +151,8 @@ impl World {
             primary: 0,
             copies: (0..COPIES).map(|_| Some(Copy::new())).collect(),
             gateways: (1..=GATEWAYS)
-                .map(|incarnation| Gateway {
-                    port: GatewayPort::new(vm(), GatewayIncarnation(incarnation), 1 << 20),
+                .map(|gateway| Gateway {
+                    port: GatewayPort::new(vm(), incarnation(gateway), 1 << 20),
                     pipes: BTreeMap::new(),
                     sent: Vec::new(),
                     passed: Vec::new(),
@@ -165,7 +180,7 @@ impl World {
 
     /// A client of a gateway says something.
     fn say(&mut self, gateway: usize) {
-        let incarnation = self.gateways[gateway].port.incarnation().0;
+        let incarnation = number(self.gateways[gateway].port.incarnation());
         let gateway = &mut self.gateways[gateway];
         let text = format!("{incarnation}:{}", gateway.sent.len());
         let frame: Bytes = [&[2, 0, 0, 0, 0, 99], &mac(incarnation)[..], text.as_bytes()]
@@ -190,7 +205,8 @@ impl World {
                     };
                     let at_agent = SessionId(self.next_agent_session);
                     self.next_agent_session += 1;
-                    copy.port.connected(at_agent);
+                    copy.port
+                        .connected(at_agent, &name(index as u64 + 1), self.now);
                     let mut to_agent = BytesMut::new();
                     ToAgent::Hello(hello).encode(&mut to_agent);
                     self.gateways[index].pipes.insert(
@@ -456,7 +472,7 @@ impl World {
                 .partition(|frame| frame[0] == 0xff);
             assert_eq!(
                 own,
-                expected.remove(&incarnation.0).unwrap_or_default(),
+                expected.remove(&number(incarnation)).unwrap_or_default(),
                 "outputs pass exactly once and in order"
             );
             // A broadcast reaches a gateway at most once, and always once the machine knows it.

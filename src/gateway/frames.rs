@@ -21,6 +21,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use replay_log::{FrameNumber, GatewayIncarnation, Term};
 use thiserror::Error;
 
+use crate::agent::certs::Name;
 use crate::protocol::VmName;
 use crate::protocol::name::MAX_NAME;
 
@@ -45,6 +46,32 @@ pub struct NetworkPort {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Boot(pub [u8; 16]);
 
+/// The incarnation of the gateway of this name in its run number `run`. Its upper half says whose
+/// it is, so that every agent can check that, after a change of primary too.
+pub fn incarnation_of(name: &Name, run: u32) -> GatewayIncarnation {
+    GatewayIncarnation(u64::from(mark_of(name)) << 32 | u64::from(run))
+}
+
+/// Whether an incarnation is one of the gateway of this name.
+pub fn is_incarnation_of(incarnation: GatewayIncarnation, name: &Name) -> bool {
+    half(incarnation) == mark_of(name)
+}
+
+/// Whether two incarnations are of gateways of the same name.
+pub const fn are_of_one_gateway(one: GatewayIncarnation, other: GatewayIncarnation) -> bool {
+    half(one) == half(other)
+}
+
+const fn half(incarnation: GatewayIncarnation) -> u32 {
+    (incarnation.0 >> 32) as u32
+}
+
+fn mark_of(name: &Name) -> u32 {
+    let digest = blake3::hash(name.as_str().as_bytes());
+    let [a, b, c, d, ..] = *digest.as_bytes();
+    u32::from_le_bytes([a, b, c, d])
+}
+
 /// An Ethernet address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Mac(pub [u8; 6]);
@@ -67,6 +94,11 @@ impl Mac {
     /// To whom a frame goes; `None` when it is no frame.
     pub fn destination(frame: &[u8]) -> Option<Self> {
         Some(Self(frame.get(..6)?.try_into().ok()?))
+    }
+
+    /// From whom a frame comes; `None` when it is no frame.
+    pub fn source(frame: &[u8]) -> Option<Self> {
+        Some(Self(frame.get(6..12)?.try_into().ok()?))
     }
 
     /// Whether it stands for several stations (multicast, broadcast).

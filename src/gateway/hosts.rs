@@ -164,7 +164,8 @@ impl Gateway {
         );
         let mut tasks = JoinSet::new();
         tasks.spawn(news);
-        let error = self.run(vm, hosts, reigns).await;
+        let name = config.name.clone();
+        let error = self.run(vm, name, hosts, reigns).await;
         endpoint.close().await;
         Ok(error)
     }

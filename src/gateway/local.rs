@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 use super::metrics::{GatewayMetrics, add};
 use super::pump::{Carrier, HistoryLost};
 use super::{Gateway, GatewayError};
+use crate::agent::certs::Name;
 use crate::protocol::Time;
 
 /// How many frames are kept here when the channel to the VMM is full.
@@ -57,9 +58,8 @@ impl LocalGateway {
 
     /// Serves until the VMM is gone.
     pub async fn run(self) -> Result<(), GatewayError> {
-        let incarnation = super::fresh_incarnation();
         let carrier = LocalCarrier {
-            incarnation,
+            incarnation: GatewayIncarnation::default(),
             to_vmm: self.to_vmm,
             from_vmm: self.from_vmm,
             waiting: VecDeque::new(),
@@ -69,11 +69,16 @@ impl LocalGateway {
             ended: false,
             metrics: self.gateway.metrics(),
         };
-        match self.gateway.pump(carrier, incarnation).await {
+        match self.gateway.pump(carrier, local_name()).await {
             GatewayError::VmmGone => Ok(()),
             error => Err(error),
         }
     }
+}
+
+/// There is no certificate, and no other gateway to be told from.
+fn local_name() -> Name {
+    "local".parse().expect("a name of five letters")
 }
 
 struct LocalCarrier {
@@ -162,7 +167,7 @@ impl Carrier for LocalCarrier {
         None
     }
 
-    fn restart(&mut self, incarnation: GatewayIncarnation, _now: Time) {
+    fn begin(&mut self, incarnation: GatewayIncarnation, _now: Time) {
         self.incarnation = incarnation;
         self.next = FrameNumber(1);
         self.waiting.clear();

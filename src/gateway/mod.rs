@@ -11,6 +11,7 @@ mod local;
 mod metrics;
 pub mod port;
 mod pump;
+pub mod ready;
 pub mod stack;
 pub mod stream;
 #[cfg(test)]
@@ -34,8 +35,10 @@ pub use metrics::{GatewayCounts, GatewayMetrics};
 pub use stack::{StackConfig, StackError};
 
 use cluster::ClusterCarrier;
+use frames::incarnation_of;
 use pump::{Carrier, Published, Pump};
 
+use crate::agent::certs::Name;
 use crate::agent::link::BindError;
 use crate::config::ConfigError;
 use crate::protocol::VmName;
@@ -150,22 +153,23 @@ impl Gateway {
         Arc::clone(&self.metrics)
     }
 
-    /// Serves clients of a VM of a cluster until something breaks that cannot be mended. Streams to
-    /// hosts come from `dial`, news of who reigns from `reigns` (from the record's keeper only).
+    /// Serves clients of a VM of a cluster, as the gateway `name` of the certificate, until something
+    /// breaks that cannot be mended. Streams to hosts come from `dial`, news of who reigns from
+    /// `reigns` (from the record's keeper only).
     /// Cheapest on a runtime with one thread, which `dial`'s connections share.
     pub async fn run<D: Dial>(
         self,
         vm: VmName,
+        name: Name,
         dial: D,
         reigns: mpsc::Receiver<Reign<D::Host>>,
     ) -> GatewayError {
-        let incarnation = fresh_incarnation();
         let most = self.config.most_uncommitted;
-        let carrier = ClusterCarrier::new(vm, incarnation, most, dial, reigns);
-        self.pump(carrier, incarnation).await
+        let carrier = ClusterCarrier::new(vm, most, dial, reigns);
+        self.pump(carrier, name).await
     }
 
-    async fn pump(self, carrier: impl Carrier, incarnation: GatewayIncarnation) -> GatewayError {
+    async fn pump(self, carrier: impl Carrier, name: Name) -> GatewayError {
         let published = self
             .listeners
             .into_iter()
@@ -177,7 +181,7 @@ impl Gateway {
             .collect();
         let pump = Pump::new(
             carrier,
-            incarnation,
+            name,
             self.config.stack.clone(),
             published,
             self.config.most_clients,
@@ -190,9 +194,10 @@ impl Gateway {
     }
 }
 
-/// A number that no other run of a gateway has, for all practical purposes.
-fn fresh_incarnation() -> GatewayIncarnation {
+/// A number that no other run of this gateway has, for all practical purposes.
+fn fresh_incarnation(name: &Name) -> GatewayIncarnation {
     // The keys of a `RandomState` come from the operating system's random numbers.
     let clock = std::time::SystemTime::now();
-    GatewayIncarnation(RandomState::new().hash_one((std::process::id(), clock)))
+    let run = RandomState::new().hash_one((std::process::id(), clock));
+    incarnation_of(name, run as u32)
 }

@@ -9,9 +9,8 @@ use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, Wake, Waker};
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -22,7 +21,9 @@ use tokio::time::Sleep;
 
 use super::GatewayError;
 use super::metrics::{GatewayMetrics, add, set};
+use super::ready::{Ready, ReadyWaker};
 use super::stack::{ConnectionId, Progress, Stack, StackConfig};
+use crate::agent::certs::Name;
 use crate::protocol::{Span, Time};
 
 /// How long nobody is accepted after the host had no file descriptor left for a client.
@@ -59,8 +60,8 @@ pub(super) trait Carrier {
     /// When it wants to be polled at the latest.
     fn poll_timeout(&self) -> Option<Time>;
 
-    /// Begins anew under another incarnation.
-    fn restart(&mut self, incarnation: GatewayIncarnation, now: Time);
+    /// Begins, or begins anew, as this incarnation.
+    fn begin(&mut self, incarnation: GatewayIncarnation, now: Time);
 
     /// Writes down what it counts.
     fn report(&self, metrics: &GatewayMetrics);
@@ -71,66 +72,9 @@ pub(super) trait Carrier {
     }
 }
 
-/// The list of clients whose sockets are ready, and who is to be told.
-#[derive(Default)]
-struct Ready {
-    state: Mutex<ReadyState>,
-}
-
-#[derive(Default)]
-struct ReadyState {
-    ids: Vec<ConnectionId>,
-    owner: Option<Waker>,
-}
-
-impl Ready {
-    fn listen(&self, owner: &Waker) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        match &mut state.owner {
-            Some(known) => known.clone_from(owner),
-            unknown => *unknown = Some(owner.clone()),
-        }
-    }
-
-    fn take(&self, into: &mut Vec<ConnectionId>) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        into.append(&mut state.ids);
-    }
-}
-
-struct ClientWaker {
-    id: ConnectionId,
-    listed: AtomicBool,
-    ready: Arc<Ready>,
-}
-
-impl Wake for ClientWaker {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        if self.listed.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        let owner = {
-            let mut state = self
-                .ready
-                .state
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            state.ids.push(self.id);
-            state.owner.clone()
-        };
-        if let Some(owner) = owner {
-            owner.wake();
-        }
-    }
-}
-
 struct Client {
     socket: TcpStream,
-    waker: Arc<ClientWaker>,
+    waker: Arc<ReadyWaker<ConnectionId>>,
     /// It will send nothing more, and the guest has been told.
     finished: bool,
     /// The guest will send nothing more, and the client has been told.
@@ -159,6 +103,8 @@ pub(super) struct Published {
 /// Everything that one gateway does, as one future's worth of state.
 pub(super) struct Pump<C> {
     carrier: C,
+    /// The gateway's name: every incarnation is one of it.
+    name: Name,
     stack: Stack,
     config: StackConfig,
     published: Vec<Published>,
@@ -167,7 +113,7 @@ pub(super) struct Pump<C> {
     /// Clients may be waiting to be accepted that nothing will wake us for.
     accept_again: bool,
     accept_at: Option<Time>,
-    ready: Arc<Ready>,
+    ready: Arc<Ready<ConnectionId>>,
     /// Clients to be looked at in this turn.
     turn: Vec<ConnectionId>,
     stopped: Vec<ConnectionId>,
@@ -185,16 +131,19 @@ pub(super) struct Pump<C> {
 
 impl<C: Carrier> Pump<C> {
     pub(super) fn new(
-        carrier: C,
-        incarnation: GatewayIncarnation,
+        mut carrier: C,
+        name: Name,
         config: StackConfig,
         published: Vec<Published>,
         most_clients: usize,
         metrics: Arc<GatewayMetrics>,
     ) -> Result<Self, GatewayError> {
+        let incarnation = super::fresh_incarnation(&name);
         let stack = Stack::new(incarnation, config.clone(), Time::default())?;
+        carrier.begin(incarnation, Time::default());
         Ok(Self {
             carrier,
+            name,
             stack,
             config,
             published,
@@ -263,7 +212,7 @@ impl<C: Carrier> Pump<C> {
 
     /// Every client is reset, and a new incarnation begins.
     fn start_afresh(&mut self, lost: &HistoryLost, now: Time) -> Result<(), GatewayError> {
-        let incarnation = super::fresh_incarnation();
+        let incarnation = super::fresh_incarnation(&self.name);
         tracing::warn!(
             reason = lost.0,
             clients = self.clients.len(),
@@ -277,7 +226,7 @@ impl<C: Carrier> Pump<C> {
         self.stopped.clear();
         add(&self.metrics.fresh_starts, 1);
         self.stack = Stack::new(incarnation, self.config.clone(), now)?;
-        self.carrier.restart(incarnation, now);
+        self.carrier.begin(incarnation, now);
         Ok(())
     }
 
@@ -327,11 +276,7 @@ impl<C: Carrier> Pump<C> {
         };
         let _ = socket.set_nodelay(true);
         add(&self.metrics.clients_accepted, 1);
-        let waker = Arc::new(ClientWaker {
-            id,
-            listed: AtomicBool::new(false),
-            ready: Arc::clone(&self.ready),
-        });
+        let waker = ReadyWaker::new(id, &self.ready);
         self.clients.insert(
             id,
             Client {
@@ -406,7 +351,7 @@ impl<C: Carrier> Pump<C> {
         let Some(client) = self.clients.get_mut(&id) else {
             return;
         };
-        client.waker.listed.store(false, Ordering::Release);
+        client.waker.unlist();
         let may_read = self.carrier.room() > 0;
         let was_stopped = client.stopped;
         let fate = client.exchange(id, &mut self.stack, may_read);

@@ -160,7 +160,8 @@ impl VmDriver {
             self.holds_arrivals();
         }
         self.with_guest(|guest, _| guest.flush());
-        let waiting = self.outbox.bytes() as u64;
+        // What gateways have not taken yet waits as well: a guest that fills it is held back.
+        let waiting = (self.outbox.bytes() + self.gateways.port.overdue_bytes()) as u64;
         // Told in steps: what matters is whether it grows out of bounds.
         if waiting >> 16 != self.told_waiting >> 16 {
             self.told_waiting = waiting;

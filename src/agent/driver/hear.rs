@@ -34,7 +34,7 @@ impl VmDriver {
                 }
                 self.inputs.push_back(input);
             }
-            ToDriver::Gateway(stream) => self.gateways.accept(stream),
+            ToDriver::Gateway(who, stream) => self.gateways.accept(stream, who, now()),
             ToDriver::Operator(question, reply) => {
                 let answer = self.answer(question);
                 // An operator who does not wait any more needs no answer.

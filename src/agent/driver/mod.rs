@@ -30,8 +30,9 @@ use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender, unbounded_
 use vmm::outbox::Outbox;
 
 use crate::agent::budget::Budget;
+use crate::agent::certs::Name;
 use crate::agent::clock::now;
-use crate::agent::frame_streams::FrameStreams;
+use crate::agent::frame_streams::{FrameStreams, GatewayStream};
 use crate::agent::frames::{FrameLimits, FramePort};
 use crate::agent::introduction::Introduction;
 use crate::agent::journal::{Incident, Journal};
@@ -83,12 +84,6 @@ impl crate::agent::link::LinkMessage for HostMessage {
     }
 }
 
-/// A gateway's stream, whole: what was read of it to know the VM comes again.
-pub type GatewayOpened = tokio::io::Join<
-    tokio::io::Chain<std::io::Cursor<bytes::Bytes>, quinn::RecvStream>,
-    quinn::SendStream,
->;
-
 /// What all drivers of a host share.
 pub struct Surroundings {
     /// The host's configuration.
@@ -113,8 +108,8 @@ pub struct Surroundings {
 pub enum ToDriver {
     /// Another host is connected, or not any more, or says something.
     Heard(Input),
-    /// A gateway opened a stream for this VM.
-    Gateway(GatewayOpened),
+    /// The gateway of this name, by its certificate, opened a stream for this VM.
+    Gateway(Name, GatewayStream),
     /// An operator asks.
     Operator(VmQuestion, tokio::sync::oneshot::Sender<VmAnswer>),
 }
@@ -160,7 +155,7 @@ pub struct VmDriver {
     outbox: Outbox,
     /// Outputs may be let out whose log ends here.
     committed: LogIndex,
-    gateways: FrameStreams<GatewayOpened>,
+    gateways: FrameStreams<GatewayStream>,
     /// The highest term known to reign, for the gateways.
     known_term: Term,
     /// The header of the log, once there is one.

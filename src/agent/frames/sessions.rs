@@ -3,38 +3,16 @@
 use bytes::{Bytes, BytesMut};
 use replay_log::{FrameNumber, FrameSource, GatewayIncarnation};
 
-use super::{COMMITTED_AFTER, Flow, FrameEvent, FramePort, GatewayError, Role, Session, Standing};
+use super::{COMMITTED_AFTER, Flow, FrameEvent, FramePort, GatewayError, Role, Standing};
 use crate::gateway::frames::{
-    Hello, Mac, Message, NetworkPort, Refusal, SessionId, ToAgent, ToGateway, put_frame,
+    Hello, Mac, Message, NetworkPort, Refusal, SessionId, ToAgent, ToGateway, is_incarnation_of,
+    put_frame,
 };
-use crate::protocol::Time;
+
+/// A gateway may hear of a reign before this agent does, but not of so many.
+const MOST_TERMS_AHEAD: u64 = 1 << 20;
 
 impl FramePort {
-    /// A gateway has opened a session.
-    pub fn connected(&mut self, session: SessionId) {
-        self.sessions.insert(
-            session,
-            Session {
-                standing: Standing::Silent,
-                first: None,
-            },
-        );
-    }
-
-    /// A session has ended.
-    pub fn disconnected(&mut self, session: SessionId, now: Time) {
-        let Some(ended) = self.sessions.remove(&session) else {
-            return;
-        };
-        if let Standing::Welcomed(flow) = ended.standing
-            && let Some(gateway) = self.gateways.get_mut(&flow.gateway)
-            && gateway.session == Some(session)
-        {
-            gateway.session = None;
-            gateway.absent_since = Some(now);
-        }
-    }
-
     /// A gateway says something. After an error the session is to be closed, and
     /// [`FramePort::disconnected`] called.
     pub fn message(&mut self, session: SessionId, message: ToAgent) -> Result<(), GatewayError> {
@@ -43,6 +21,12 @@ impl FramePort {
         };
         match (&mut known.standing, message) {
             (Standing::Silent, ToAgent::Hello(hello)) => {
+                // Whoever is called otherwise is after the connections of another gateway.
+                if !is_incarnation_of(hello.gateway, &known.who) {
+                    return Err(GatewayError {
+                        what: "its incarnation is not one of the gateway that its certificate names",
+                    });
+                }
                 self.hello(session, hello);
                 Ok(())
             }
@@ -61,7 +45,7 @@ impl FramePort {
                 Ok(())
             }
             // What was under way when the refusal was said.
-            (Standing::Refused, _) => Ok(()),
+            (Standing::Refused | Standing::Over, _) => Ok(()),
             (Standing::Silent | Standing::Waiting(_), _) => Err(GatewayError {
                 what: "it did not wait for its welcome",
             }),
@@ -77,6 +61,10 @@ impl FramePort {
             Role::Leading(term) if term == hello.term => self.cannot_serve(&hello),
             Role::Leading(term) if term > hello.term => Some(Refusal::OtherTerm),
             Role::Following if hello.term < self.known => Some(Refusal::OtherTerm),
+            // Nobody will reign in that term, and the refusal costs nobody more than a question.
+            _ if hello.term.0 > self.known.0.saturating_add(MOST_TERMS_AHEAD) => {
+                Some(Refusal::OtherTerm)
+            }
             // The keeper's news may reach the gateway before this agent goes live.
             Role::Leading(_) | Role::Following => {
                 if let Some(session) = self.sessions.get_mut(&id) {
@@ -85,25 +73,22 @@ impl FramePort {
                 return;
             }
         };
-        let term = self.known;
         if let Some(why) = why {
-            if let Some(session) = self.sessions.get_mut(&id) {
-                session.standing = Standing::Refused;
-                session.first = Some(ToGateway::Refused { term, why });
-            }
-            self.tell(FrameEvent::Refused {
-                gateway: hello.gateway,
-                why,
-            });
+            self.refuse_aloud(id, hello.gateway, why);
             return;
         }
+        let term = self.known;
         self.received(hello.gateway, hello.received);
+        let now = self.now;
         let gateway = self.known_gateway(hello.gateway);
         let before = gateway.session.replace(id);
         gateway.absent_since = None;
+        gateway.stuck_since = gateway.stuck_since.map(|_| now);
         gateway.dropped = false;
         let (logged, resent) = (gateway.accepted, gateway.outputs.len());
+        self.served.insert(id, hello.gateway);
         if let Some(session) = self.sessions.get_mut(&id) {
+            self.told.remove(&session.who);
             session.first = Some(ToGateway::Welcome {
                 term,
                 boot: self.boot,
@@ -117,41 +102,51 @@ impl FramePort {
                 tell_now: true,
             });
         }
+        self.trim_deadlines();
         self.tell(FrameEvent::Welcomed {
             gateway: hello.gateway,
             logged,
             resent,
         });
         // The same gateway on an older stream: what comes there is not heard any more.
-        if let Some(before) = before.filter(|before| *before != id)
-            && let Some(older) = self.sessions.get_mut(&before)
-        {
-            older.standing = Standing::Refused;
+        if let Some(before) = before.filter(|before| *before != id) {
+            self.end(before);
         }
     }
 
     fn received(&mut self, incarnation: GatewayIncarnation, through: FrameNumber) {
-        if let Some(gateway) = self.gateways.get_mut(&incarnation)
-            && let Some(last) = gateway.forget_outputs(through)
-        {
+        let Some(gateway) = self.gateways.get_mut(&incarnation) else {
+            return;
+        };
+        let before = gateway.outputs.len();
+        let forgotten = gateway.forget_outputs(through);
+        if gateway.outputs.len() < before {
+            let stuck = gateway.output_bytes > self.limits.outputs;
+            gateway.stuck_since = stuck.then_some(self.now);
+        }
+        if let Some(last) = forgotten {
             self.forgotten_for.insert(Mac::of(incarnation), last);
         }
     }
 
     fn cannot_serve(&self, hello: &Hello) -> Option<Refusal> {
-        let served = || self.gateways.values().filter(|g| g.session.is_some());
         let forgotten = self.forgotten_for.get(&Mac::of(hello.gateway));
         match self.gateways.get(&hello.gateway) {
             _ if forgotten.is_some_and(|forgotten| hello.received < *forgotten) => {
                 Some(Refusal::TooLate)
             }
             Some(gateway) if gateway.session.is_some() => None,
-            _ if served().count() >= self.limits.gateways => Some(Refusal::TooMany),
+            _ if self.served.len() >= self.limits.gateways => Some(Refusal::TooMany),
             _ => None,
         }
     }
 
     fn arrival(&mut self, source: FrameSource, bytes: Bytes) -> Result<(), GatewayError> {
+        if Mac::source(&bytes) != Some(Mac::of(source.gateway)) {
+            return Err(GatewayError {
+                what: "a frame is not from its address",
+            });
+        }
         let Some(gateway) = self.gateways.get_mut(&source.gateway) else {
             return Ok(());
         };
@@ -207,6 +202,12 @@ impl FramePort {
         }
     }
 
+    /// Whether the stream of a session is to be dropped, whatever is still to be written.
+    pub fn is_over(&self, session: SessionId) -> bool {
+        let standing = self.sessions.get(&session).map(|s| &s.standing);
+        matches!(standing, None | Some(Standing::Over))
+    }
+
     /// Appends what is to be written to a session until there are `budget` bytes or nothing is
     /// left. Says whether the session ends after that.
     pub fn transmit(&mut self, session: SessionId, out: &mut BytesMut, budget: usize) -> bool {
@@ -218,7 +219,7 @@ impl FramePort {
         }
         let flow = match &mut known.standing {
             Standing::Welcomed(flow) => flow,
-            Standing::Refused => return true,
+            Standing::Refused | Standing::Over => return true,
             Standing::Silent | Standing::Waiting(_) => return false,
         };
         let Some(gateway) = self.gateways.get_mut(&flow.gateway) else {

@@ -3,7 +3,7 @@
 use bytes::BytesMut;
 
 use super::*;
-use crate::gateway::frames::{Message, NetworkPort, ToAgent};
+use crate::gateway::frames::{Message, NetworkPort, ToAgent, incarnation_of, is_incarnation_of};
 
 const START: Time = Time::from_nanos(0);
 
@@ -15,15 +15,33 @@ fn vm(name: &str) -> VmName {
     VmName::new(name).expect("a name")
 }
 
-const GATEWAY: GatewayIncarnation = GatewayIncarnation(5);
-const OTHER: GatewayIncarnation = GatewayIncarnation(6);
+/// Three gateways, each with an incarnation of its own.
+const NAMES: [&str; 3] = ["east", "west", "third"];
+
+fn name(index: usize) -> Name {
+    NAMES[index].parse().expect("a name")
+}
+
+fn gateway(index: usize, run: u32) -> GatewayIncarnation {
+    incarnation_of(&name(index), run)
+}
+
+/// The name of the gateway whose incarnation this is.
+fn who(gateway: GatewayIncarnation) -> Name {
+    let mut names = (0..NAMES.len()).map(name);
+    let theirs = names.find(|name| is_incarnation_of(gateway, name));
+    theirs.expect("one of the three")
+}
 
 fn port() -> FramePort {
     let limits = FrameLimits {
         gateways: 2,
+        sessions: 12,
+        sessions_each: 4,
         outputs: 100,
         arrivals: 30,
         absence: Span::from_millis(60_000),
+        ..FrameLimits::default()
     };
     FramePort::new(vm("vm"), Boot([1; 16]), limits)
 }
@@ -44,11 +62,18 @@ fn ethernet(to: GatewayIncarnation) -> Bytes {
         .into()
 }
 
+/// A frame of the first gateway, 15 bytes long.
 fn frame(number: u64) -> ToAgent {
     ToAgent::Frame {
         port: NetworkPort::default(),
         number: FrameNumber(number),
-        bytes: Bytes::from_static(&[0; 15]),
+        bytes: [
+            &[2, 0, 0, 0, 0, 99][..],
+            &Mac::of(gateway(0, 5)).0,
+            &[8, 1, 42],
+        ]
+        .concat()
+        .into(),
     }
 }
 
@@ -71,7 +96,7 @@ fn refusal(port: &mut FramePort, session: SessionId) -> Option<Refusal> {
 }
 
 fn join(port: &mut FramePort, session: u64, gateway: GatewayIncarnation, received: u64) {
-    port.connected(SessionId(session));
+    port.connected(SessionId(session), &who(gateway), START);
     port.message(SessionId(session), hello(gateway, 1, received))
         .expect("hello");
 }
@@ -79,7 +104,10 @@ fn join(port: &mut FramePort, session: u64, gateway: GatewayIncarnation, receive
 /// A leading port whose machine has logged one frame of each of two gateways.
 fn leading() -> FramePort {
     let mut port = port();
-    let logged = [(GATEWAY, FrameNumber(1)), (OTHER, FrameNumber(1))];
+    let logged = [
+        (gateway(0, 5), FrameNumber(1)),
+        (gateway(1, 6), FrameNumber(1)),
+    ];
     port.lead(Term(1), logged, START);
     port
 }
@@ -87,7 +115,7 @@ fn leading() -> FramePort {
 #[test]
 fn a_frame_that_comes_twice_is_delivered_once_and_a_gap_is_refused() {
     let mut port = leading();
-    join(&mut port, 1, GATEWAY, 0);
+    join(&mut port, 1, gateway(0, 5), 0);
     for number in [1, 2, 2, 3] {
         port.message(SessionId(1), frame(number)).expect("a frame");
     }
@@ -102,7 +130,7 @@ fn a_frame_that_comes_twice_is_delivered_once_and_a_gap_is_refused() {
 #[test]
 fn a_hello_waits_for_the_reign_that_it_names() {
     let mut port = port();
-    join(&mut port, 1, GATEWAY, 0);
+    join(&mut port, 1, gateway(0, 5), 0);
     assert_eq!(written(&mut port, SessionId(1)), (vec![], false));
     port.lead(Term(1), [], START);
     let (messages, ends) = written(&mut port, SessionId(1));
@@ -111,18 +139,18 @@ fn a_hello_waits_for_the_reign_that_it_names() {
     // Deposed: the session is over, and so is one for a term that is past.
     port.follow(Term(2));
     assert_eq!(refusal(&mut port, SessionId(1)), Some(Refusal::OtherTerm));
-    join(&mut port, 2, GATEWAY, 0);
+    join(&mut port, 2, gateway(0, 5), 0);
     assert_eq!(refusal(&mut port, SessionId(2)), Some(Refusal::OtherTerm));
 }
 
 #[test]
 fn outputs_go_to_whom_they_are_for() {
     let mut port = leading();
-    join(&mut port, 1, GATEWAY, 0);
-    join(&mut port, 2, OTHER, 0);
-    port.output(FrameNumber(1), ethernet(GATEWAY));
-    port.output(FrameNumber(4), ethernet(OTHER));
-    let mut broadcast = ethernet(GATEWAY).to_vec();
+    join(&mut port, 1, gateway(0, 5), 0);
+    join(&mut port, 2, gateway(1, 6), 0);
+    port.output(FrameNumber(1), ethernet(gateway(0, 5)));
+    port.output(FrameNumber(4), ethernet(gateway(1, 6)));
+    let mut broadcast = ethernet(gateway(0, 5)).to_vec();
     broadcast[..6].fill(0xff);
     port.output(FrameNumber(5), broadcast.into());
     let mut numbers = |session| {
@@ -149,9 +177,9 @@ fn outputs_go_to_whom_they_are_for() {
 #[test]
 fn a_gateway_that_stays_away_is_dropped_and_cannot_come_back() {
     let mut port = leading();
-    join(&mut port, 1, GATEWAY, 0);
-    port.output(FrameNumber(1), ethernet(GATEWAY));
-    port.output(FrameNumber(2), ethernet(OTHER));
+    join(&mut port, 1, gateway(0, 5), 0);
+    port.output(FrameNumber(1), ethernet(gateway(0, 5)));
+    port.output(FrameNumber(2), ethernet(gateway(1, 6)));
     assert_eq!(port.received_by_all(), FrameNumber(0));
     port.disconnected(SessionId(1), seconds(10));
     // The other gateway was known from the log and never came: it goes first.
@@ -166,30 +194,127 @@ fn a_gateway_that_stays_away_is_dropped_and_cannot_come_back() {
         .collect();
     assert_eq!(
         dropped,
-        [(OTHER, DropReason::Absent), (GATEWAY, DropReason::Absent)]
+        [
+            (gateway(1, 6), DropReason::Absent),
+            (gateway(0, 5), DropReason::Absent)
+        ]
     );
     assert_eq!(port.received_by_all(), FrameNumber(2));
-    join(&mut port, 2, GATEWAY, 0);
+    join(&mut port, 2, gateway(0, 5), 0);
     assert_eq!(refusal(&mut port, SessionId(2)), Some(Refusal::TooLate));
-    join(&mut port, 3, GATEWAY, 1);
+    join(&mut port, 3, gateway(0, 5), 1);
     assert_eq!(refusal(&mut port, SessionId(3)), None);
 }
 
 #[test]
-fn a_gateway_that_takes_nothing_is_dropped_at_the_bound() {
+fn a_gateway_that_takes_nothing_holds_the_guest_back_and_is_dropped_then() {
     let mut port = leading();
-    join(&mut port, 1, GATEWAY, 0);
-    for number in 1..=7 {
-        port.output(FrameNumber(number), ethernet(GATEWAY));
+    join(&mut port, 1, gateway(0, 5), 0);
+    join(&mut port, 2, gateway(1, 6), 0);
+    port.tell_time(seconds(1));
+    for number in 1..=6 {
+        port.output(FrameNumber(number), ethernet(gateway(0, 5)));
     }
+    assert_eq!(port.overdue_bytes(), 0, "90 bytes of 100");
+    port.output(FrameNumber(7), ethernet(gateway(0, 5)));
+    assert_eq!(port.overdue_bytes(), 105);
+    // What it takes is a sign of life.
+    written(&mut port, SessionId(1));
+    port.tell_time(seconds(4));
+    let received = |through| ToAgent::Received {
+        through: FrameNumber(through),
+    };
+    port.message(SessionId(1), received(1)).expect("received");
+    assert_eq!(port.overdue_bytes(), 0);
+    for number in 8..=9 {
+        port.output(FrameNumber(number), ethernet(gateway(0, 5)));
+    }
+    assert_eq!(port.overdue_bytes(), 120);
+    assert_eq!(port.poll_timeout(), Some(seconds(9)));
+    port.handle_timeout(seconds(9));
     assert_eq!(refusal(&mut port, SessionId(1)), Some(Refusal::TooLate));
-    assert_eq!(port.received_by_all(), FrameNumber(7));
+    let mut events = std::iter::from_fn(|| port.poll_event());
+    let dropped = events.find_map(|event| match event {
+        FrameEvent::Dropped { gateway, why, .. } => Some((gateway, why)),
+        _ => None,
+    });
+    assert_eq!(dropped, Some((gateway(0, 5), DropReason::TooFarBehind)));
+    assert_eq!(port.overdue_bytes(), 0);
+    assert_eq!(port.received_by_all(), FrameNumber(9));
+}
+
+/// A whole commit comes before the streams are polled once: after a stall, more than is kept for
+/// a gateway that is away.
+#[test]
+fn a_burst_reaches_a_gateway_that_is_there() {
+    const OUTPUTS: u64 = 10_000;
+    let payload = [7; 1_500];
+    let frame: Bytes = [&ethernet(gateway(0, 5))[..], &payload].concat().into();
+    let mut port = FramePort::new(vm("vm"), Boot([1; 16]), FrameLimits::default());
+    port.lead(Term(1), [(gateway(0, 5), FrameNumber(1))], START);
+    join(&mut port, 1, gateway(0, 5), 0);
+    for number in 1..=OUTPUTS {
+        port.output(FrameNumber(number), frame.clone());
+    }
+    assert!(port.kept_bytes() > 3 * FrameLimits::default().outputs);
+    assert_eq!(port.overdue_bytes(), port.kept_bytes());
+    let mut frames = 0;
+    port.tell_time(seconds(1));
+    while frames < OUTPUTS {
+        let (messages, ends) = written(&mut port, SessionId(1));
+        assert!(!ends, "{frames} frames reached it");
+        let outputs = |message: &&ToGateway| matches!(message, ToGateway::Frame { .. });
+        frames += messages.iter().filter(outputs).count() as u64;
+    }
+    let received = ToAgent::Received {
+        through: FrameNumber(OUTPUTS),
+    };
+    port.message(SessionId(1), received).expect("received");
+    assert_eq!((port.kept_bytes(), port.overdue_bytes()), (0, 0));
+    assert_eq!(port.poll_timeout(), None);
+}
+
+/// The same for a copy that begins to reign: its gateways come a moment later.
+#[test]
+fn a_burst_is_kept_for_gateways_that_come_with_the_reign() {
+    let mut port = leading();
+    port.follow(Term(1));
+    for number in 1..=20 {
+        port.output(FrameNumber(number), ethernet(gateway(0, 5)));
+    }
+    port.lead(Term(2), [], seconds(1));
+    port.connected(SessionId(1), &name(0), seconds(2));
+    port.message(SessionId(1), hello(gateway(0, 5), 2, 0))
+        .expect("hello");
+    let (messages, _) = written(&mut port, SessionId(1));
+    let outputs = |message: &&ToGateway| matches!(message, ToGateway::Frame { .. });
+    assert_eq!(messages.iter().filter(outputs).count(), 20);
+}
+
+#[test]
+fn a_gateway_that_was_replaced_is_not_waited_for_as_long() {
+    let mut port = leading();
+    join(&mut port, 1, gateway(0, 5), 0);
+    join(&mut port, 2, gateway(1, 6), 0);
+    port.disconnected(SessionId(1), seconds(10));
+    assert_eq!(port.poll_timeout(), Some(seconds(70)));
+    join(&mut port, 3, gateway(0, 8), 0);
+    assert_eq!(port.poll_timeout(), Some(seconds(15)));
+    port.handle_timeout(seconds(15));
+    let dropped = |event| matches!(event, FrameEvent::Dropped { .. });
+    assert_eq!(
+        std::iter::from_fn(|| port.poll_event())
+            .filter(|e| dropped(e.clone()))
+            .count(),
+        1
+    );
+    assert_eq!((port.served(), port.poll_timeout()), (2, None));
 }
 
 #[test]
 fn a_machine_that_takes_nothing_stops_the_gateway() {
     let mut port = leading();
-    join(&mut port, 1, GATEWAY, 0);
+    join(&mut port, 1, gateway(0, 5), 0);
     port.message(SessionId(1), frame(2)).expect("a frame");
     assert!(port.wants_input(SessionId(1)));
     port.message(SessionId(1), frame(3)).expect("a frame");
@@ -207,7 +332,7 @@ fn a_machine_that_takes_nothing_stops_the_gateway() {
 #[test]
 fn frames_are_committed_to_the_gateway_when_the_log_is() {
     let mut port = leading();
-    join(&mut port, 1, GATEWAY, 0);
+    join(&mut port, 1, gateway(0, 5), 0);
     written(&mut port, SessionId(1));
     port.message(SessionId(1), frame(2)).expect("a frame");
     let (source, _) = port.poll_arrival().expect("it arrives");
@@ -229,15 +354,15 @@ fn frames_are_committed_to_the_gateway_when_the_log_is() {
 fn a_replica_keeps_outputs_until_all_gateways_have_them() {
     let mut port = leading();
     port.follow(Term(1));
-    port.output(FrameNumber(1), ethernet(GATEWAY));
-    port.output(FrameNumber(2), ethernet(GATEWAY));
+    port.output(FrameNumber(1), ethernet(gateway(0, 5)));
+    port.output(FrameNumber(2), ethernet(gateway(0, 5)));
     port.forget(FrameNumber(3));
     // Replay comes to it later than the gateway did.
-    port.output(FrameNumber(3), ethernet(GATEWAY));
-    port.output(FrameNumber(4), ethernet(GATEWAY));
+    port.output(FrameNumber(3), ethernet(gateway(0, 5)));
+    port.output(FrameNumber(4), ethernet(gateway(0, 5)));
     port.lead(Term(2), [], START);
-    port.connected(SessionId(1));
-    port.message(SessionId(1), hello(GATEWAY, 2, 3))
+    port.connected(SessionId(1), &name(0), START);
+    port.message(SessionId(1), hello(gateway(0, 5), 2, 3))
         .expect("hello");
     let (messages, _) = written(&mut port, SessionId(1));
     let numbers: Vec<_> = messages
@@ -249,8 +374,8 @@ fn a_replica_keeps_outputs_until_all_gateways_have_them() {
         .collect();
     assert_eq!(numbers, [4]);
     // One that lacks what all were thought to have cannot go on.
-    port.connected(SessionId(2));
-    port.message(SessionId(2), hello(GATEWAY, 2, 2))
+    port.connected(SessionId(2), &name(0), START);
+    port.message(SessionId(2), hello(gateway(0, 5), 2, 2))
         .expect("hello");
     assert_eq!(refusal(&mut port, SessionId(2)), Some(Refusal::TooLate));
 }
@@ -258,23 +383,94 @@ fn a_replica_keeps_outputs_until_all_gateways_have_them() {
 #[test]
 fn strangers_are_turned_away() {
     let mut port = leading();
-    port.connected(SessionId(1));
+    port.connected(SessionId(1), &name(0), START);
     assert!(port.message(SessionId(1), frame(1)).is_err());
     let wrong = ToAgent::Hello(Hello {
         vm: vm("another"),
-        gateway: GATEWAY,
+        gateway: gateway(0, 5),
         term: Term(1),
         received: FrameNumber(0),
     });
-    port.connected(SessionId(2));
+    port.connected(SessionId(2), &name(0), START);
     port.message(SessionId(2), wrong).expect("hello");
     assert_eq!(refusal(&mut port, SessionId(2)), Some(Refusal::UnknownVm));
-    join(&mut port, 3, GATEWAY, 0);
-    join(&mut port, 4, OTHER, 0);
-    join(&mut port, 5, GatewayIncarnation(7), 0);
+    join(&mut port, 3, gateway(0, 5), 0);
+    join(&mut port, 4, gateway(1, 6), 0);
+    join(&mut port, 5, gateway(2, 7), 0);
     assert_eq!(refusal(&mut port, SessionId(5)), Some(Refusal::TooMany));
     // The same gateway again takes the place of its older session.
-    join(&mut port, 6, GATEWAY, 0);
+    join(&mut port, 6, gateway(0, 5), 0);
     assert_eq!(refusal(&mut port, SessionId(6)), None);
     assert!(written(&mut port, SessionId(3)).1, "the older one ends");
+}
+
+/// An incarnation is one of the gateway that the certificate names, and of no other.
+#[test]
+fn a_gateway_cannot_take_over_what_is_another_s() {
+    let mut port = leading();
+    join(&mut port, 1, gateway(0, 5), 0);
+    port.connected(SessionId(2), &name(1), START);
+    let stolen = port.message(SessionId(2), hello(gateway(0, 5), 1, 0));
+    assert!(stolen.is_err());
+    assert_eq!(port.served(), 1);
+    // Nor does the guest hear it under the other's address.
+    join(&mut port, 3, gateway(1, 6), 0);
+    assert!(port.message(SessionId(3), frame(2)).is_err());
+    port.message(SessionId(1), frame(2))
+        .expect("its own address");
+}
+
+#[test]
+fn sessions_that_nobody_welcomes_end() {
+    let mut port = port();
+    port.follow(Term(3));
+    // Nobody reigns in that term before the universe ends.
+    port.connected(SessionId(1), &name(0), START);
+    port.message(SessionId(1), hello(gateway(0, 5), 1 << 40, 0))
+        .expect("hello");
+    assert_eq!(refusal(&mut port, SessionId(1)), Some(Refusal::OtherTerm));
+    // A gateway may be ahead of this agent, for a while; and one may say nothing, for a while.
+    port.connected(SessionId(2), &name(0), seconds(1));
+    port.message(SessionId(2), hello(gateway(0, 5), 4, 0))
+        .expect("hello");
+    port.connected(SessionId(3), &name(0), seconds(1));
+    port.handle_timeout(seconds(3));
+    assert_eq!(written(&mut port, SessionId(2)), (vec![], false));
+    port.handle_timeout(seconds(4));
+    assert_eq!(refusal(&mut port, SessionId(2)), Some(Refusal::OtherTerm));
+    assert!(port.is_over(SessionId(3)));
+    // Who does not take the refusal does not keep the stream either.
+    assert!(!port.is_over(SessionId(2)));
+    port.handle_timeout(seconds(7));
+    assert!(port.is_over(SessionId(2)));
+    for session in 1..=3 {
+        port.disconnected(SessionId(session), seconds(7));
+    }
+    assert_eq!(port.poll_timeout(), None);
+}
+
+#[test]
+fn a_gateway_with_too_many_sessions_loses_its_own_oldest() {
+    let mut port = leading();
+    join(&mut port, 1, gateway(0, 5), 0);
+    for session in 2..=6 {
+        port.connected(SessionId(session), &name(0), START);
+    }
+    // Four may stay: the one that is served, and the latest of those that are not.
+    let over: Vec<_> = (1..=6).filter(|n| port.is_over(SessionId(*n))).collect();
+    assert_eq!(over, [2, 3]);
+    join(&mut port, 10, gateway(1, 6), 0);
+    assert_eq!(refusal(&mut port, SessionId(10)), None);
+    assert_eq!(port.served(), 2);
+}
+
+#[test]
+fn all_gateways_together_have_a_bounded_number_of_sessions() {
+    let mut port = leading();
+    for session in 1..=20 {
+        let who = format!("gateway-{session}").parse().expect("a name");
+        port.connected(SessionId(session), &who, START);
+    }
+    let alive = (1..=20).filter(|n| !port.is_over(SessionId(*n))).count();
+    assert_eq!(alive, 12);
 }

@@ -11,22 +11,40 @@ use crate::protocol::Span;
 pub struct FrameLimits {
     /// How many gateways may be served at the same time.
     pub gateways: usize,
-    /// Bytes of outputs kept for one gateway; one that lacks more is dropped.
+    /// How many sessions there may be, welcomed or not.
+    pub sessions: usize,
+    /// How many of them may be of one gateway, by its certificate.
+    pub sessions_each: usize,
+    /// How long a session may wait for its welcome, and then for its refusal to be taken. A gateway
+    /// asks anew more often than that.
+    pub welcome_within: Span,
+    /// Bytes of outputs kept for one gateway for as long as it may be away. One that has more to take
+    /// holds the guest back, if it goes on making more, and is dropped when it takes nothing.
     pub outputs: usize,
+    /// How long a gateway that has more to take than that may take nothing.
+    pub patience: Span,
     /// Bytes of frames that wait for the machine, for each gateway; beyond it nothing is read from
     /// the gateway.
     pub arrivals: usize,
     /// How long a gateway may be away before it is dropped and what was kept for it is forgotten.
     pub absence: Span,
+    /// How long it may be away when another run of the same gateway is served. Hardly ever are both
+    /// alive, so it is short; not so short that a lost connection is taken for a lost process.
+    pub replaced: Span,
 }
 
 impl Default for FrameLimits {
     fn default() -> Self {
         Self {
             gateways: 64,
+            sessions: 512,
+            sessions_each: 8,
+            welcome_within: Span::from_millis(3_000),
             outputs: 4 << 20,
+            patience: Span::from_millis(5_000),
             arrivals: 1 << 20,
             absence: Span::from_millis(60_000),
+            replaced: Span::from_millis(5_000),
         }
     }
 }
@@ -67,7 +85,8 @@ pub enum FrameEvent {
 pub enum DropReason {
     /// It was away longer than [`FrameLimits::absence`].
     Absent,
-    /// It lacked more than [`FrameLimits::outputs`].
+    /// It lacked more than [`FrameLimits::outputs`], and took nothing for
+    /// [`FrameLimits::patience`].
     TooFarBehind,
 }
 

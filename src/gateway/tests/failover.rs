@@ -15,6 +15,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
 
 use super::guest::{COUNT, Guest, stack_config};
+use crate::agent::certs::Name;
 use crate::agent::frame_streams::FrameStreams;
 use crate::agent::frames::{FrameLimits, FramePort};
 use crate::gateway::frames::Boot;
@@ -25,6 +26,11 @@ pub(super) const COPIES: usize = 3;
 
 pub(super) fn vm() -> VmName {
     VmName::new("ledger").expect("a name")
+}
+
+/// The gateway's name, in its certificate too.
+pub(super) fn name() -> Name {
+    "gateway".parse().expect("a name")
 }
 
 /// What happened to the guest: something arrived, or only time passed.
@@ -136,7 +142,7 @@ impl<S: Stream> Cluster<S> {
                 },
                 stream = opened.recv() => {
                     let (host, stream) = stream.expect("the gateway outlives the cluster");
-                    self.copies[host].streams.accept(stream);
+                    self.copies[host].streams.accept(stream, name(), now);
                 }
                 () = poll_fn(|cx| {
                     let mut news = Poll::Pending;
@@ -275,7 +281,7 @@ async fn start() -> Setup {
     };
     let cluster = Cluster::new(COPIES, false, reigns);
     tokio::spawn(cluster.run(streams, received));
-    tokio::spawn(gateway.run(vm(), InProcess { opened }, news));
+    tokio::spawn(gateway.run(vm(), name(), InProcess { opened }, news));
     setup
 }
 
