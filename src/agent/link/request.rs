@@ -12,8 +12,11 @@ use thiserror::Error;
 use tokio::sync::{Mutex, Semaphore, mpsc};
 use tokio::time::timeout;
 
-use super::endpoint::{DialError, Endpoint, IncomingStream, Peer, StreamKind};
+use super::accept::IncomingStream;
+use super::address::Peer;
+use super::endpoint::{DialError, Endpoint};
 use super::frame::{self, FrameError, FrameReader, WriteFrameError};
+use super::kind::StreamKind;
 use super::tls::Purpose;
 use super::{CONTROL_MESSAGE_MAX, CloseReason, Ended};
 use crate::agent::certs::Identity;
