@@ -211,3 +211,56 @@ async fn a_certificate_has_so_many_connections_and_others_are_not_kept_out() {
     };
     timeout(PATIENCE, again).await.expect("let in again");
 }
+
+#[tokio::test]
+async fn requests_that_say_nothing_keep_only_their_own_sender_waiting() {
+    let authority = Authority::generate().expect("an authority");
+    let server = host(&authority, "b");
+    let streams = server.serve(StreamKind::Witness, 64);
+    tokio::spawn(serve_requests(
+        streams,
+        |_, number: u32, mut reply: Reply| async move {
+            // An asker that is gone needs no answer.
+            let _ = reply.send(&number).await;
+        },
+    ));
+    let target = peer(&server);
+    let gateway = Endpoint::client(&issue(&authority, Role::Gateway, "hog")).expect("an endpoint");
+    let mut idle = Vec::new();
+    for _ in 0..2 {
+        let connection = gateway.dial(&target, Purpose::Services).await;
+        let connection = connection.expect("a connection");
+        for _ in 0..90 {
+            let (mut send, recv) = connection.open_bi().await.expect("a stream");
+            let kind = [StreamKind::Witness.byte()];
+            send.write_all(&kind).await.expect("written");
+            idle.push((connection.clone(), send, recv));
+        }
+    }
+    // Another request of the same sender comes after those, when the first of them are given up.
+    let waits = async {
+        let (connection, ..) = idle.first().expect("some");
+        let (mut send, mut recv) = connection.open_bi().await.expect("a stream");
+        let question = frame::encode(&1u32, 100).expect("short");
+        let kind = [StreamKind::Witness.byte()];
+        let said = [&kind, &question[..]].concat();
+        send.write_all(&said).await.expect("written");
+        recv.read_to_end(100).await.expect("an answer")
+    };
+    let friend = host(&authority, "a");
+    let channel = Channel::new(&friend, target);
+    let asked = channel.request::<_, u32>(StreamKind::Witness, &7u32, PATIENCE);
+    tokio::select! {
+        biased;
+        answer = asked => assert_eq!(answer.expect("an answer"), 7),
+        _ = waits => panic!("a host waited for a gateway"),
+    }
+    let (_, _, first) = idle.first_mut().expect("some");
+    let given_up = timeout(PATIENCE, first.read_to_end(100)).await;
+    let reset = given_up.expect("in time").expect_err("nothing was asked");
+    let silent = CloseReason::Silent.code();
+    assert_eq!(
+        reset,
+        quinn::ReadToEndError::Read(quinn::ReadError::Reset(silent))
+    );
+}
