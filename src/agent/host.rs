@@ -22,6 +22,7 @@ use super::introduction::Introduction;
 use super::journal::{Incident, Journal, OpenJournalError};
 use super::library::{Library, LibraryError};
 use super::link::{BindError, Endpoint, Link, LinkEvent, StreamKind};
+use super::lock::{FolderLock, LockFolderError};
 use super::metrics::{self, ServeMetricsError};
 use super::operator::{
     self, Answer, Asked, HostStatus, LinkFigures, Request, VmAnswer, VmQuestion,
@@ -46,6 +47,9 @@ pub enum AgentError {
     /// The configuration is no good.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// Another agent runs on the same data.
+    #[error(transparent)]
+    Lock(#[from] LockFolderError),
     /// The address is taken.
     #[error(transparent)]
     Bind(#[from] BindError),
@@ -165,6 +169,8 @@ async fn run_here(
         key: "listen",
         role: super::certs::Role::Host,
     })?;
+    // Before anything is read or written there; held until everything else has ended.
+    let _only = FolderLock::take(&config.data)?;
     let bases = config.data.join("bases");
     std::fs::create_dir_all(&bases).map_err(|source| AgentError::Data {
         folder: config.data.clone(),

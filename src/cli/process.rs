@@ -12,6 +12,7 @@ use thiserror::Error;
 use super::Interrupts;
 use super::failure::{Exit, Failure, OrExit as _};
 use crate::agent::certs::Role;
+use crate::agent::limits::raise_descriptors;
 use crate::config::Config;
 
 /// Where a process finds who it is.
@@ -84,6 +85,7 @@ where
     F: AsyncFnOnce(std::pin::Pin<Box<dyn Future<Output = ()> + Send>>) -> Result<(), Failure>,
 {
     args.die_with_parent()?;
+    raise_descriptors();
     until_stopped(run)
 }
 

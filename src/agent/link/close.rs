@@ -30,11 +30,13 @@ pub enum CloseReason {
     Silent,
     /// Nobody here serves this kind of stream.
     NoService,
+    /// The peer has as many connections or requests as one may have.
+    TooMany,
 }
 
 impl CloseReason {
     /// Every reason.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Done,
         Self::Replaced,
         Self::UnknownPeer,
@@ -46,6 +48,7 @@ impl CloseReason {
         Self::QueueFull,
         Self::Silent,
         Self::NoService,
+        Self::TooMany,
     ];
 
     /// The number on the wire. Never reuse one.
@@ -62,6 +65,7 @@ impl CloseReason {
             Self::QueueFull => 8,
             Self::Silent => 9,
             Self::NoService => 10,
+            Self::TooMany => 11,
         }
     }
 
@@ -79,6 +83,7 @@ impl CloseReason {
             Self::QueueFull => "queue-full",
             Self::Silent => "silent",
             Self::NoService => "no-service",
+            Self::TooMany => "too-many",
         }
     }
 

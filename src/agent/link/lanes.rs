@@ -18,8 +18,10 @@ use quinn::Connection;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use super::accept::IncomingLanes;
+use super::address::Peer;
 use super::close::{CloseReason, Ended};
-use super::endpoint::{Endpoint, IncomingLanes, Peer, lock};
+use super::endpoint::{Endpoint, lock};
 use super::session::{self, Session, Side};
 use super::tls::Purpose;
 use super::{LinkEvent, LinkMessage, SendRefused, SessionId};

@@ -5,11 +5,16 @@
 //! opens streams of a [`StreamKind`] on connections of their own ([`Channel`], [`Endpoint::serve`]).
 //! See README.md in the folder above.
 
+mod accept;
+mod address;
+mod admission;
 mod close;
 mod compress;
 mod counters;
+mod door;
 mod endpoint;
 pub mod frame;
+mod kind;
 mod lanes;
 mod request;
 mod session;
@@ -23,10 +28,13 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
+pub use accept::IncomingStream;
+pub use address::{Address, Peer};
 pub use close::{CloseReason, Ended};
 pub use counters::{Counter, LinkCounters};
 pub(crate) use endpoint::lock;
-pub use endpoint::{Address, BindError, DialError, Endpoint, IncomingStream, Peer, StreamKind};
+pub use endpoint::{BindError, DialError, Endpoint};
+pub use kind::StreamKind;
 pub use lanes::Link;
 pub use request::{Answers, Channel, Reply, RequestError, serve_requests};
 pub use session::{CONTROL_MESSAGE_MAX, LOG_MESSAGE_MAX};

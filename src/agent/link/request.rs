@@ -1,5 +1,6 @@
 //! Requests: one stream for each, a message there and one or more back.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -12,14 +13,17 @@ use thiserror::Error;
 use tokio::sync::{Mutex, Semaphore, mpsc};
 use tokio::time::timeout;
 
-use super::endpoint::{DialError, Endpoint, IncomingStream, Peer, StreamKind};
+use super::accept::IncomingStream;
+use super::address::Peer;
+use super::endpoint::{DialError, Endpoint};
 use super::frame::{self, FrameError, FrameReader, WriteFrameError};
+use super::kind::StreamKind;
 use super::tls::Purpose;
 use super::{CONTROL_MESSAGE_MAX, CloseReason, Ended};
-use crate::agent::certs::Identity;
+use crate::agent::certs::{Identity, Role};
 
-/// Requests of one kind that are served at the same time; more wait.
-const AT_ONCE: usize = 64;
+/// Requests of one kind that may wait to be served, of one certificate; more are refused.
+const WAITING_EACH: usize = 256;
 /// How long the opener of a stream may take to say what it wants.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -212,22 +216,63 @@ impl Reply {
 
 /// Serves the requests that arrive at `streams`, each in a task of its own, until the endpoint ends.
 /// `answer` gets who asks, the question, and where the answers go; the stream is finished after it.
+///
+/// Every certificate has places of its own, so that none keeps another's requests waiting, whatever it
+/// opens and does not say.
 pub async fn serve_requests<Q, H, F>(mut streams: mpsc::Receiver<IncomingStream>, answer: H)
 where
     Q: DeserializeOwned + Send + 'static,
     H: Fn(Identity, Q, Reply) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = ()> + Send + 'static,
 {
-    let places = Arc::new(Semaphore::new(AT_ONCE));
-    while let Some(stream) = streams.recv().await {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
-            return;
+    let mut quotas = HashMap::<Identity, Quota>::new();
+    while let Some(mut stream) = streams.recv().await {
+        if !quotas.contains_key(&stream.from) {
+            quotas.retain(|_, quota| quota.is_used());
+        }
+        let quota = quotas
+            .entry(stream.from.clone())
+            .or_insert_with(|| Quota::of(stream.from.role));
+        let Ok(counted) = Arc::clone(&quota.waiting).try_acquire_owned() else {
+            // Both fail only when the stream is gone, which is what is wanted.
+            let _ = stream.send.reset(CloseReason::TooMany.code());
+            let _ = stream.recv.stop(CloseReason::TooMany.code());
+            continue;
         };
-        let answer = answer.clone();
+        let (places, answer) = (Arc::clone(&quota.places), answer.clone());
         tokio::spawn(async move {
-            serve_one(stream, answer).await;
-            drop(place);
+            if let Ok(place) = places.acquire_owned().await {
+                serve_one(stream, answer).await;
+                drop(place);
+            }
+            drop(counted);
         });
+    }
+}
+
+/// What one certificate may have.
+struct Quota {
+    /// Served and waiting together.
+    waiting: Arc<Semaphore>,
+    /// Served.
+    places: Arc<Semaphore>,
+}
+
+impl Quota {
+    fn of(role: Role) -> Self {
+        // A host asks for all its VMs.
+        let places = match role {
+            Role::Host => 32,
+            Role::Witness | Role::Gateway | Role::Operator => 16,
+        };
+        Self {
+            waiting: Arc::new(Semaphore::new(places + WAITING_EACH)),
+            places: Arc::new(Semaphore::new(places)),
+        }
+    }
+
+    fn is_used(&self) -> bool {
+        Arc::strong_count(&self.waiting) > 1
     }
 }
 

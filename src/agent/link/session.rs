@@ -25,8 +25,9 @@ use tokio::time::timeout;
 use super::close::{CloseReason, Ended};
 use super::compress::{Compressor, Decompressor};
 use super::counters::LinkCounters;
-use super::endpoint::{StreamKind, lock};
+use super::endpoint::lock;
 use super::frame::{self, FrameError, FrameReader};
+use super::kind::StreamKind;
 use super::{Lane, LinkEvent, LinkMessage, SendRefused, SessionId};
 use crate::agent::certs::{Identity, Name};
 

@@ -5,18 +5,75 @@
 
 use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd as _;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, setsockopt, socket, sockopt,
+};
 use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
 
+use super::door::LetIn;
+use super::endpoint::lock;
 use crate::agent::listen::listen;
+
+/// What the socket's buffers should hold (the kernel may grant less).
+const SOCKET_BUFFER: usize = 4 * 1024 * 1024;
+
+/// A UDP socket at an address that nobody else has. At `[::]` it is for IPv4 too, whatever the system's
+/// default is.
+pub(super) fn open_udp(address: SocketAddr) -> io::Result<UdpSocket> {
+    open(address, false)
+}
+
+/// The same at an address that a socket of ours has already, and shares.
+pub(super) fn open_shared_udp(address: SocketAddr) -> io::Result<UdpSocket> {
+    open(address, true)
+}
+
+fn open(address: SocketAddr, shared: bool) -> io::Result<UdpSocket> {
+    let family = if address.is_ipv4() {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    };
+    let fd = socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    if address.is_ipv6() && address.ip().is_unspecified() {
+        setsockopt(&fd, sockopt::Ipv6V6Only, &false)?;
+    }
+    if shared {
+        setsockopt(&fd, sockopt::ReusePort, &true)?;
+    }
+    // A smaller buffer than asked for is no error: the kernel's limit holds.
+    let _ = setsockopt(&fd, sockopt::RcvBuf, &SOCKET_BUFFER);
+    let _ = setsockopt(&fd, sockopt::SndBuf, &SOCKET_BUFFER);
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
+    Ok(UdpSocket::from(fd))
+}
+
+/// A socket for quinn; what comes by `inlet` is received as if it had come by the socket. Call it on a
+/// tokio runtime.
+pub(super) fn quiet(
+    socket: UdpSocket,
+    inlet: Option<mpsc::Receiver<LetIn>>,
+) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+    // Sets the socket's options; without blocking among them.
+    let state = UdpSocketState::new((&socket).into())?;
+    Ok(Arc::new(Socket {
+        state,
+        io: listen(socket, Interest::READABLE)?,
+        full: AtomicBool::new(false),
+        inlet: inlet.map(Mutex::new),
+    }))
+}
 
 /// quinn on tokio, but for the socket.
 #[derive(Debug)]
@@ -32,13 +89,7 @@ impl Runtime for QuietRuntime {
     }
 
     fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
-        // Sets the socket's options; without blocking among them.
-        let state = UdpSocketState::new((&socket).into())?;
-        Ok(Arc::new(Socket {
-            state,
-            io: listen(socket, Interest::READABLE)?,
-            full: AtomicBool::new(false),
-        }))
+        quiet(socket, None)
     }
 
     fn now(&self) -> Instant {
@@ -52,6 +103,39 @@ struct Socket {
     io: AsyncFd<UdpSocket>,
     /// The kernel had no room when it was last asked to send.
     full: AtomicBool,
+    /// Datagrams that came by another socket and were let in.
+    inlet: Option<Mutex<mpsc::Receiver<LetIn>>>,
+}
+
+impl Socket {
+    /// Takes what was let in; 0 when there is nothing, and then the task is woken for it.
+    fn take_let_in(
+        &self,
+        context: &mut Context<'_>,
+        buffers: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> usize {
+        let Some(inlet) = &self.inlet else {
+            return 0;
+        };
+        let mut inlet = lock(inlet);
+        let mut count = 0;
+        for (buffer, meta) in buffers.iter_mut().zip(meta) {
+            let Poll::Ready(Some(LetIn { from, bytes })) = inlet.poll_recv(context) else {
+                break;
+            };
+            // What is longer than any packet of ours is cut, and then is none.
+            let length = bytes.len().min(buffer.len());
+            buffer[..length].copy_from_slice(&bytes[..length]);
+            *meta = RecvMeta {
+                len: length,
+                stride: length,
+                ..from
+            };
+            count += 1;
+        }
+        count
+    }
 }
 
 impl AsyncUdpSocket for Socket {
@@ -78,6 +162,10 @@ impl AsyncUdpSocket for Socket {
         buffers: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
+        let let_in = self.take_let_in(context, buffers, meta);
+        if let_in > 0 {
+            return Poll::Ready(Ok(let_in));
+        }
         loop {
             let mut ready = ready!(self.io.poll_read_ready(context))?;
             let received = ready.try_io(|io| self.state.recv(io.get_ref().into(), buffers, meta));
@@ -197,6 +285,7 @@ mod tests {
             state: UdpSocketState::new((&socket).into()).expect("options"),
             io: listen(socket, Interest::READABLE).expect("a runtime"),
             full: AtomicBool::new(true),
+            inlet: None,
         });
         let mut room = Arc::clone(&socket).create_io_poller();
         let mut polls = 0;

@@ -1,5 +1,7 @@
 //! The link over real QUIC on loopback.
 
+mod strangers;
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 

@@ -3,7 +3,7 @@ use vmm::tape::{Ending, GuestEnd};
 
 use super::*;
 use crate::agent::operator::{GuestStatus, LinkFigures};
-use crate::protocol::{Epoch, Incarnation, Lineage, Member, Policy, VmRun};
+use crate::protocol::{Epoch, Health, Incarnation, Lineage, Member, Policy, VmRun};
 
 pub(in crate::cli) fn host(name: &str) -> HostName {
     HostName::new(name).expect("a name")
@@ -24,6 +24,8 @@ fn member(name: &str, incarnation: u64) -> Member {
 pub(in crate::cli) fn record(members: &[&str]) -> Record {
     let hosts = ["a"].iter().chain(members).map(|name| host(name));
     Record {
+        begins: LogIndex::START,
+        loss: false,
         lineage: Lineage(7),
         term: Term(3),
         epoch: Epoch(5),
@@ -38,6 +40,11 @@ pub(in crate::cli) fn record(members: &[&str]) -> Record {
 
 pub(in crate::cli) fn node(role: RoleName, record: &Record) -> Status {
     Status {
+        keeper_set_back: None,
+        full: None,
+        health: Health::Well,
+        stopped_at: None,
+        seen: None,
         role,
         record: Some(record.clone()),
         incarnation: Incarnation(1),
@@ -60,6 +67,7 @@ pub(in crate::cli) fn node(role: RoleName, record: &Record) -> Status {
 
 fn follower(name: &str, executed: u64, lag: Span) -> FollowerStatus {
     FollowerStatus {
+        health: Health::Well,
         host: host(name),
         incarnation: Incarnation(1),
         member: true,
