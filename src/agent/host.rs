@@ -1,40 +1,39 @@
 //! The agent of one host: a driver for each VM, and what they share.
 
+mod inbox;
+mod orders;
 mod peers;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::Arc;
 
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
 
 use super::budget::Budget;
 use super::bulk;
-use super::certs::{Identity, Name};
+use super::certs::Name;
 use super::clock;
 use super::driver::{DriverError, HostMessage, Surroundings, ToDriver, VmDriver};
 use super::frame_streams::{GatewayStream, greet};
 use super::introduction::Introduction;
 use super::journal::{Incident, Journal, OpenJournalError};
-use super::library::{Library, LibraryError};
+use super::library::Library;
 use super::link::{BindError, Endpoint, Link, LinkEvent, StreamKind};
 use super::metrics::{self, ServeMetricsError};
-use super::operator::{
-    self, Answer, Asked, HostStatus, LinkFigures, Request, VmAnswer, VmQuestion,
-};
+use super::operator::{self, Answer, Asked, HostStatus};
 use super::thread::on_own_thread;
 use super::witness::client::WitnessClient;
 use crate::config::{Config, ConfigError};
 use crate::doctor::offer;
-use crate::protocol::{HostName, Input, Operator, Span, Time, VmName};
+use crate::protocol::{HostName, Input, Span, Time, VmName};
 use crate::sentence::sentence;
+use inbox::{INBOX, Running};
 
-/// How many inputs may wait for a driver; then the link waits, and with it the peer.
-const INBOX: usize = 4_096;
 /// The record of a VM that another host speaks of is asked for no more often than this.
 const ASK_AGAIN: Span = Span::from_millis(300);
 /// So many VMs that are not looked after here are remembered.
@@ -80,15 +79,12 @@ enum TakeError {
     TooMany { limit: u32 },
 }
 
-struct Running {
-    inbox: mpsc::Sender<ToDriver>,
-    task: JoinHandle<()>,
-}
-
 /// What the agent's own tasks want of it.
 enum Wish {
     /// The record of this VM names this host.
     Take { vm: VmName, why: String },
+    /// The driver of this VM did not listen, and has room now.
+    Listens { vm: VmName },
     /// The record of this VM does not name this host, and an operator wants it gone.
     Remove {
         vm: VmName,
@@ -171,42 +167,10 @@ async fn run_here(
         source,
     })?;
     let endpoint = Endpoint::bind(&credentials, address)?;
-    let host = HostName::from(&config.name);
-    let journal = Arc::new(Journal::open(&config.data.join("journal"), host.clone())?);
-    let version = env!("CARGO_PKG_VERSION").to_owned();
-    journal.write(None, Incident::AgentStarted { version });
-    let (link, events) = Link::start(&endpoint, config.other_hosts());
-    let library = Library::new(
-        &config.data,
-        endpoint.clone(),
-        config.other_hosts(),
-        offer::Host::introduced(&introduction),
-    );
-    let witness = config
-        .witness()
-        .map(|peer| WitnessClient::new(&endpoint, peer));
-    let metrics_at = config.metrics;
-    let env = Arc::new(Surroundings {
-        vmm_binary: vmm_binary.or_else(|| config.vmm_binary.clone()),
-        memory: Budget::new(config.limits.guest_memory),
-        config,
-        host,
-        link,
-        witness,
-        journal,
-        library,
-    });
     let (wishes, wished) = mpsc::channel(64);
-    let mut agent = Agent {
-        env,
-        endpoint: endpoint.clone(),
-        drivers: BTreeMap::new(),
-        introduction,
-        up: BTreeSet::new(),
-        unfit: BTreeMap::new(),
-        asked: BTreeMap::new(),
-        wishes: wishes.clone(),
-    };
+    let metrics_at = config.metrics;
+    let (mut agent, events) =
+        Agent::new(config, vmm_binary, introduction, &endpoint, wishes.clone())?;
     agent.take_known();
     let outcome = tokio::select! {
         () = agent.serve(events, wished) => Ok(()),
@@ -242,6 +206,51 @@ async fn serve_metrics(
 }
 
 impl Agent {
+    /// The agent of a host that speaks through this endpoint, and what it hears of the other hosts.
+    fn new(
+        config: Config,
+        vmm_binary: Option<PathBuf>,
+        introduction: Introduction,
+        endpoint: &Endpoint,
+        wishes: mpsc::Sender<Wish>,
+    ) -> Result<(Self, mpsc::Receiver<LinkEvent<HostMessage>>), OpenJournalError> {
+        let host = HostName::from(&config.name);
+        let journal = Arc::new(Journal::open(&config.data.join("journal"), host.clone())?);
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        journal.write(None, Incident::AgentStarted { version });
+        let (link, events) = Link::start(endpoint, config.other_hosts());
+        let library = Library::new(
+            &config.data,
+            endpoint.clone(),
+            config.other_hosts(),
+            offer::Host::introduced(&introduction),
+        );
+        let witness = config
+            .witness()
+            .map(|peer| WitnessClient::new(endpoint, peer));
+        let env = Arc::new(Surroundings {
+            vmm_binary: vmm_binary.or_else(|| config.vmm_binary.clone()),
+            memory: Budget::new(config.limits.guest_memory),
+            config,
+            host,
+            link,
+            witness,
+            journal,
+            library,
+        });
+        let agent = Self {
+            env,
+            endpoint: endpoint.clone(),
+            drivers: BTreeMap::new(),
+            introduction,
+            up: BTreeSet::new(),
+            unfit: BTreeMap::new(),
+            asked: BTreeMap::new(),
+            wishes,
+        };
+        Ok((agent, events))
+    }
+
     /// Looks after every VM that this host has a folder of.
     fn take_known(&mut self) {
         let folder = self.env.config.data.join("vms");
@@ -278,7 +287,7 @@ impl Agent {
             let _ = inbox.try_send(ToDriver::Heard(Input::PeerUp(peer.clone())));
         }
         let task = tokio::spawn(driver.run());
-        self.drivers.insert(vm.clone(), Running { inbox, task });
+        self.drivers.insert(vm.clone(), Running::new(inbox, task));
         Ok(())
     }
 
@@ -290,10 +299,10 @@ impl Agent {
         let mut frames = self.endpoint.serve(StreamKind::Frames, 16);
         let mut orders = operator::serve(&self.endpoint, &self.env.journal);
         let (opened, mut gateways) = mpsc::channel(16);
-        // Nothing here waits for a driver's answer: what is awaited is room in its inbox.
+        // Nothing here waits for a driver, not even for room in its inbox.
         loop {
             tokio::select! {
-                Some(event) = events.recv() => self.link_event(event).await,
+                Some(event) = events.recv() => self.link_event(event),
                 Some(stream) = frames.recv() => {
                     let opened = opened.clone();
                     tokio::spawn(async move {
@@ -303,7 +312,7 @@ impl Agent {
                         }
                     });
                 }
-                Some((vm, who, stream)) = gateways.recv() => self.gateway(&vm, who, stream).await,
+                Some((vm, who, stream)) = gateways.recv() => self.gateway(&vm, who, stream),
                 Some(asked) = orders.recv() => {
                     if let Some(asked) = self.asked(asked) {
                         self.order(asked);
@@ -350,6 +359,7 @@ impl Agent {
                     tracing::error!(%vm, %error, "this VM is not looked after");
                 }
             }
+            Wish::Listens { vm } => self.listens(&vm),
             Wish::Remove { vm, reply } => self.remove(vm, reply),
             Wish::Create { asked, found } => match found {
                 Ok(()) => self.order(asked),
@@ -362,224 +372,23 @@ impl Agent {
         }
     }
 
-    async fn gateway(&self, vm: &VmName, who: Name, stream: GatewayStream) {
+    fn gateway(&self, vm: &VmName, who: Name, stream: GatewayStream) {
         // For a VM that is not looked after here the stream is dropped, and the gateway asks again
         // when the record's keeper names another host.
         if let Some(running) = self.drivers.get(vm) {
-            let _ = running.inbox.send(ToDriver::Gateway(who, stream)).await;
-        }
-    }
-
-    // ---- operators ----
-
-    /// Takes an operator's request. A VM's image is looked for first, and read for that: heartbeats
-    /// do not wait for a disk.
-    fn asked(&self, asked: Asked) -> Option<Asked> {
-        let Request::Run { image, .. } = &asked.request else {
-            return Some(asked);
-        };
-        let (env, image) = (Arc::clone(&self.env), image.clone());
-        let wishes = self.wishes.clone();
-        tokio::task::spawn_blocking(move || {
-            let found = env.library.image_named(&image).map(drop);
-            let found = found.map_err(|error: LibraryError| sentence(&error));
-            // Without the agent there is nobody to create it.
-            let _ = wishes.blocking_send(Wish::Create { asked, found });
-        });
-        None
-    }
-
-    /// Begins what is asked for. Answers that have to be waited for come from a task.
-    fn order(&mut self, asked: Asked) {
-        let Asked {
-            who,
-            request,
-            reply,
-        } = asked;
-        match self.obey(&who, request) {
-            // An operator who does not wait any more needs no answer.
-            Ok(answer) => drop(tokio::spawn(answer(reply))),
-            Err(why) => drop(reply.send(Answer::Refused { why })),
-        }
-    }
-
-    fn obey(&mut self, who: &Identity, request: Request) -> Result<Answering, String> {
-        let (vm, order) = match request {
-            Request::Status => {
-                let status = self.status();
-                return Ok(answering(
-                    async move { Answer::Status(Box::new(status.await)) },
-                ));
-            }
-            Request::Run {
-                vm,
-                image,
-                hosts,
-                policy,
-            } => {
-                self.check_fit(&hosts)?;
-                self.prepare(&vm, &image)?;
-                (vm, Operator::Create { hosts, policy })
-            }
-            Request::Pair { vm, hosts, policy } => {
-                self.check_fit(&hosts)?;
-                (vm, Operator::Pair { hosts, policy })
-            }
-            Request::Switchover { vm, to } => (vm, Operator::Switchover { to }),
-            Request::AcceptLoss { vm } => (vm, Operator::AcceptLoss),
-            Request::Remove { vm } => return Ok(self.check_removal(vm)),
-            Request::Events { .. } | Request::Metrics => {
-                return Err("this is answered elsewhere".to_owned());
-            }
-        };
-        let journal = *self.env.journal.written().borrow();
-        let ordered = Incident::Ordered {
-            operator: who.to_string(),
-            order: format!("{order:?}"),
-        };
-        self.env.journal.write(Some(&vm), ordered);
-        let asked = self.ask(&vm, VmQuestion::Do(order));
-        Ok(answering(async move {
-            match asked.await {
-                Some(_) => Answer::Taken { journal },
-                None => Answer::Refused { why: not_here(&vm) },
-            }
-        }))
-    }
-
-    /// Notes the image, which is here, that a VM is to be created from.
-    fn prepare(&mut self, vm: &VmName, image: &str) -> Result<(), String> {
-        let home = super::driver::Home::open(&self.env.config.data, vm);
-        let home = home.map_err(|error| sentence(&error))?;
-        // A VM that has run here keeps what it was created from: the order will be refused.
-        if home.header().map_err(|error| sentence(&error))?.is_none() {
-            home.set_image(image).map_err(|error| sentence(&error))?;
-        }
-        self.take(vm, "an operator creates it")
-            .map_err(|error| sentence(&error))
-    }
-
-    /// Removes a VM once it is known that its record does not name this host.
-    fn check_removal(&self, vm: VmName) -> Answering {
-        let (asked, wishes) = (self.ask(&vm, VmQuestion::Status), self.wishes.clone());
-        let host = self.env.host.clone();
-        Box::new(move |reply: oneshot::Sender<Answer>| {
-            Box::pin(async move {
-                let Some(VmAnswer::Status(status)) = asked.await else {
-                    let why = not_here(&vm);
-                    return drop(reply.send(Answer::Refused { why }));
-                };
-                let record = status.node.record;
-                if record.is_some_and(|record| record.copy_on(&host).is_some()) {
-                    let why =
-                        format!("the record of {vm} names {host}: pair it without {host} first");
-                    return drop(reply.send(Answer::Refused { why }));
-                }
-                // Fails only when the agent ends.
-                let _ = wishes.send(Wish::Remove { vm, reply }).await;
-            })
-        })
-    }
-
-    fn remove(&mut self, vm: VmName, reply: oneshot::Sender<Answer>) {
-        let running = self.drivers.remove(&vm);
-        let env = Arc::clone(&self.env);
-        tokio::spawn(async move {
-            if let Some(Running { inbox, task }) = running {
-                drop(inbox);
-                // It has ended, in whatever way.
-                let _ = task.await;
-            }
-            let folder = env.config.data.join("vms").join(vm.as_str());
-            let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(folder));
-            let answer = match removed.await {
-                Ok(Err(error)) => Answer::Refused {
-                    why: format!("the folder of {vm} cannot be removed: {error}"),
-                },
-                _ => Answer::Done,
-            };
-            let why = "an operator removed it".to_owned();
-            env.journal.write(Some(&vm), Incident::VmRemoved { why });
-            // An operator who does not wait any more needs no answer.
-            let _ = reply.send(answer);
-        });
-    }
-
-    /// Asks every driver, and puts together what they answer.
-    fn status(&self) -> impl Future<Output = HostStatus> + Send + 'static {
-        let counters = self.endpoint.counters();
-        let hosts = self.env.config.other_hosts();
-        let peers = hosts.iter().map(|peer| {
-            let name = HostName::from(&peer.identity.name);
-            let up = self.up.contains(&name);
-            (name, up)
-        });
-        let status = HostStatus {
-            host: self.env.host.clone(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            now: clock::now(),
-            peers: peers.collect(),
-            journal: *self.env.journal.written().borrow(),
-            vms: Vec::new(),
-            link: LinkFigures {
-                log_bytes_raw: counters.log_bytes_raw.get(),
-                log_bytes_sent: counters.log_bytes_sent.get(),
-                log_bytes_received: counters.log_bytes_received.get(),
-                refused_certificates: counters.refused_certificates.get(),
-                refused_peers: counters.refused_peers.get(),
-                closed_for_garbage: counters.closed_for_garbage.get(),
-            },
-        };
-        let vms = self.drivers.keys();
-        let asked: Vec<_> = vms.map(|vm| self.ask(vm, VmQuestion::Status)).collect();
-        async move {
-            let mut status = status;
-            for asked in asked {
-                if let Some(VmAnswer::Status(vm)) = asked.await {
-                    status.vms.push(*vm);
-                }
-            }
-            status
-        }
-    }
-
-    /// Asks a driver; `None` when there is none or it has ended.
-    fn ask(
-        &self,
-        vm: &VmName,
-        question: VmQuestion,
-    ) -> impl Future<Output = Option<VmAnswer>> + Send + 'static {
-        let inbox = self.drivers.get(vm).map(|running| running.inbox.clone());
-        async move {
-            let (reply, answer) = oneshot::channel();
-            let asked = ToDriver::Operator(question, reply);
-            inbox?.send(asked).await.ok()?;
-            answer.await.ok()
+            running.gateway(who, stream);
         }
     }
 
     /// Ends every driver and its VMM process.
     async fn end(self) {
-        for (_, running) in self.drivers {
-            drop(running.inbox);
-            let _ = running.task.await;
+        // Their inboxes are dropped, all of them before any end is waited for.
+        let drivers = self.drivers.into_iter();
+        let tasks: Vec<_> = drivers.map(|(vm, running)| (vm, running.end())).collect();
+        for (vm, task) in tasks {
+            if let Ok(Err(why)) = task.await {
+                tracing::warn!(%vm, "{why}");
+            }
         }
     }
-}
-
-/// An answer that has to be waited for, and where it goes.
-type Answering =
-    Box<dyn FnOnce(oneshot::Sender<Answer>) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
-
-fn answering(answer: impl Future<Output = Answer> + Send + 'static) -> Answering {
-    Box::new(move |reply| {
-        Box::pin(async move {
-            // An operator who does not wait any more needs no answer.
-            let _ = reply.send(answer.await);
-        })
-    })
-}
-
-fn not_here(vm: &VmName) -> String {
-    format!("this host does not look after {vm}: ask its primary, which 'understudy status' names")
 }

@@ -1,5 +1,5 @@
 //! The VMM process of one VM on this host, as its driver sees it: started to boot or to replay,
-//! fed with the log, told to go live.
+//! fed with the log, told to go live, ended.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -78,8 +78,29 @@ pub struct Guest {
     passed_at: Time,
     longest_deferral: Span,
     ended: Option<Ending>,
-    /// Given back when the guest is gone.
+    /// Given back when the process is gone.
+    memory: Taken,
+}
+
+/// A VMM process that has been ended and may not be gone yet: the kernel first takes its memory
+/// apart, and a process that waits for a disk which does not answer goes when that answers, if ever.
+pub struct Dying {
+    pid: Option<u32>,
+    process: VmProcess,
+    /// Given back when the process is gone.
     _memory: Taken,
+}
+
+impl Dying {
+    /// Its process id, unless it is gone already.
+    pub const fn pid(&self) -> Option<u32> {
+        self.pid
+    }
+
+    /// Waits until it is gone. Cancel safe.
+    pub async fn gone(&mut self) -> io::Result<()> {
+        self.process.wait().await.map(drop)
+    }
 }
 
 /// What a guest is started from.
@@ -95,15 +116,14 @@ pub struct Parts {
 }
 
 impl Guest {
-    /// Starts a process that records from power-on (`boots`), or replays from the log's beginning.
-    pub fn start(
-        run: VmRun,
-        parts: Parts,
-        boots: bool,
-        budget: &Budget,
-    ) -> Result<Self, GuestError> {
+    /// Takes the memory that a guest needs.
+    pub fn take_memory(parts: &Parts, budget: &Budget) -> Result<Taken, GuestError> {
         let machine = MachineConfig::from_bytes(&parts.header.config)?;
-        let memory = budget.take(machine.memory)?;
+        Ok(budget.take(machine.memory)?)
+    }
+
+    /// Starts a process that records from power-on (`boots`), or replays from the log's beginning.
+    pub fn start(run: VmRun, parts: Parts, boots: bool, memory: Taken) -> Result<Self, GuestError> {
         let start = Start {
             header: parts.header,
             image: parts.image,
@@ -136,7 +156,7 @@ impl Guest {
             passed_at: now(),
             longest_deferral: Span::ZERO,
             ended: None,
-            _memory: memory,
+            memory,
         })
     }
 
@@ -230,13 +250,19 @@ impl Guest {
         self.ended
     }
 
-    /// The last landmark it told of while recording.
+    /// The last landmark it told of.
     pub const fn at(&self) -> Position {
         self.at
     }
 
-    /// It has executed the log through here.
-    pub fn executed(&mut self, through: LogIndex) {
+    /// It has told that it stands at this landmark.
+    pub const fn stands_at(&mut self, at: Position) {
+        self.at = at;
+    }
+
+    /// It has executed the log through here, which is at this landmark.
+    pub fn executed(&mut self, through: LogIndex, at: Position) {
+        self.at = at;
         while let Some((end, bytes)) = self.under_way.front()
             && *end <= through
         {
@@ -293,8 +319,16 @@ impl Guest {
         self.passed_at = now();
     }
 
-    /// Ends the process and waits for its end.
-    pub async fn kill(self) -> io::Result<()> {
-        self.process.kill().await.map(drop)
+    /// Ends the process, without waiting until it is gone.
+    pub fn end(mut self) -> Dying {
+        let pid = self.process.id();
+        if let Err(error) = self.process.end() {
+            tracing::warn!(?pid, %error, "a VMM process cannot be killed");
+        }
+        Dying {
+            pid,
+            process: self.process,
+            _memory: self.memory,
+        }
     }
 }

@@ -103,10 +103,8 @@ impl VmDriver {
     }
 
     fn guest_failed(&mut self, run: crate::protocol::VmRun, reason: String) {
-        let at = self
-            .guest
-            .take()
-            .map_or(Position::START, |guest| guest.at());
+        let at = self.guest.as_ref().map_or(Position::START, Guest::at);
+        self.let_guest_die();
         // Whom a guest that is gone kept waiting waits no more.
         self.holds_arrivals();
         self.inputs.push_back(Input::VmFailed { run, reason, at });
@@ -130,7 +128,7 @@ impl VmDriver {
                 self.output(output, recording);
             }
             FromVm::Executed { through, at } => {
-                guest.executed(through);
+                guest.executed(through, at);
                 self.failure.take_if(|failure| through >= failure.log);
                 self.inputs.push_back(Input::Executed {
                     run,
@@ -151,7 +149,10 @@ impl VmDriver {
                 let how = ending.to_string();
                 self.inputs.push_back(Input::VmEnded { run, how });
             }
-            FromVm::Failed { reason, .. } => self.guest_failed(run, reason),
+            FromVm::Failed { at, reason, .. } => {
+                guest.stands_at(at);
+                self.guest_failed(run, reason);
+            }
         }
     }
 

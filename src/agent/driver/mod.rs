@@ -15,6 +15,7 @@ mod guest;
 mod hear;
 mod home;
 mod keeper;
+mod reaper;
 mod status;
 mod streams;
 
@@ -48,6 +49,8 @@ use guest::Guest;
 pub use guest::{Doing, GuestError};
 pub use home::{Home, HomeError};
 use keeper::{LogKeeper, LogNews, Returned};
+use reaper::Reaper;
+pub use reaper::does_not_die;
 use streams::Streams;
 
 /// So many ready inputs are taken before actions are carried out.
@@ -152,6 +155,8 @@ pub struct VmDriver {
     returns: UnboundedReceiver<Returned>,
     streams: Streams,
     guest: Option<Guest>,
+    /// Its predecessors that are not gone yet.
+    reaper: Reaper,
     outbox: Outbox,
     /// Outputs may be let out whose log ends here.
     committed: LogIndex,
@@ -235,6 +240,7 @@ impl VmDriver {
             returns,
             streams: Streams::default(),
             guest: None,
+            reaper: Reaper::default(),
             outbox: Outbox::new(),
             committed: LogIndex::START,
             known_term: Term(0),
@@ -260,11 +266,12 @@ impl VmDriver {
         })
     }
 
-    /// Runs until the agent drops its end of the inbox.
-    pub async fn run(mut self) {
+    /// Runs until the agent drops its end of the inbox. What is given is an error if a VMM process
+    /// is not gone by then: a sentence that says so.
+    pub async fn run(mut self) -> Result<(), String> {
         let mut shipped = false;
         loop {
-            self.settle().await;
+            self.settle();
             if shipped && self.guest.as_ref().is_some_and(Guest::has_said_more) {
                 // The connections send the batch before the outputs are looked at that wait for it.
                 tokio::task::yield_now().await;
@@ -312,11 +319,8 @@ impl VmDriver {
                 self.node.handle_timeout(now);
             }
         }
-        if let Some(guest) = self.guest.take()
-            && let Err(error) = guest.kill().await
-        {
-            tracing::warn!(vm = %self.vm, %error, "the VMM process did not end");
-        }
+        self.end_guest();
+        self.reaper.all_gone(reaper::PATIENCE).await
     }
 
     /// How long until there is something to do by itself.

@@ -29,7 +29,15 @@ impl VmDriver {
             log_bytes: self.log.bytes(),
             waiting_output: self.outbox.bytes() as u64,
             gateways: self.gateways.port.served(),
-            failure: self.failure.as_ref().map(|failure| failure.text.clone()),
+            failure: self.failure(),
         }
+    }
+
+    /// What is wrong here, if anything is.
+    fn failure(&self) -> Option<String> {
+        let failure = self.failure.as_ref();
+        failure
+            .map(|failure| failure.text.clone())
+            .or_else(|| self.reaper.undead())
     }
 }

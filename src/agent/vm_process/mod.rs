@@ -185,8 +185,19 @@ impl VmProcess {
 
     /// Ends the process at once and waits for its end.
     pub async fn kill(mut self) -> io::Result<ExitStatus> {
-        self.child.start_kill()?;
+        self.end()?;
         self.child.wait().await
+    }
+
+    /// Ends the process at once, without waiting for that: from now on it executes nothing of its
+    /// own. Until [`Self::wait`] says that it is gone it may still have its memory, and what it had
+    /// the kernel write may still be written. A process that is gone already is no error.
+    pub fn end(&mut self) -> io::Result<()> {
+        match self.child.start_kill() {
+            // What tokio says of a process that has been waited for.
+            Err(error) if error.kind() == ErrorKind::InvalidInput => Ok(()),
+            other => other,
+        }
     }
 
     /// Waits for the end of a process that has nothing more to say.
