@@ -15,9 +15,11 @@ use super::keeper::{Cursor, LogKeeper};
 use crate::agent::budget::{Budget, OverBudget, Taken};
 use crate::agent::clock::now;
 use crate::agent::vm_process::{
-    DiskSetup, FromVm, IpcError, SpawnError, Start, StartAs, ToVm, VmProcess,
+    DiskSetup, FromVm, IpcError, SpawnError, Start, StartAs, Starved, ToVm, Verdict, VmProcess,
+    Watch,
 };
 use crate::protocol::{Span, Time, VmRun};
+use crate::sentence::sentence;
 
 /// So many bytes of log may be with the VMM process and not executed.
 const WINDOW: usize = 4 << 20;
@@ -78,6 +80,8 @@ pub struct Guest {
     passed_at: Time,
     longest_deferral: Span,
     ended: Option<Ending>,
+    watch: Watch,
+    starved: Starved,
     /// Given back when the process is gone.
     memory: Taken,
 }
@@ -156,6 +160,8 @@ impl Guest {
             passed_at: now(),
             longest_deferral: Span::ZERO,
             ended: None,
+            watch: Watch::new(now()),
+            starved: Starved::default(),
             memory,
         })
     }
@@ -177,7 +183,31 @@ impl Guest {
 
     /// The next thing the process says; `None` when it is gone. Cancel safe.
     pub async fn recv(&mut self) -> Result<Option<FromVm>, IpcError> {
-        self.process.recv().await
+        let said = self.process.recv().await?;
+        if let Some(said) = &said {
+            self.watch.heard(said);
+        }
+        Ok(said)
+    }
+
+    /// When [`Self::look`] is due.
+    pub fn look_due(&self) -> Time {
+        self.watch.poll_timeout()
+    }
+
+    /// Sees to it that the process lives, after everything was taken in that has come from it. The
+    /// error is a sentence that says why it is to be ended.
+    pub fn look(&mut self) -> Result<(), String> {
+        let (starved, pid) = (&mut self.starved, self.process.id());
+        let starved = || pid.is_some_and(|pid| starved.look(pid));
+        match self.watch.look(now(), starved) {
+            Verdict::Well => Ok(()),
+            Verdict::Ask { kick } => {
+                let asked = self.tell(&ToVm::Ping { kick }).and_then(|()| self.flush());
+                asked.map_err(|error| sentence(&error))
+            }
+            Verdict::Failed(why) => Err(why),
+        }
     }
 
     /// Whether more has come from it than [`Self::recv`] has given.

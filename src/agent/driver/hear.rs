@@ -102,6 +102,15 @@ impl VmDriver {
         }
     }
 
+    /// Sees to it that the VMM process lives.
+    pub(super) fn look_after_guest(&mut self) {
+        let Some(guest) = &mut self.guest else { return };
+        let run = guest.run();
+        if let Err(why) = guest.look() {
+            self.guest_failed(run, why);
+        }
+    }
+
     fn guest_failed(&mut self, run: crate::protocol::VmRun, reason: String) {
         let at = self.guest.as_ref().map_or(Position::START, Guest::at);
         self.let_guest_die();
@@ -117,7 +126,7 @@ impl VmDriver {
             FromVm::Ready if guest.doing() == Doing::Recording => {
                 self.inputs.push_back(Input::WentLive { run });
             }
-            FromVm::Ready => {}
+            FromVm::Ready | FromVm::Pong | FromVm::Busy => {}
             FromVm::Shipped { batch, at, frames } => {
                 guest.passed(at);
                 self.failure = None;

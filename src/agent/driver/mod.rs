@@ -311,6 +311,7 @@ impl VmDriver {
                 break;
             }
             shipped = self.take_what_is_ready(shipped).await;
+            self.look_after_guest();
             let now = now();
             while let Some(input) = self.inputs.pop_front() {
                 self.node.handle(now, input);
@@ -330,7 +331,8 @@ impl VmDriver {
         }
         let chores = self.has_chores().then(|| self.chores_done.plus(CHORES));
         let arrivals = self.arrivals.poll_timeout();
-        let next = [self.node.poll_timeout(), chores, arrivals]
+        let look = self.guest.as_ref().map(Guest::look_due);
+        let next = [self.node.poll_timeout(), chores, arrivals, look]
             .into_iter()
             .flatten();
         next.min().map_or(Duration::from_secs(1), |at| {

@@ -8,6 +8,8 @@ mod disks;
 mod host;
 pub mod ipc;
 mod prompter;
+mod pulse;
+mod watch;
 
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::os::fd::OwnedFd;
@@ -28,6 +30,7 @@ use crate::agent::listen::listen;
 
 pub use disks::{DiskSetupError, open_disks};
 pub use ipc::{DiskSetup, FailureKind, FromVm, IpcError, Start, StartAs, ToVm};
+pub use watch::{Starved, Verdict, Watch};
 
 /// How much of what a process says is read at once, in bytes.
 const READ_AT_ONCE: usize = 64 << 10;
