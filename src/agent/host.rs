@@ -18,7 +18,7 @@ use super::budget::Budget;
 use super::bulk;
 use super::certs::Name;
 use super::clock;
-use super::driver::{DriverError, HostMessage, Surroundings, ToDriver, VmDriver};
+use super::driver::{HostMessage, Surroundings, ToDriver, VmDriver};
 use super::frame_streams::{GatewayStream, greet};
 use super::introduction::Introduction;
 use super::journal::{Incident, Journal, OpenJournalError};
@@ -36,6 +36,8 @@ use inbox::{INBOX, Running};
 
 /// The record of a VM that another host speaks of is asked for no more often than this.
 const ASK_AGAIN: Span = Span::from_millis(300);
+/// A VM that could not be opened is not opened again before.
+const OPEN_AGAIN: Span = Span::from_millis(10_000);
 /// So many VMs that are not looked after here are remembered.
 const ASKED_MAX: usize = 256;
 
@@ -70,13 +72,15 @@ pub enum AgentError {
     },
 }
 
-/// Why a VM cannot be looked after here.
+/// Why a VM is not taken.
 #[derive(Debug, Error)]
 enum TakeError {
-    #[error(transparent)]
-    Driver(#[from] DriverError),
     #[error("this host looks after {limit} VMs already: raise limits.vms in its configuration")]
     TooMany { limit: u32 },
+    #[error("this VM is being removed from this host: try again when that is done")]
+    BeingRemoved,
+    #[error("{why}")]
+    Unreadable { why: String },
 }
 
 /// What the agent's own tasks want of it.
@@ -85,11 +89,15 @@ enum Wish {
     Take { vm: VmName, why: String },
     /// The driver of this VM did not listen, and has room now.
     Listens { vm: VmName },
+    /// What is kept of this VM cannot be used.
+    Unreadable { vm: VmName, why: String },
     /// The record of this VM does not name this host, and an operator wants it gone.
     Remove {
         vm: VmName,
         reply: oneshot::Sender<Answer>,
     },
+    /// That was done, or could not be done.
+    Removed { vm: VmName },
     /// An operator asks for a VM, and its image was looked for.
     Create {
         asked: Asked,
@@ -111,6 +119,10 @@ struct Agent {
     unfit: BTreeMap<HostName, String>,
     /// VMs that another host speaks of: when their record was last asked for.
     asked: BTreeMap<VmName, Time>,
+    /// VMs whose folders could not be used: when, and why.
+    unreadable: BTreeMap<VmName, (Time, String)>,
+    /// VMs whose folders are being removed: nobody may begin with them anew meanwhile.
+    removing: BTreeSet<VmName>,
     wishes: mpsc::Sender<Wish>,
 }
 
@@ -171,7 +183,7 @@ async fn run_here(
     let metrics_at = config.metrics;
     let (mut agent, events) =
         Agent::new(config, vmm_binary, introduction, &endpoint, wishes.clone())?;
-    agent.take_known();
+    agent.take_known().await;
     let outcome = tokio::select! {
         () = agent.serve(events, wished) => Ok(()),
         () = bulk::serve_bases(&endpoint, bases) => Ok(()),
@@ -246,49 +258,79 @@ impl Agent {
             up: BTreeSet::new(),
             unfit: BTreeMap::new(),
             asked: BTreeMap::new(),
+            unreadable: BTreeMap::new(),
+            removing: BTreeSet::new(),
             wishes,
         };
         Ok((agent, events))
     }
 
     /// Looks after every VM that this host has a folder of.
-    fn take_known(&mut self) {
+    async fn take_known(&mut self) {
         let folder = self.env.config.data.join("vms");
-        let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
-        let names: Vec<VmName> = entries
-            .filter_map(|entry| VmName::new(&entry.file_name().to_string_lossy()).ok())
-            .collect();
+        let list = move || -> Vec<VmName> {
+            let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+            entries
+                .filter_map(|entry| VmName::new(&entry.file_name().to_string_lossy()).ok())
+                .collect()
+        };
+        // Only a runtime that ends does not list them.
+        let names = tokio::task::spawn_blocking(list).await.unwrap_or_default();
         for vm in names {
             if let Err(error) = self.take(&vm, "it has a folder here") {
-                tracing::error!(%vm, %error, "this VM is not looked after");
-                let why = sentence(&error);
-                self.env
-                    .journal
-                    .write(Some(&vm), Incident::VmUnreadable { why });
+                self.is_unreadable(vm, sentence(&error));
             }
         }
     }
 
-    /// The driver of a VM; it is begun if there is none.
-    fn take(&mut self, vm: &VmName, why: &str) -> Result<(), TakeError> {
+    /// Whether this host may look after a VM.
+    fn may_take(&self, vm: &VmName) -> Result<(), TakeError> {
         let limit = self.env.config.limits.vms;
+        if self.removing.contains(vm) {
+            return Err(TakeError::BeingRemoved);
+        }
+        if !self.drivers.contains_key(vm) && self.drivers.len() >= limit as usize {
+            return Err(TakeError::TooMany { limit });
+        }
+        let lately = |at: Time| clock::now().since(at) < OPEN_AGAIN;
+        match self.unreadable.get(vm) {
+            Some((at, why)) if lately(*at) => Err(TakeError::Unreadable { why: why.clone() }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Begins a driver for this VM if there is none. What is kept of the VM is read on a thread that
+    /// may wait for a disk; meanwhile the driver's inbox keeps what it is told.
+    fn take(&mut self, vm: &VmName, why: &str) -> Result<(), TakeError> {
+        self.may_take(vm)?;
         if self.drivers.contains_key(vm) {
             return Ok(());
         }
-        if self.drivers.len() >= limit as usize {
-            return Err(TakeError::TooMany { limit });
-        }
         let (inbox, heard) = mpsc::channel(INBOX);
-        let driver = VmDriver::open(vm.clone(), Arc::clone(&self.env), heard)?;
+        let (env, wishes) = (Arc::clone(&self.env), self.wishes.clone());
+        let task = tokio::spawn(look_after(vm.clone(), env, heard, wishes));
+        let mut running = Running::new(inbox, task);
         let why = why.to_owned();
         self.env.journal.write(Some(vm), Incident::VmTaken { why });
         for peer in &self.up {
             // The inbox is empty and holds more than there are hosts.
-            let _ = inbox.try_send(ToDriver::Heard(Input::PeerUp(peer.clone())));
+            running.tell(peer, Input::PeerUp(peer.clone()));
         }
-        let task = tokio::spawn(driver.run());
-        self.drivers.insert(vm.clone(), Running::new(inbox, task));
+        self.drivers.insert(vm.clone(), running);
         Ok(())
+    }
+
+    /// What is kept of a VM cannot be used. It is tried again when somebody speaks of the VM.
+    fn is_unreadable(&mut self, vm: VmName, why: String) {
+        tracing::error!(%vm, why, "this VM is not looked after");
+        self.drivers.remove(&vm);
+        let before = self
+            .unreadable
+            .insert(vm.clone(), (clock::now(), why.clone()));
+        if before.is_none_or(|(_, before)| before != why) {
+            let unreadable = Incident::VmUnreadable { why };
+            self.env.journal.write(Some(&vm), unreadable);
+        }
     }
 
     async fn serve(
@@ -326,6 +368,9 @@ impl Agent {
 
     /// Another host speaks of a VM that is not looked after here. What counts is the record.
     fn spoken_of(&mut self, vm: VmName, by: &HostName) {
+        if self.may_take(&vm).is_err() {
+            return;
+        }
         let now = clock::now();
         let lately = |asked: &Time| now.since(*asked) < ASK_AGAIN;
         if self.asked.get(&vm).is_some_and(lately) {
@@ -360,7 +405,9 @@ impl Agent {
                 }
             }
             Wish::Listens { vm } => self.listens(&vm),
+            Wish::Unreadable { vm, why } => self.is_unreadable(vm, why),
             Wish::Remove { vm, reply } => self.remove(vm, reply),
+            Wish::Removed { vm } => drop(self.removing.remove(&vm)),
             Wish::Create { asked, found } => match found {
                 Ok(()) => self.order(asked),
                 Err(why) => drop(asked.reply.send(Answer::Refused { why })),
@@ -391,4 +438,24 @@ impl Agent {
             }
         }
     }
+}
+
+/// Looks after a VM until its inbox is dropped.
+async fn look_after(
+    vm: VmName,
+    env: Arc<Surroundings>,
+    inbox: mpsc::Receiver<ToDriver>,
+    wishes: mpsc::Sender<Wish>,
+) -> Result<(), String> {
+    let name = vm.clone();
+    let opened = tokio::task::spawn_blocking(move || VmDriver::open(name, env, inbox)).await;
+    let why = match opened {
+        Ok(Ok(driver)) => return driver.run().await,
+        Ok(Err(error)) => sentence(&error),
+        // Only a runtime that ends lets it go, or a bug.
+        Err(ended) => ended.to_string(),
+    };
+    // Fails only when the agent ends.
+    let _ = wishes.send(Wish::Unreadable { vm, why }).await;
+    Ok(())
 }

@@ -9,13 +9,14 @@ use tokio::time::timeout;
 
 use super::super::certs::Identity;
 use super::super::clock;
+use super::super::driver::{Home, Surroundings};
 use super::super::journal::Incident;
-use super::super::library::LibraryError;
 use super::super::operator::{
     Answer, Asked, HostStatus, LinkFigures, Request, VmAnswer, VmQuestion,
 };
+use super::inbox::Running;
 use super::{Agent, Wish};
-use crate::protocol::{HostName, Operator, VmName};
+use crate::protocol::{HostName, Operator, Record, VmName};
 use crate::sentence::sentence;
 
 /// So long a driver's answer is waited for.
@@ -25,14 +26,22 @@ impl Agent {
     /// Takes an operator's request. A VM's image is looked for first, and read for that: heartbeats
     /// do not wait for a disk.
     pub(super) fn asked(&self, asked: Asked) -> Option<Asked> {
-        let Request::Run { image, .. } = &asked.request else {
+        let Request::Run {
+            vm, image, hosts, ..
+        } = &asked.request
+        else {
             return Some(asked);
         };
-        let (env, image) = (Arc::clone(&self.env), image.clone());
+        let may_take = || self.may_take(vm).map_err(|error| sentence(&error));
+        if let Err(why) = self.check_fit(hosts).and_then(|()| may_take()) {
+            // An operator who does not wait any more needs no answer.
+            drop(asked.reply.send(Answer::Refused { why }));
+            return None;
+        }
+        let (env, vm, image) = (Arc::clone(&self.env), vm.clone(), image.clone());
         let wishes = self.wishes.clone();
         tokio::task::spawn_blocking(move || {
-            let found = env.library.image_named(&image).map(drop);
-            let found = found.map_err(|error: LibraryError| sentence(&error));
+            let found = prepare(&env, &vm, &image);
             // Without the agent there is nobody to create it.
             let _ = wishes.blocking_send(Wish::Create { asked, found });
         });
@@ -62,13 +71,11 @@ impl Agent {
                 ));
             }
             Request::Run {
-                vm,
-                image,
-                hosts,
-                policy,
+                vm, hosts, policy, ..
             } => {
-                self.check_fit(&hosts)?;
-                self.prepare(&vm, &image)?;
+                // Its folder is prepared by now.
+                self.take(&vm, "an operator creates it")
+                    .map_err(|error| sentence(&error))?;
                 (vm, Operator::Create { hosts, policy })
             }
             Request::Pair { vm, hosts, policy } => {
@@ -88,41 +95,33 @@ impl Agent {
             order: format!("{order:?}"),
         };
         self.env.journal.write(Some(&vm), ordered);
+        let here = self.drivers.contains_key(&vm);
         let asked = self.ask(&vm, VmQuestion::Do(order));
         Ok(answering(async move {
-            match asked.await {
-                Some(_) => Answer::Taken { journal },
-                None => Answer::Refused { why: not_here(&vm) },
-            }
+            let why = match asked.await {
+                Some(_) => return Answer::Taken { journal },
+                None if here => format!(
+                    "this host looks after {vm} and does not answer for it: see what 'understudy \
+                     events' says before you order anew"
+                ),
+                None => not_here(&vm),
+            };
+            Answer::Refused { why }
         }))
     }
 
-    /// Notes the image, which is here, that a VM is to be created from.
-    fn prepare(&mut self, vm: &VmName, image: &str) -> Result<(), String> {
-        let home = super::super::driver::Home::open(&self.env.config.data, vm);
-        let home = home.map_err(|error| sentence(&error))?;
-        // A VM that has run here keeps what it was created from: the order will be refused.
-        if home.header().map_err(|error| sentence(&error))?.is_none() {
-            home.set_image(image).map_err(|error| sentence(&error))?;
-        }
-        self.take(vm, "an operator creates it")
-            .map_err(|error| sentence(&error))
-    }
-
-    /// Removes a VM once it is known that its record does not name this host.
+    /// Removes a VM once it is known that no record names this host.
     fn check_removal(&self, vm: VmName) -> Answering {
         let (asked, wishes) = (self.ask(&vm, VmQuestion::Status), self.wishes.clone());
-        let host = self.env.host.clone();
+        let env = Arc::clone(&self.env);
         Box::new(move |reply: oneshot::Sender<Answer>| {
             Box::pin(async move {
-                let Some(VmAnswer::Status(status)) = asked.await else {
-                    let why = not_here(&vm);
-                    return drop(reply.send(Answer::Refused { why }));
+                let known = match asked.await {
+                    Some(VmAnswer::Status(status)) => status.node.record,
+                    // Nobody looks after it; there may be a folder all the same.
+                    _ => None,
                 };
-                let record = status.node.record;
-                if record.is_some_and(|record| record.copy_on(&host).is_some()) {
-                    let why =
-                        format!("the record of {vm} names {host}: pair it without {host} first");
+                if let Err(why) = may_remove(&env, &vm, known.as_ref()).await {
                     return drop(reply.send(Answer::Refused { why }));
                 }
                 // Fails only when the agent ends.
@@ -132,23 +131,24 @@ impl Agent {
     }
 
     pub(super) fn remove(&mut self, vm: VmName, reply: oneshot::Sender<Answer>) {
+        if !self.removing.insert(vm.clone()) {
+            let why = format!("{vm} is being removed already");
+            return drop(reply.send(Answer::Refused { why }));
+        }
+        self.unreadable.remove(&vm);
         let running = self.drivers.remove(&vm);
-        let env = Arc::clone(&self.env);
+        let (env, wishes) = (Arc::clone(&self.env), self.wishes.clone());
         tokio::spawn(async move {
-            if let Some(running) = running {
-                // It has ended, in whatever way.
-                let _ = running.end().await;
-            }
-            let folder = env.config.data.join("vms").join(vm.as_str());
-            let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(folder));
-            let answer = match removed.await {
-                Ok(Err(error)) => Answer::Refused {
-                    why: format!("the folder of {vm} cannot be removed: {error}"),
-                },
-                _ => Answer::Done,
+            let answer = match remove_folder(&env, &vm, running).await {
+                Ok(()) => {
+                    let why = "an operator removed it".to_owned();
+                    env.journal.write(Some(&vm), Incident::VmRemoved { why });
+                    Answer::Done
+                }
+                Err(why) => Answer::Refused { why },
             };
-            let why = "an operator removed it".to_owned();
-            env.journal.write(Some(&vm), Incident::VmRemoved { why });
+            // Fails only when the agent ends.
+            let _ = wishes.send(Wish::Removed { vm }).await;
             // An operator who does not wait any more needs no answer.
             let _ = reply.send(answer);
         });
@@ -219,4 +219,69 @@ fn answering(answer: impl Future<Output = Answer> + Send + 'static) -> Answering
 
 fn not_here(vm: &VmName) -> String {
     format!("this host does not look after {vm}: ask its primary, which 'understudy status' names")
+}
+
+/// Notes the image that a VM is to be created from, if it is here. Blocks. The error is a sentence.
+fn prepare(env: &Surroundings, vm: &VmName, image: &str) -> Result<(), String> {
+    let found = env.library.image_named(image);
+    found.map_err(|error| sentence(&error))?;
+    let home = Home::open(&env.config.data, vm).map_err(|error| sentence(&error))?;
+    // A VM that has run here keeps what it was created from: the order will be refused.
+    if home.header().map_err(|error| sentence(&error))?.is_none() {
+        home.set_image(image).map_err(|error| sentence(&error))?;
+    }
+    Ok(())
+}
+
+/// Whether a VM may be removed from this host: neither the record that the witness keeps nor the one
+/// that this host knows may name it. The error is a sentence.
+async fn may_remove(env: &Surroundings, vm: &VmName, known: Option<&Record>) -> Result<(), String> {
+    let witness = env.witness.as_ref().ok_or_else(|| {
+        format!("this cluster has no witness, so nobody can say whether {vm} is wanted here")
+    })?;
+    let kept = witness.read(vm).await.map_err(|error| {
+        format!(
+            "the witness does not answer ({}): it has to say first whether a copy of {vm} is \
+             wanted here",
+            sentence(&error)
+        )
+    })?;
+    let host = &env.host;
+    match (&kept, known) {
+        (Some(record), _) if record.concerns(host) => Err(format!(
+            "the record of {vm} names {host}: pair it without {host} first"
+        )),
+        (kept, Some(known))
+            if known.concerns(host)
+                && kept.as_ref().map(Record::version) < Some(known.version()) =>
+        {
+            Err(format!(
+                "{host} has seen a record of {vm} that names it, and the witness has no such \
+                 record: the witness may have lost it; see to that first"
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Ends the driver of a VM, if there is one, and removes its folder. The error is a sentence.
+async fn remove_folder(
+    env: &Surroundings,
+    vm: &VmName,
+    running: Option<Running>,
+) -> Result<(), String> {
+    if let Some(running) = running
+        && let Ok(Err(undead)) = running.end().await
+    {
+        return Err(format!("{undead}. Remove {vm} again when it is gone"));
+    }
+    let folder = env.config.data.join("vms").join(vm.as_str());
+    let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(folder));
+    match removed.await {
+        Ok(Err(error)) if error.kind() == std::io::ErrorKind::NotFound => Err(not_here(vm)),
+        Ok(Err(error)) => Err(format!("the folder of {vm} cannot be removed: {error}")),
+        // Only a runtime that ends lets it go.
+        Err(ended) => Err(ended.to_string()),
+        Ok(Ok(())) => Ok(()),
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use replay_log::LogTip;
+use replay_log::{LogTip, Term};
 use tempfile::TempDir;
 use tokio::sync::mpsc::Receiver;
 
@@ -11,7 +11,11 @@ use crate::agent::certs::{Identity, Name};
 use crate::agent::init::{Plan, init};
 use crate::agent::link::{Ended, SessionId};
 use crate::agent::operator::Request;
-use crate::protocol::{Incarnation, Message, PROTOCOL_VERSION, Version};
+use crate::agent::witness;
+use crate::protocol::{
+    Epoch, Incarnation, Lineage, Member, Message, PROTOCOL_VERSION, Policy, Record, Swapped,
+    Version,
+};
 
 fn name(text: &str) -> Name {
     text.parse().expect("a name")
@@ -25,10 +29,17 @@ fn host(text: &str) -> HostName {
     HostName::new(text).expect("a name")
 }
 
-/// Host a, which nobody is connected with.
+fn free_port() -> SocketAddr {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("a port");
+    socket.local_addr().expect("bound")
+}
+
+/// Host a, which nobody is connected with; the witness is only there where a test starts it.
 struct Stage {
     agent: Agent,
     wished: Receiver<Wish>,
+    /// Starts the witness.
+    witness: Config,
     _events: Receiver<LinkEvent<HostMessage>>,
     _folder: TempDir,
 }
@@ -40,11 +51,15 @@ impl Stage {
         let plan = Plan {
             hosts: [(name("a"), at(1)), (name("b"), at(1))].into(),
             metrics: BTreeMap::new(),
-            witness: (name("w"), at(1)),
+            witness: (name("w"), free_port()),
             gateways: vec![],
             operator: name("ann"),
         };
         let folders = init(&folder.path().join("cluster"), &plan).expect("a cluster");
+        let witness = Identity {
+            role: Role::Witness,
+            name: name("w"),
+        };
         let config = Config::load(&folders[&Identity::host(&name("a"))]).expect("a configuration");
         let credentials = config.credentials().expect("certified");
         let endpoint = Endpoint::bind(&credentials, at(0)).expect("an endpoint");
@@ -55,6 +70,7 @@ impl Stage {
         Self {
             agent,
             wished,
+            witness: Config::load(&folders[&witness]).expect("a configuration"),
             _events: events,
             _folder: folder,
         }
@@ -87,18 +103,63 @@ impl Stage {
     }
 
     async fn order(&mut self, about: &str) -> Answer {
-        let (reply, answer) = oneshot::channel();
         let request = Request::Switchover {
             vm: vm(about),
             to: None,
         };
+        self.begin(request).await.expect("an answer")
+    }
+
+    /// Gives an order.
+    fn begin(&mut self, request: Request) -> oneshot::Receiver<Answer> {
+        let (reply, answer) = oneshot::channel();
         let who = Identity::host(&name("ann"));
         self.agent.order(Asked {
             who,
             request,
             reply,
         });
-        answer.await.expect("an answer")
+        answer
+    }
+
+    /// Orders that a VM be removed, and what that leads to.
+    async fn remove(&mut self, about: &str) -> Answer {
+        let mut answer = self.begin(Request::Remove { vm: vm(about) });
+        loop {
+            tokio::select! {
+                answer = &mut answer => return answer.expect("an answer"),
+                Some(wish) = self.wished.recv() => self.agent.grant(wish),
+            }
+        }
+    }
+
+    fn folder(&self, of: &str) -> PathBuf {
+        self.agent.env.config.data.join("vms").join(of)
+    }
+}
+
+/// The reason of a refusal.
+fn refused(answer: Answer) -> String {
+    match answer {
+        Answer::Refused { why } => why,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn record(primary: &str, hosts: &[&str]) -> Record {
+    Record {
+        lineage: Lineage(1),
+        through: replay_log::LogIndex::START,
+        failed: None,
+        term: Term(1),
+        epoch: Epoch(1),
+        primary: Member {
+            host: host(primary),
+            incarnation: Incarnation(1),
+        },
+        members: vec![],
+        hosts: hosts.iter().map(|name| host(name)).collect(),
+        policy: Policy::default(),
     }
 }
 
@@ -153,4 +214,93 @@ async fn a_driver_that_is_stuck_stops_nobody_else() {
         stuck.try_recv().ok(),
         Some(ToDriver::Heard(Input::PeerDown(_)))
     ));
+}
+
+/// Only what the witness says counts, and it has to say something.
+#[tokio::test]
+async fn a_vm_is_removed_only_where_its_record_does_not_want_it() {
+    let mut stage = Stage::new();
+    for name in ["wanted", "stray"] {
+        std::fs::create_dir_all(stage.folder(name)).expect("a folder");
+    }
+    let why = refused(stage.remove("wanted").await);
+    assert!(why.contains("the witness does not answer"), "{why}");
+    assert!(stage.folder("wanted").exists());
+
+    let config = stage.witness.clone();
+    let (_stop, stopped) = oneshot::channel::<()>();
+    tokio::spawn(async move {
+        let stopped = async move { drop(stopped.await) };
+        witness::run(&config, stopped).await.expect("a witness");
+    });
+    let client = stage.agent.env.witness.clone().expect("a witness");
+    let new = record("a", &["a", "b"]);
+    while let Swapped::Unknown { .. } = client.swap(&vm("wanted"), None, new.clone()).await {}
+    let why = refused(stage.remove("wanted").await);
+    assert!(why.contains("names a"), "{why}");
+    assert!(stage.folder("wanted").exists());
+
+    assert_eq!(stage.remove("stray").await, Answer::Done);
+    assert!(!stage.folder("stray").exists());
+    let why = refused(stage.remove("stray").await);
+    assert!(why.contains("does not look after stray"), "{why}");
+}
+
+/// While a folder is removed nobody begins with the VM anew.
+#[tokio::test]
+async fn a_vm_that_is_being_removed_is_not_taken() {
+    let mut stage = Stage::new();
+    std::fs::create_dir_all(stage.folder("stray")).expect("a folder");
+    let (end, ended) = oneshot::channel::<()>();
+    let (inbox, _heard) = mpsc::channel(1);
+    let task = tokio::spawn(async move {
+        let _ = ended.await;
+        Ok(())
+    });
+    let running = Running::new(inbox, task);
+    stage.agent.drivers.insert(vm("stray"), running);
+    let (reply, answer) = oneshot::channel();
+    stage.agent.grant(Wish::Remove {
+        vm: vm("stray"),
+        reply,
+    });
+    stage.agent.up.insert(host("b"));
+    stage.hears("stray", 1);
+    assert!(stage.agent.asked.is_empty(), "its record is not asked for");
+    stage.agent.grant(Wish::Take {
+        vm: vm("stray"),
+        why: "b speaks of it".to_owned(),
+    });
+    assert!(stage.agent.drivers.is_empty());
+    assert!(stage.folder("stray").exists(), "its driver has not ended");
+    drop(end);
+    assert_eq!(answer.await, Ok(Answer::Done));
+    assert!(!stage.folder("stray").exists());
+    let wish = stage.wished.recv().await.expect("the end of it");
+    stage.agent.grant(wish);
+    stage.hears("stray", 2);
+    assert!(!stage.agent.asked.is_empty(), "it may be wanted again");
+}
+
+/// What is kept of a VM is read on another thread; where it cannot be read that is said once, and
+/// tried again later.
+#[tokio::test]
+async fn a_folder_that_cannot_be_used_is_told_of() {
+    let mut stage = Stage::new();
+    std::fs::create_dir_all(stage.folder("torn")).expect("a folder");
+    std::fs::write(stage.folder("torn").join("state.json"), "{").expect("written");
+    stage.agent.take_known().await;
+    assert_eq!(stage.agent.drivers.len(), 1, "it is being opened");
+    let wish = stage.wished.recv().await.expect("what came of it");
+    assert!(matches!(&wish, Wish::Unreadable { .. }));
+    stage.agent.grant(wish);
+    assert!(stage.agent.drivers.is_empty());
+    let lines = stage.agent.env.journal.read(0, 100).await.expect("lines");
+    let told = lines
+        .iter()
+        .filter(|line| line.text.contains("cannot be understood"));
+    assert_eq!(told.count(), 1);
+    stage.agent.up.insert(host("b"));
+    stage.hears("torn", 1);
+    assert!(stage.agent.asked.is_empty(), "not so soon");
 }
