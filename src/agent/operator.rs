@@ -164,12 +164,23 @@ pub struct VmStatus {
     pub guest: Option<GuestStatus>,
     /// That the VMM or the store failed here, and why, if no VMM has come beyond that place since.
     pub failure: Option<String>,
+    /// How far the disks have come that the guest begins with, while they are fetched from other hosts.
+    pub fetching: Option<Fetching>,
     /// What the log takes on disk, in bytes, when it is known.
     pub log_bytes: Option<u64>,
     /// Output that waits for its commit, in bytes.
     pub waiting_output: u64,
     /// How many gateways are served.
     pub gateways: usize,
+}
+
+/// How far a transfer between hosts has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fetching {
+    /// So many bytes are here, stretches of zeros included.
+    pub bytes: u64,
+    /// Of so many.
+    pub of: u64,
 }
 
 /// The guest's VMM process.

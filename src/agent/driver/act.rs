@@ -27,8 +27,6 @@ use crate::sentence::sentence;
 /// After a failure to make something durable, the next attempt waits for this long: the protocol
 /// has something new to persist at once, and a broken disk would be asked in a loop.
 const PERSIST_PAUSE: Duration = Duration::from_secs(1);
-/// How long the image and the disk bases of a VM may take to be here.
-const PARTS_PATIENCE: Duration = Duration::from_mins(2);
 
 impl VmDriver {
     /// Carries out everything the node wants, then lets everything flow that may.
@@ -371,7 +369,8 @@ impl VmDriver {
         let reaper = self.reaper.clone();
         tokio::spawn(async move {
             let parts = async {
-                fetch(&env, &header).await?;
+                let fetched = env.library.fetch_bases(&header).await;
+                fetched.map_err(|error| sentence(&error))?;
                 if !header.disks.is_empty() {
                     // The run before may still write to the same files.
                     reaper.all_gone(reaper::PATIENCE).await?;
@@ -549,15 +548,6 @@ fn boot_parts(home: &Home, env: &Surroundings, term: Term, cold: bool) -> Result
         disks: home.fresh_disks(bases)?,
         binary: env.vmm_binary.clone(),
     })
-}
-
-/// Gets what a log's disks begin with to this host. The error is a sentence.
-async fn fetch(env: &Surroundings, header: &Header) -> Result<(), String> {
-    let fetched = env.library.fetch_bases(header);
-    match tokio::time::timeout(PARTS_PATIENCE, fetched).await {
-        Ok(fetched) => fetched.map_err(|error| sentence(&error)),
-        Err(_) => Err("its disks could not be fetched in time".to_owned()),
-    }
 }
 
 /// Does what waits for a disk on a thread that may.

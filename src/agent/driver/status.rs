@@ -2,7 +2,7 @@
 
 use super::VmDriver;
 use super::guest::Doing;
-use crate::agent::operator::{GuestStatus, VmStatus};
+use crate::agent::operator::{Fetching, GuestStatus, VmStatus};
 
 impl VmDriver {
     /// How the VM is, seen from here.
@@ -30,6 +30,7 @@ impl VmDriver {
             waiting_output: self.outbox.bytes() as u64,
             gateways: self.gateways.port.served(),
             failure: self.failure(),
+            fetching: self.fetching(),
         }
     }
 
@@ -39,5 +40,13 @@ impl VmDriver {
         failure
             .map(|failure| failure.text.clone())
             .or_else(|| self.reaper.undead())
+    }
+
+    /// How far the disks have come that the guest is waiting for.
+    fn fetching(&self) -> Option<Fetching> {
+        self.awaiting_parts?;
+        let disks = &self.header.as_ref()?.disks;
+        let (bytes, of) = self.env.library.fetched(disks)?;
+        Some(Fetching { bytes, of })
     }
 }
