@@ -258,17 +258,16 @@ impl VmDriver {
                 });
             }
         }
-        self.to_persist.push_back(durable);
+        self.to_persist = Some(durable);
         self.persist_next();
     }
 
-    /// One at a time, in order, on a blocking thread: a promise waits for the disk, heartbeats do
-    /// not.
+    /// One at a time, on a blocking thread: a promise waits for the disk, heartbeats do not.
     pub(super) fn persist_next(&mut self) {
         if self.persisting {
             return;
         }
-        let Some(durable) = self.to_persist.pop_front() else {
+        let Some(durable) = self.to_persist.take() else {
             return;
         };
         self.persisting = true;
@@ -282,15 +281,34 @@ impl VmDriver {
             tokio::time::sleep(pause).await;
             let persisted = tokio::task::spawn_blocking(move || {
                 let persisted = home.persist(&durable);
-                persisted.map(|()| durable)
+                (durable, persisted.map_err(|error| sentence(&error)))
             });
-            let outcome = match persisted.await {
-                Ok(outcome) => outcome.map_err(|error| sentence(&error)),
-                // Only a runtime that ends lets it go.
-                Err(ended) => Err(ended.to_string()),
-            };
-            let _ = back.send(Back::Persist(outcome));
+            // Only a runtime that ends lets it go.
+            if let Ok((durable, persisted)) = persisted.await {
+                let _ = back.send(Back::Persist(durable, persisted));
+            }
         });
+    }
+
+    /// What came of that. Where the disk takes nothing, the state that was to be replaced is as it
+    /// was, and it is tried again.
+    pub(super) fn persisted(&mut self, durable: Durable, outcome: Result<(), String>) {
+        self.persisting = false;
+        self.persist_failed = outcome.is_err();
+        match outcome {
+            Ok(()) => {
+                self.inputs.push_back(Input::Persisted(durable));
+                if std::mem::take(&mut self.full.state) && !self.full.is_anything() {
+                    self.inputs.push_back(Input::StoreRoom);
+                }
+            }
+            Err(reason) => {
+                self.to_persist.get_or_insert(durable);
+                self.full.state = true;
+                self.inputs.push_back(Input::StoreFull { reason });
+            }
+        }
+        self.persist_next();
     }
 
     fn drop_log(&mut self, incarnation: crate::protocol::Incarnation) {
@@ -490,7 +508,20 @@ impl VmDriver {
             self.arrivals.answered(frames, now());
         }
         if !console.is_empty() {
-            self.home.console(&console);
+            self.console.say(&console);
+            self.write_console();
+        }
+    }
+
+    /// Has the console written down what waits, where the disk is waited for.
+    pub(super) fn write_console(&mut self) {
+        if let Some(write) = self.console.next() {
+            let back = self.to_back.clone();
+            tokio::task::spawn_blocking(move || {
+                write();
+                // Without a receiver the VM is gone from this host.
+                let _ = back.send(Back::Console);
+            });
         }
     }
 

@@ -6,7 +6,7 @@ use vmm::host::{Output, OutputKind};
 
 use super::guest::{Doing, Guest};
 use super::keeper::Returned;
-use super::{Back, ToDriver, VmDriver};
+use super::{Back, EARLY_ORDERS, ToDriver, VmDriver};
 use crate::agent::clock::now;
 use crate::agent::frames::{DropReason, FrameEvent};
 use crate::agent::journal::Incident;
@@ -36,25 +36,27 @@ impl VmDriver {
             }
             ToDriver::Gateway(who, stream) => self.gateways.accept(stream, who, now()),
             ToDriver::Operator(question, reply) => {
-                let answer = self.answer(question);
-                // An operator who does not wait any more needs no answer.
-                let _ = reply.send(answer);
+                if let Some(answer) = self.answer(question) {
+                    // An operator who does not wait any more needs no answer.
+                    let _ = reply.send(answer);
+                }
             }
         }
     }
 
-    fn answer(&mut self, question: VmQuestion) -> VmAnswer {
+    /// The answer to a question; `None` when there is no room for an order.
+    fn answer(&mut self, question: VmQuestion) -> Option<VmAnswer> {
         match question {
-            VmQuestion::Status => VmAnswer::Status(Box::new(self.status())),
-            VmQuestion::Do(order) => {
-                if self.asked_keeper {
-                    self.inputs.push_back(Input::Operator(order));
-                } else {
-                    self.early_orders.push(order);
-                }
-                VmAnswer::Taken
+            VmQuestion::Status => return Some(VmAnswer::Status(Box::new(self.status()))),
+            VmQuestion::Do(order) if self.asked_keeper => {
+                self.inputs.push_back(Input::Operator(order));
             }
+            VmQuestion::Do(order) if self.early_orders.len() < EARLY_ORDERS => {
+                self.early_orders.push(order);
+            }
+            VmQuestion::Do(_) => return None,
         }
+        Some(VmAnswer::Taken)
     }
 
     pub(super) fn hear_store(&mut self, returned: Returned) {
@@ -74,14 +76,10 @@ impl VmDriver {
                     self.inputs.extend(orders.into_iter().map(Input::Operator));
                 }
             }
-            Back::Persist(outcome) => {
-                self.persisting = false;
-                self.persist_failed = outcome.is_err();
-                self.inputs.push_back(match outcome {
-                    Ok(durable) => Input::Persisted(durable),
-                    Err(reason) => Input::StoreFailed { reason },
-                });
-                self.persist_next();
+            Back::Persist(durable, outcome) => self.persisted(durable, outcome),
+            Back::Console => {
+                self.console.written();
+                self.write_console();
             }
             Back::Parts(run, boots, parts) => self.start_guest(run, boots, parts),
         }

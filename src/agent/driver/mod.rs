@@ -10,6 +10,7 @@
 //! ```
 
 mod act;
+mod console;
 mod gather;
 mod guest;
 mod hear;
@@ -58,6 +59,12 @@ const INPUTS_AT_ONCE: usize = 64;
 
 /// What nobody outside waits for is done this often.
 const CHORES: Span = Span::from_millis(4);
+
+/// So many orders wait for the first word of the keeper of records.
+const EARLY_ORDERS: usize = 64;
+
+/// When a driver ends, what the guest has said last may take so long to be written.
+const CONSOLE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A message between the agents of two hosts.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
@@ -121,8 +128,23 @@ pub enum ToDriver {
 enum Back {
     Input(Input),
     /// What came of making something durable.
-    Persist(Result<protocol::Durable, String>),
+    Persist(protocol::Durable, Result<(), String>),
     Parts(crate::protocol::VmRun, bool, Result<guest::Parts, String>),
+    /// What the console was to write is written.
+    Console,
+}
+
+/// What takes nothing more at the moment. The protocol is told that there is room when all do again.
+#[derive(Default)]
+struct Full {
+    /// The durable state.
+    state: bool,
+}
+
+impl Full {
+    const fn is_anything(&self) -> bool {
+        self.state
+    }
 }
 
 /// That the VMM or the store failed. Told until a VMM has come beyond that place: where a disk is
@@ -151,6 +173,7 @@ pub struct VmDriver {
     env: Arc<Surroundings>,
     node: Node,
     home: Home,
+    console: console::Console,
     log: LogKeeper,
     returns: UnboundedReceiver<Returned>,
     streams: Streams,
@@ -187,8 +210,11 @@ pub struct VmDriver {
     early_orders: Vec<protocol::Operator>,
     persisting: bool,
     persist_failed: bool,
-    to_persist: VecDeque<crate::protocol::Durable>,
+    /// The newest durable state that is not being made durable yet: what came before it matters no
+    /// more.
+    to_persist: Option<crate::protocol::Durable>,
     acks: crate::protocol::Acks,
+    full: Full,
     /// For `status`.
     failure: Option<Failure>,
 }
@@ -235,6 +261,7 @@ impl VmDriver {
             vm,
             env,
             node,
+            console: console::Console::new(home.clone()),
             home,
             log,
             returns,
@@ -260,8 +287,9 @@ impl VmDriver {
             early_orders: Vec::new(),
             persisting: false,
             persist_failed: false,
-            to_persist: VecDeque::new(),
+            to_persist: None,
             acks: durable.acks,
+            full: Full::default(),
             failure: None,
         })
     }
@@ -321,7 +349,30 @@ impl VmDriver {
             }
         }
         self.end_guest();
-        self.reaper.all_gone(reaper::PATIENCE).await
+        let gone = self.reaper.all_gone(reaper::PATIENCE).await;
+        self.end_console().await;
+        gone
+    }
+
+    /// Waits a little for what the guest has said to be written.
+    async fn end_console(&mut self) {
+        let written = async {
+            self.write_console();
+            while !self.console.is_idle()
+                && let Some(back) = self.back.recv().await
+            {
+                if matches!(back, Back::Console) {
+                    self.console.written();
+                    self.write_console();
+                }
+            }
+        };
+        if tokio::time::timeout(CONSOLE_PATIENCE, written)
+            .await
+            .is_err()
+        {
+            tracing::warn!("the end of a console is lost: the host's disk is busy");
+        }
     }
 
     /// How long until there is something to do by itself.

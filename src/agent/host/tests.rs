@@ -9,11 +9,12 @@ use tokio::sync::mpsc::Receiver;
 use super::*;
 use crate::agent::certs::{Identity, Name};
 use crate::agent::init::{Plan, init};
+use crate::agent::journal::What;
 use crate::agent::link::{Ended, SessionId};
 use crate::agent::operator::Request;
 use crate::agent::witness;
 use crate::protocol::{
-    Epoch, Incarnation, Lineage, Member, Message, PROTOCOL_VERSION, Policy, Record, Swapped,
+    Epoch, Event, Incarnation, Lineage, Member, Message, PROTOCOL_VERSION, Policy, Record, Swapped,
     Version,
 };
 
@@ -303,4 +304,32 @@ async fn a_folder_that_cannot_be_used_is_told_of() {
     stage.agent.up.insert(host("b"));
     stage.hears("torn", 1);
     assert!(stage.agent.asked.is_empty(), "not so soon");
+}
+
+/// A state that cannot be written is as it was, and is written when it can be.
+#[tokio::test]
+async fn a_state_that_cannot_be_written_is_written_later() {
+    let mut stage = Stage::new();
+    // No file can be written beside the one that is to be replaced.
+    let in_the_way = stage.folder("books").join("state.json.new");
+    std::fs::create_dir_all(&in_the_way).expect("a folder");
+    stage.agent.take(&vm("books"), "a test").expect("taken");
+    let journal = Arc::clone(&stage.agent.env.journal);
+    let until = async |wanted: fn(&Event) -> bool| {
+        let mut written = journal.written();
+        loop {
+            let lines = journal.read(0, 100).await.expect("lines");
+            let says = |what: &What| matches!(what, What::Decision(event) if wanted(event));
+            if lines.iter().any(|line| says(&line.what)) {
+                return;
+            }
+            written.changed().await.expect("it goes on");
+        }
+    };
+    until(|event| matches!(event, Event::StoreFull { .. })).await;
+    assert!(!stage.folder("books").join("state.json").exists());
+    std::fs::remove_dir(&in_the_way).expect("removed");
+    until(|event| matches!(event, Event::StoreRoom)).await;
+    assert!(stage.folder("books").join("state.json").exists());
+    stage.agent.end().await;
 }
