@@ -528,7 +528,7 @@ mod tests {
     async fn what_is_here_and_damaged_is_fetched_again() {
         let (_there, one, _two, peer, name) = served();
         let here = tempfile::tempdir().expect("a temporary folder");
-        fs::write(partial(here.path(), name), [1; CHUNK]).expect("written");
+        fs::write(partial(here.path(), name), vec![1; CHUNK]).expect("written");
         let fetched = fetch_base(&one, &peer, name, here.path(), &|_| {}).await;
         fetched.expect("fetched");
         let got = fs::read(Base::path(here.path(), name)).expect("there");
@@ -556,7 +556,7 @@ mod tests {
             }
             let chunk = Part::Chunk {
                 offset: 0,
-                compressed: zstd::bulk::compress(&[1; CHUNK], LEVEL).expect("compressed"),
+                compressed: zstd::bulk::compress(&vec![1; CHUNK], LEVEL).expect("compressed"),
             };
             let reason = "it is tired".to_owned();
             for part in [chunk, Part::Failed { reason }] {

@@ -278,7 +278,7 @@ impl Agent {
         let names = tokio::task::spawn_blocking(list).await.unwrap_or_default();
         for vm in names {
             if let Err(error) = self.take(&vm, "it has a folder here") {
-                self.is_unreadable(vm, sentence(&error));
+                self.is_unreadable(&vm, sentence(&error));
             }
         }
     }
@@ -321,15 +321,15 @@ impl Agent {
     }
 
     /// What is kept of a VM cannot be used. It is tried again when somebody speaks of the VM.
-    fn is_unreadable(&mut self, vm: VmName, why: String) {
+    fn is_unreadable(&mut self, vm: &VmName, why: String) {
         tracing::error!(%vm, why, "this VM is not looked after");
-        self.drivers.remove(&vm);
+        self.drivers.remove(vm);
         let before = self
             .unreadable
             .insert(vm.clone(), (clock::now(), why.clone()));
         if before.is_none_or(|(_, before)| before != why) {
             let unreadable = Incident::VmUnreadable { why };
-            self.env.journal.write(Some(&vm), unreadable);
+            self.env.journal.write(Some(vm), unreadable);
         }
     }
 
@@ -405,7 +405,7 @@ impl Agent {
                 }
             }
             Wish::Listens { vm } => self.listens(&vm),
-            Wish::Unreadable { vm, why } => self.is_unreadable(vm, why),
+            Wish::Unreadable { vm, why } => self.is_unreadable(&vm, why),
             Wish::Remove { vm, reply } => self.remove(vm, reply),
             Wish::Removed { vm } => drop(self.removing.remove(&vm)),
             Wish::Create { asked, found } => match found {

@@ -132,6 +132,9 @@ pub struct HostStatus {
     pub journal: u64,
     /// The VMs it looks after.
     pub vms: Vec<VmStatus>,
+    /// VMs that it can tell nothing of, and why: what is kept of them cannot be used, or their drivers
+    /// do not answer.
+    pub silent: BTreeMap<VmName, String>,
     /// What the link has counted.
     pub link: LinkFigures,
 }

@@ -72,15 +72,14 @@ impl Reaper {
         let own = self.clone();
         tokio::spawn(async move {
             let pid = dying.pid();
-            let gone = match tokio::time::timeout(own.long, dying.gone()).await {
-                Ok(gone) => gone,
-                Err(_) => {
-                    if let Some(pid) = pid {
-                        lock(&own.undead).insert(pid);
-                        long(pid);
-                    }
-                    dying.gone().await
+            let gone = if let Ok(gone) = tokio::time::timeout(own.long, dying.gone()).await {
+                gone
+            } else {
+                if let Some(pid) = pid {
+                    lock(&own.undead).insert(pid);
+                    long(pid);
                 }
+                dying.gone().await
             };
             if let Err(error) = gone {
                 // It is not a child of ours any more: somebody else has waited for it.

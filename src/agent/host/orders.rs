@@ -1,11 +1,12 @@
 //! What operators want of this host.
 
+use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use super::super::certs::Identity;
 use super::super::clock;
@@ -170,6 +171,7 @@ impl Agent {
             peers: peers.collect(),
             journal: *self.env.journal.written().borrow(),
             vms: Vec::new(),
+            silent: self.unreadable(),
             link: LinkFigures {
                 log_bytes_raw: counters.log_bytes_raw.get(),
                 log_bytes_sent: counters.log_bytes_sent.get(),
@@ -180,16 +182,29 @@ impl Agent {
             },
         };
         let vms = self.drivers.keys();
-        let asked: Vec<_> = vms.map(|vm| self.ask(vm, VmQuestion::Status)).collect();
+        let asked: Vec<_> = vms
+            .map(|vm| (vm.clone(), self.ask(vm, VmQuestion::Status)))
+            .collect();
         async move {
             let mut status = status;
-            for asked in asked {
+            for (vm, asked) in asked {
                 if let Some(VmAnswer::Status(vm)) = asked.await {
                     status.vms.push(*vm);
+                } else {
+                    let why = "what looks after it does not answer: it is being opened, or busy";
+                    status.silent.insert(vm, why.to_owned());
                 }
             }
             status
         }
+    }
+
+    /// The VMs that cannot be looked after, and why.
+    fn unreadable(&self) -> BTreeMap<VmName, String> {
+        let unreadable = self.unreadable.iter();
+        let idle = unreadable.filter(|(vm, _)| !self.drivers.contains_key(*vm));
+        idle.map(|(vm, (_, why))| (vm.clone(), why.clone()))
+            .collect()
     }
 
     /// Asks a driver; `None` when there is none, or it does not answer.
@@ -200,7 +215,8 @@ impl Agent {
     ) -> impl Future<Output = Option<VmAnswer>> + Send + 'static {
         let running = self.drivers.get(vm);
         let answer = running.and_then(|running| running.ask(question));
-        async move { timeout(ANSWER_PATIENCE, answer?).await.ok()?.ok() }
+        let until = Instant::now() + ANSWER_PATIENCE;
+        async move { timeout_at(until, answer?).await.ok()?.ok() }
     }
 }
 

@@ -194,6 +194,8 @@ async fn a_driver_that_is_stuck_stops_nobody_else() {
         }
     });
     assert!(matches!(stage.order("well").await, Answer::Taken { .. }));
+    let status = stage.agent.status().await;
+    assert!(status.silent.contains_key(&vm("stuck")), "{status:?}");
     // It listens again: what it has missed looks to it like the end of the connection.
     for number in 0..INBOX as u64 {
         assert_eq!(stuck.try_recv().ok().as_ref().and_then(hello), Some(number));
@@ -301,6 +303,9 @@ async fn a_folder_that_cannot_be_used_is_told_of() {
         .iter()
         .filter(|line| line.text.contains("cannot be understood"));
     assert_eq!(told.count(), 1);
+    let silent = stage.agent.status().await.silent;
+    let why = silent.get(&vm("torn")).expect("it is told of");
+    assert!(why.contains("cannot be understood"), "{why}");
     stage.agent.up.insert(host("b"));
     stage.hears("torn", 1);
     assert!(stage.agent.asked.is_empty(), "not so soon");
