@@ -1,8 +1,13 @@
 //! Bulk between hosts: disk bases, on connections of their own and no faster than the limit, so
 //! that neither log nor heartbeats wait for them.
+//!
+//! A base may take hours. What has come of it stays in `<digest>.partial`, whatever ends the transfer,
+//! and the next one goes on behind it; how long that file is says how far it has come. Only when all
+//! of it is there is its hash compared with its name, and it becomes a base.
 
 use std::fs;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,8 +15,8 @@ use replay_log::DiskBase;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep_until};
-use vmm::disk::{Base, BaseError};
+use tokio::time::{Instant, sleep_until, timeout};
+use vmm::disk::Base;
 
 use super::certs::{Identity, Role};
 use super::link::{Channel, Endpoint, Peer, Reply, RequestError, StreamKind, serve_requests};
@@ -24,12 +29,21 @@ const RATE: u64 = 128 << 20;
 const CHUNKS_WAITING: usize = 4;
 /// Level 1: the network is the limit.
 const LEVEL: i32 = 1;
+/// Within a hole, this often something is said of it, in bytes: a peer that says nothing is given up.
+const HOLE: u64 = 64 << 20;
+/// So long nothing may come of a base.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A question between hosts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Question {
-    /// Send this base.
-    Base(DiskBase),
+    /// Send a base.
+    Base {
+        /// Which.
+        name: DiskBase,
+        /// What is before this is here.
+        from: u64,
+    },
 }
 
 /// A part of the answer.
@@ -43,6 +57,11 @@ enum Part {
         offset: u64,
         /// A zstd frame of at most [`CHUNK`] bytes of data.
         compressed: Vec<u8>,
+    },
+    /// There are only zeros up to here, and there is more.
+    Zeros {
+        /// Where that is.
+        through: u64,
     },
     /// There is no more data.
     End,
@@ -79,9 +98,23 @@ pub enum FetchError {
         /// Who was asked.
         peer: Identity,
     },
+    /// Nothing more came.
+    #[error("{peer} has sent nothing more of the disk base for {} s", PATIENCE.as_secs())]
+    Stalled {
+        /// Who was asked.
+        peer: Identity,
+    },
     /// It cannot be written here.
-    #[error(transparent)]
-    Base(#[from] BaseError),
+    #[error("cannot {action} {}: see to the space and the rights of this host's data folder", path.display())]
+    Write {
+        /// What was to be done.
+        action: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
     /// The work was given up: the process ends.
     #[error("the transfer was given up because the process ends")]
     GivenUp,
@@ -93,12 +126,12 @@ pub async fn serve_bases(endpoint: &Endpoint, bases: PathBuf) {
     serve_requests(streams, move |from: Identity, question, mut reply| {
         let bases = bases.clone();
         async move {
-            let Question::Base(name) = question;
+            let Question::Base { name, from: offset } = question;
             if from.role != Role::Host {
                 tracing::warn!(%from, "only hosts get disk bases");
                 return;
             }
-            let sent = send_base(&bases, name, &mut reply).await;
+            let sent = send_base(&bases, name, offset, &mut reply).await;
             let last = match sent {
                 Ok(true) => Part::End,
                 Ok(false) => Part::Missing,
@@ -111,35 +144,36 @@ pub async fn serve_bases(endpoint: &Endpoint, bases: PathBuf) {
     .await;
 }
 
-/// Sends the data of a base; `false` when it is not here.
-async fn send_base(bases: &Path, name: DiskBase, reply: &mut Reply) -> Result<bool, String> {
+/// Sends the data of a base from an offset on; `false` when it is not here.
+async fn send_base(
+    bases: &Path,
+    name: DiskBase,
+    from: u64,
+    reply: &mut Reply,
+) -> Result<bool, String> {
     let path = Base::path(bases, name);
-    let file = match fs::File::open(&path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        Err(error) => return Err(error.to_string()),
-    };
     let (chunks, mut ready) = mpsc::channel(CHUNKS_WAITING);
-    let reading = tokio::task::spawn_blocking(move || read_chunks(file, &chunks));
+    let reading = tokio::task::spawn_blocking(move || read_chunks(&path, from, &chunks));
     let (began, mut bytes) = (Instant::now(), 0u64);
-    while let Some((offset, length, compressed)) = ready.recv().await {
-        let part = Part::Chunk { offset, compressed };
+    while let Some((length, part)) = ready.recv().await {
         reply.send(&part).await.map_err(|error| error.to_string())?;
         bytes += length as u64;
         sleep_until(began + Duration::from_micros(bytes * 1_000_000 / RATE)).await;
     }
     match reading.await {
         Ok(Ok(())) => Ok(true),
+        Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Ok(Err(error)) => Err(error.to_string()),
         Err(_) => Err("the transfer was given up".to_owned()),
     }
 }
 
-type Chunk = (u64, usize, Vec<u8>);
-
-fn read_chunks(mut file: fs::File, chunks: &mpsc::Sender<Chunk>) -> io::Result<()> {
+/// Hands on a file in parts, each with the number of bytes that were not zeros.
+fn read_chunks(path: &Path, from: u64, parts: &mpsc::Sender<(usize, Part)>) -> io::Result<()> {
+    let mut file = fs::File::open(path)?;
+    file.seek(SeekFrom::Start(from))?;
     let mut buffer = vec![0; CHUNK];
-    let mut offset = 0;
+    let (mut offset, mut told) = (from, from);
     loop {
         let mut length = 0;
         while length < CHUNK {
@@ -149,158 +183,252 @@ fn read_chunks(mut file: fs::File, chunks: &mpsc::Sender<Chunk>) -> io::Result<(
             }
         }
         let data = &buffer[..length];
-        if data.iter().any(|byte| *byte != 0) {
+        let through = offset + length as u64;
+        let part = if data.iter().any(|byte| *byte != 0) {
             let compressed = zstd::bulk::compress(data, LEVEL)?;
-            if chunks.blocking_send((offset, length, compressed)).is_err() {
+            Some((length, Part::Chunk { offset, compressed }))
+        } else {
+            (through - told >= HOLE).then_some((0, Part::Zeros { through }))
+        };
+        if let Some(part) = part {
+            told = through;
+            if parts.blocking_send(part).is_err() {
                 // The asker is gone.
                 return Ok(());
             }
         }
-        offset += length as u64;
+        offset = through;
         if length < CHUNK {
             return Ok(());
         }
     }
 }
 
-/// Gets a base from another host into this folder, and checks it on the way.
+/// Gets a base from another host into this folder, and checks it. `come` is told how many bytes are
+/// here, again and again. What a transfer that fails has brought stays for the next.
 pub async fn fetch_base(
     endpoint: &Endpoint,
     peer: &Peer,
     name: DiskBase,
     bases: &Path,
+    come: &(dyn Fn(u64) + Sync),
 ) -> Result<(), FetchError> {
-    let channel = Channel::new(endpoint, peer.clone());
-    let mut parts = channel
-        .ask::<_, Part>(StreamKind::Bulk, &Question::Base(name))
-        .await?;
-    let who = || peer.identity.clone();
-    let (data, arrived) = mpsc::channel(CHUNKS_WAITING);
-    let folder = bases.to_owned();
-    let sealing = tokio::task::spawn_blocking(move || {
-        let mut source = Arriving::new(arrived, name.size);
-        Base::seal(&folder, &mut source)
-    });
-    let mut failure = None;
-    loop {
-        match parts.next().await {
-            Ok(Some(Part::Chunk { offset, compressed })) => {
-                if data.send(Some((offset, compressed))).await.is_err() {
-                    break;
-                }
-            }
-            Ok(Some(Part::End)) => {
-                // Fails only when the sealing has failed, which says why.
-                let _ = data.send(None).await;
-                break;
-            }
-            Ok(Some(Part::Missing)) => failure = Some(FetchError::Missing { peer: who() }),
-            Ok(Some(Part::Failed { reason })) => {
-                failure = Some(FetchError::Failed {
-                    peer: who(),
-                    reason,
-                });
-            }
-            Ok(None) => failure = Some(FetchError::Wrong { peer: who() }),
-            Err(error) => failure = Some(error.into()),
-        }
-        if failure.is_some() {
-            break;
-        }
+    let fetch = || fetch_rest(endpoint, peer, name, bases, come, PATIENCE);
+    // What was here before may be damaged, which is not the peer's fault.
+    if fetch().await? == Came::Whole || fetch().await? == Came::Whole {
+        return Ok(());
     }
+    Err(FetchError::Wrong {
+        peer: peer.identity.clone(),
+    })
+}
+
+/// What has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Came {
+    /// The base.
+    Whole,
+    /// Something else, which is gone again; not all of it was from this peer.
+    Mixed,
+}
+
+async fn fetch_rest(
+    endpoint: &Endpoint,
+    peer: &Peer,
+    name: DiskBase,
+    bases: &Path,
+    come: &(dyn Fn(u64) + Sync),
+    patience: Duration,
+) -> Result<Came, FetchError> {
+    let who = || peer.identity.clone();
+    let folder = bases.to_owned();
+    let partial = blocking(move || Partial::open(&folder, name)).await??;
+    let from = partial.at;
+    come(from);
+    let channel = Channel::new(endpoint, peer.clone());
+    let question = Question::Base { name, from };
+    let mut parts = channel.ask::<_, Part>(StreamKind::Bulk, &question).await?;
+    let (data, arrived) = mpsc::channel(CHUNKS_WAITING);
+    let writing = tokio::task::spawn_blocking(move || partial.write(arrived));
+    let failure = loop {
+        let part = match timeout(patience, parts.next()).await {
+            Err(_) => break Some(FetchError::Stalled { peer: who() }),
+            Ok(Err(error)) => break Some(error.into()),
+            Ok(Ok(None)) => break Some(FetchError::Wrong { peer: who() }),
+            Ok(Ok(Some(part))) => part,
+        };
+        match part {
+            Part::Missing => break Some(FetchError::Missing { peer: who() }),
+            Part::Failed { reason } => {
+                let peer = who();
+                break Some(FetchError::Failed { peer, reason });
+            }
+            Part::Chunk { offset, .. } => come(offset),
+            Part::Zeros { through } => come(through),
+            Part::End => {}
+        }
+        let end = part == Part::End;
+        // Fails only when the writing has failed, which says why.
+        if data.send(part).await.is_err() || end {
+            break None;
+        }
+    };
     drop(data);
-    let sealed = sealing.await.map_err(|_| FetchError::GivenUp)?;
+    let written = writing.await.map_err(|_| FetchError::GivenUp)?;
     if let Some(failure) = failure {
         return Err(failure);
     }
-    let sealed = sealed?;
-    if sealed.name() == name {
-        return Ok(());
+    match written? {
+        Written::Base => Ok(Came::Whole),
+        Written::Other if from > 0 => Ok(Came::Mixed),
+        Written::Other | Written::Part => Err(FetchError::Wrong { peer: who() }),
     }
-    // It would lie there under a name that nobody asks for; if it stays it only takes room.
-    let _ = fs::remove_file(Base::path(bases, sealed.name()));
-    Err(FetchError::Wrong { peer: who() })
 }
 
-type Arrival = Option<(u64, Vec<u8>)>;
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, FetchError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    // Only a runtime that ends lets it go.
+    done.map_err(|_| FetchError::GivenUp)
+}
 
-/// The data of a base as a stream of bytes, zeros between the chunks. Blocks.
-struct Arriving {
-    chunks: mpsc::Receiver<Arrival>,
-    /// Where the reader is.
+/// What became of a file.
+#[derive(Debug)]
+enum Written {
+    /// It is the base now.
+    Base,
+    /// It is a part of it, and stays.
+    Part,
+    /// It was something else, and is gone.
+    Other,
+}
+
+/// What is here of a base. Blocks.
+struct Partial {
+    file: fs::File,
+    path: PathBuf,
+    folder: PathBuf,
+    name: DiskBase,
+    /// Everything before this is here.
     at: u64,
-    size: u64,
-    chunk: Vec<u8>,
-    /// Where the chunk begins; after the end of the base when no more come.
-    begins: u64,
 }
 
-impl Arriving {
-    fn new(chunks: mpsc::Receiver<Arrival>, size: u64) -> Self {
-        Self {
-            chunks,
-            at: 0,
-            size,
-            chunk: Vec::new(),
-            begins: 0,
+impl Partial {
+    fn open(folder: &Path, name: DiskBase) -> Result<Self, FetchError> {
+        let path = Base::path(folder, name).with_extension("partial");
+        let failed = |action| write_error(action, &path);
+        let mut options = fs::OpenOptions::new();
+        let options = options.read(true).write(true).create(true).truncate(false);
+        let file = options.open(&path).map_err(failed("open"))?;
+        let mut at = file.metadata().map_err(failed("read"))?.len();
+        if at > name.size {
+            file.set_len(0).map_err(failed("shorten"))?;
+            at = 0;
         }
+        Ok(Self {
+            file,
+            folder: folder.to_owned(),
+            name,
+            at,
+            path,
+        })
     }
 
-    fn next_chunk(&mut self) -> io::Result<()> {
-        let bad = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
-        match self.chunks.blocking_recv() {
-            Some(Some((offset, compressed))) => {
-                let data = zstd::bulk::decompress(&compressed, CHUNK)?;
-                let ends = offset.checked_add(data.len() as u64);
-                if offset < self.at || data.is_empty() || ends.is_none_or(|end| end > self.size) {
-                    return Err(bad("a part of the disk base is out of place"));
-                }
-                self.chunk = data;
-                self.begins = offset;
-                Ok(())
-            }
-            Some(None) => {
-                self.chunk.clear();
-                self.begins = self.size;
-                Ok(())
-            }
-            None => Err(bad("the transfer broke off")),
-        }
-    }
-}
-
-impl Read for Arriving {
-    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        if self.at >= self.size || out.is_empty() {
-            return Ok(0);
-        }
-        let ends = self.begins + self.chunk.len() as u64;
-        if self.at >= ends && self.begins < self.size {
-            self.next_chunk()?;
-        }
-        let length = if self.at < self.begins {
-            let hole = self.begins - self.at;
-            let length = out.len().min(usize::try_from(hole).unwrap_or(usize::MAX));
-            out[..length].fill(0);
-            length
-        } else {
-            let from = usize::try_from(self.at - self.begins).unwrap_or(usize::MAX);
-            let rest = self.chunk.get(from..).unwrap_or_default();
-            let length = out.len().min(rest.len());
-            out[..length].copy_from_slice(&rest[..length]);
-            length
+    /// Adds what arrives until the end or until no more comes.
+    fn write(mut self, mut arrived: mpsc::Receiver<Part>) -> Result<Written, FetchError> {
+        let written = self.write_all(&mut arrived);
+        let useless = match &written {
+            Ok(Written::Other) => true,
+            Ok(Written::Base) => false,
+            Ok(Written::Part) | Err(_) => self.at == 0,
         };
-        self.at += length as u64;
-        Ok(length)
+        if useless {
+            // If it stays it only takes room: what it lacks is found by its hash.
+            let _ = fs::remove_file(&self.path);
+        }
+        written
+    }
+
+    fn write_all(&mut self, arrived: &mut mpsc::Receiver<Part>) -> Result<Written, FetchError> {
+        while let Some(part) = arrived.blocking_recv() {
+            let placed = match part {
+                Part::Chunk { offset, compressed } => self.place(offset, &compressed)?,
+                Part::Zeros { through } => self.extend(through)?,
+                _ => return self.finish(),
+            };
+            if !placed {
+                return Ok(Written::Other);
+            }
+        }
+        Ok(Written::Part)
+    }
+
+    /// Adds a chunk; `false` when it is none of this base.
+    fn place(&mut self, offset: u64, compressed: &[u8]) -> Result<bool, FetchError> {
+        let Ok(data) = zstd::bulk::decompress(compressed, CHUNK) else {
+            return Ok(false);
+        };
+        let ends = offset.checked_add(data.len() as u64);
+        let Some(ends) = ends.filter(|end| offset >= self.at && *end <= self.name.size) else {
+            return Ok(false);
+        };
+        let written = self.file.write_all_at(&data, offset);
+        written.map_err(write_error("write", &self.path))?;
+        self.at = ends;
+        Ok(true)
+    }
+
+    /// There are only zeros up to here.
+    fn extend(&mut self, through: u64) -> Result<bool, FetchError> {
+        if !(self.at..=self.name.size).contains(&through) {
+            return Ok(false);
+        }
+        let extended = self.file.set_len(through);
+        extended.map_err(write_error("extend", &self.path))?;
+        self.at = through;
+        Ok(true)
+    }
+
+    /// All of it is here: makes it the base that it is to be, if it is.
+    fn finish(&mut self) -> Result<Written, FetchError> {
+        let failed = |action| write_error(action, &self.path);
+        self.file
+            .set_len(self.name.size)
+            .map_err(failed("extend"))?;
+        self.file.rewind().map_err(failed("read"))?;
+        let mut hasher = blake3::Hasher::new();
+        let hashed = hasher.update_reader(&self.file);
+        hashed.map_err(failed("read"))?;
+        if *hasher.finalize().as_bytes() != self.name.digest {
+            return Ok(Written::Other);
+        }
+        self.file.sync_all().map_err(failed("sync"))?;
+        let base = Base::path(&self.folder, self.name);
+        fs::rename(&self.path, &base).map_err(failed("rename"))?;
+        let synced = fs::File::open(&self.folder).and_then(|folder| folder.sync_all());
+        synced.map_err(write_error("sync", &self.folder))?;
+        Ok(Written::Base)
+    }
+}
+
+fn write_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FetchError {
+    let path = path.to_owned();
+    move |source| FetchError::Write {
+        action,
+        path,
+        source,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::net::SocketAddr;
+    use std::sync::Mutex;
 
     use super::*;
     use crate::agent::certs::authority::Authority;
+    use crate::agent::link::lock;
 
     fn any_port() -> SocketAddr {
         ([127, 0, 0, 1], 0).into()
@@ -341,9 +469,12 @@ mod tests {
     async fn a_base_comes_over_with_its_holes_and_is_checked() {
         let (_there, one, _two, peer, name) = served();
         let here = tempfile::tempdir().expect("a temporary folder");
-        fetch_base(&one, &peer, name, here.path())
+        let come = Mutex::new(Vec::new());
+        let note = |bytes| lock(&come).push(bytes);
+        fetch_base(&one, &peer, name, here.path(), &note)
             .await
             .expect("fetched");
+        assert_eq!(*lock(&come), [0, 0, 2 * CHUNK as u64, 3 * CHUNK as u64]);
         let got = fs::read(Base::path(here.path(), name)).expect("there");
         assert_eq!(got, contents());
     }
@@ -356,19 +487,120 @@ mod tests {
             digest: [9; 32],
             ..name
         };
-        let missing = fetch_base(&one, &peer, other, here.path()).await;
+        let missing = fetch_base(&one, &peer, other, here.path(), &|_| {}).await;
         assert!(matches!(missing, Err(FetchError::Missing { .. })));
         let path = Base::path(there.path(), name);
         let mut damaged = contents();
         damaged[3] ^= 1;
         fs::remove_file(&path).expect("removed");
         fs::write(&path, damaged).expect("written");
-        let wrong = fetch_base(&one, &peer, name, here.path()).await;
+        let wrong = fetch_base(&one, &peer, name, here.path(), &|_| {}).await;
         assert!(matches!(wrong, Err(FetchError::Wrong { .. })), "{wrong:?}");
         // Longer than it says.
         fs::write(&path, vec![1; contents().len() + CHUNK]).expect("written");
-        let long = fetch_base(&one, &peer, name, here.path()).await;
-        assert!(matches!(long, Err(FetchError::Base(_))), "{long:?}");
+        let long = fetch_base(&one, &peer, name, here.path(), &|_| {}).await;
+        assert!(matches!(long, Err(FetchError::Wrong { .. })), "{long:?}");
         assert_eq!(fs::read_dir(here.path()).expect("listed").count(), 0);
+    }
+
+    fn partial(folder: &Path, name: DiskBase) -> PathBuf {
+        Base::path(folder, name).with_extension("partial")
+    }
+
+    /// The peer's own beginning is damaged by now: it is not sent again.
+    #[tokio::test]
+    async fn a_transfer_goes_on_where_the_last_one_ended() {
+        let (there, one, _two, peer, name) = served();
+        let here = tempfile::tempdir().expect("a temporary folder");
+        let mut damaged = contents();
+        damaged[3] ^= 1;
+        fs::write(Base::path(there.path(), name), damaged).expect("written");
+        let first = &contents()[..3 * CHUNK + 77];
+        fs::write(partial(here.path(), name), first).expect("written");
+        let fetched = fetch_base(&one, &peer, name, here.path(), &|_| {}).await;
+        fetched.expect("fetched");
+        let got = fs::read(Base::path(here.path(), name)).expect("there");
+        assert_eq!(got, contents());
+        assert_eq!(fs::read_dir(here.path()).expect("listed").count(), 1);
+    }
+
+    #[tokio::test]
+    async fn what_is_here_and_damaged_is_fetched_again() {
+        let (_there, one, _two, peer, name) = served();
+        let here = tempfile::tempdir().expect("a temporary folder");
+        fs::write(partial(here.path(), name), vec![1; CHUNK]).expect("written");
+        let fetched = fetch_base(&one, &peer, name, here.path(), &|_| {}).await;
+        fetched.expect("fetched");
+        let got = fs::read(Base::path(here.path(), name)).expect("there");
+        assert_eq!(got, contents());
+    }
+
+    /// A peer that gives up half way, and one that says nothing.
+    #[tokio::test]
+    async fn what_has_come_stays_and_nobody_waits_for_ever() {
+        let authority = Authority::generate().expect("an authority");
+        let (one, two) = (endpoint(&authority, "a"), endpoint(&authority, "b"));
+        let peer = Peer {
+            identity: two.identity().clone(),
+            address: two.local_address().expect("bound").into(),
+        };
+        let name = DiskBase {
+            digest: [9; 32],
+            size: 3 * CHUNK as u64,
+        };
+        let streams = two.serve(StreamKind::Bulk, 8);
+        let answers = |_: Identity, question: Question, mut reply: Reply| async move {
+            let Question::Base { from, .. } = question;
+            if from > 0 {
+                return std::future::pending().await;
+            }
+            let chunk = Part::Chunk {
+                offset: 0,
+                compressed: zstd::bulk::compress(&vec![1; CHUNK], LEVEL).expect("compressed"),
+            };
+            let reason = "it is tired".to_owned();
+            for part in [chunk, Part::Failed { reason }] {
+                reply.send(&part).await.expect("sent");
+            }
+        };
+        tokio::spawn(serve_requests(streams, answers));
+        let here = tempfile::tempdir().expect("a temporary folder");
+        let fetched = fetch_base(&one, &peer, name, here.path(), &|_| {}).await;
+        assert!(
+            matches!(fetched, Err(FetchError::Failed { .. })),
+            "{fetched:?}"
+        );
+        let kept = fs::metadata(partial(here.path(), name))
+            .expect("kept")
+            .len();
+        assert_eq!(kept, CHUNK as u64);
+        let soon = Duration::from_millis(20);
+        let fetched = fetch_rest(&one, &peer, name, here.path(), &|_| {}, soon).await;
+        assert!(
+            matches!(fetched, Err(FetchError::Stalled { .. })),
+            "{fetched:?}"
+        );
+        let kept = fs::metadata(partial(here.path(), name))
+            .expect("kept")
+            .len();
+        assert_eq!(kept, CHUNK as u64);
+    }
+
+    /// A hole is told of, or whoever waits would give up.
+    #[test]
+    fn a_long_hole_is_no_silence() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("hole");
+        let file = fs::File::create(&path).expect("a file");
+        file.set_len(2 * HOLE + 512).expect("a hole");
+        let (parts, mut sent) = mpsc::channel(8);
+        read_chunks(&path, 0, &parts).expect("read");
+        drop(parts);
+        let mut all = Vec::new();
+        while let Ok((_, part)) = sent.try_recv() {
+            all.push(part);
+        }
+        let zeros = |through| Part::Zeros { through };
+        assert_eq!(all, [zeros(HOLE), zeros(2 * HOLE)]);
     }
 }

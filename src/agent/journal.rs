@@ -131,6 +131,13 @@ pub enum Incident {
         /// What it does: boot or replay.
         doing: String,
     },
+    /// The driver of a VM does not take what other hosts say.
+    DriverDeaf,
+    /// A VMM process was killed and is not gone.
+    VmmDoesNotDie {
+        /// Its process id.
+        pid: u32,
+    },
     /// A gateway is served.
     GatewayWelcomed {
         /// Its incarnation.
@@ -199,6 +206,13 @@ impl fmt::Display for Incident {
             Self::HostDiffers { peer, why } => write!(f, "differs from {peer}: {why}"),
             Self::VmmStarted { pid, doing } => {
                 write!(f, "started VMM process {pid} to {doing}")
+            }
+            Self::DriverDeaf => f.write_str(
+                "does not take what other hosts say of this VM as fast as it comes: it will hear \
+                 them as if they had connected anew",
+            ),
+            Self::VmmDoesNotDie { pid } => {
+                f.write_str(&super::driver::does_not_die(&pid.to_string()))
             }
             Self::GatewayWelcomed { gateway, resent } => {
                 write!(f, "serves gateway {gateway:x}, {resent} outputs again")

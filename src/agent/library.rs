@@ -1,14 +1,17 @@
 //! What a host has to run guests from: images, by name and by digest, and sealed disk bases. A
 //! base that it lacks it fetches from the other hosts.
 
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::PathBuf;
+use std::sync::Mutex;
 
 use replay_log::{DiskBase, Header, ImageDigest};
 use thiserror::Error;
 use vmm::disk::{Base, BaseError};
 
 use crate::agent::bulk::{self, FetchError};
-use crate::agent::link::{Endpoint, Peer};
+use crate::agent::link::{Endpoint, Peer, lock};
 use crate::doctor::offer::{self, CannotRun, Host};
 use crate::images::{self, Image, ImageError, Mode};
 
@@ -47,6 +50,10 @@ pub struct Library {
     endpoint: Endpoint,
     peers: Vec<Peer>,
     host: Host,
+    /// One transfer at a time: two would write the same file, and share the same network.
+    fetching: tokio::sync::Mutex<()>,
+    /// How far the transfers have come that are under way or were given up.
+    come: Mutex<BTreeMap<[u8; 32], u64>>,
 }
 
 impl Library {
@@ -58,6 +65,8 @@ impl Library {
             endpoint,
             peers,
             host,
+            fetching: tokio::sync::Mutex::default(),
+            come: Mutex::default(),
         }
     }
 
@@ -102,19 +111,68 @@ impl Library {
         Ok(())
     }
 
+    /// How many bytes of these bases have come, and of how many, while they are being fetched.
+    pub fn fetched(&self, bases: &[DiskBase]) -> Option<(u64, u64)> {
+        let come = lock(&self.come);
+        let under_way = bases
+            .iter()
+            .filter_map(|base| Some((*come.get(&base.digest)?, base.size)));
+        under_way.reduce(|(come, of), (more, size)| (come + more, of.saturating_add(size)))
+    }
+
     async fn have_base(&self, name: DiskBase) -> Result<(), LibraryError> {
-        match Base::open(&self.bases, name) {
-            Ok(_) => return Ok(()),
-            Err(BaseError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error.into()),
+        if self.has_base(name).await? {
+            return Ok(());
+        }
+        let noted = |bytes| {
+            lock(&self.come).insert(name.digest, bytes);
+        };
+        noted(0);
+        let fetched = self.fetch_base(name, &noted).await;
+        lock(&self.come).remove(&name.digest);
+        fetched
+    }
+
+    async fn fetch_base(
+        &self,
+        name: DiskBase,
+        noted: &(dyn Fn(u64) + Sync),
+    ) -> Result<(), LibraryError> {
+        let _alone = self.fetching.lock().await;
+        // Another VM may have needed it, too.
+        if self.has_base(name).await? {
+            return Ok(());
         }
         let mut last = None;
         for peer in &self.peers {
-            match bulk::fetch_base(&self.endpoint, peer, name, &self.bases).await {
+            match bulk::fetch_base(&self.endpoint, peer, name, &self.bases, noted).await {
                 Ok(()) => return Ok(()),
-                Err(error) => last = Some(error),
+                Err(error) => {
+                    tracing::info!(peer = %peer.identity, %error, "a disk base did not come");
+                    // That one does not have it says less than how another failed.
+                    let says_more = !matches!(error, FetchError::Missing { .. });
+                    if last.is_none() || says_more {
+                        last = Some(error);
+                    }
+                }
             }
         }
         Err(LibraryError::Fetch(last))
+    }
+
+    /// Whether a base is here. Heartbeats wait neither for the disk nor for the name of a disk of
+    /// zeros.
+    async fn has_base(&self, name: DiskBase) -> Result<bool, LibraryError> {
+        let bases = self.bases.clone();
+        let opened = tokio::task::spawn_blocking(move || Base::open(&bases, name).map(drop)).await;
+        match opened {
+            Ok(Ok(())) => Ok(true),
+            Ok(Err(BaseError::Io { source, .. })) if source.kind() == ErrorKind::NotFound => {
+                Ok(false)
+            }
+            Ok(Err(error)) => Err(error.into()),
+            // Only a runtime that ends lets it go.
+            Err(_) => Err(LibraryError::Fetch(Some(FetchError::GivenUp))),
+        }
     }
 }

@@ -132,6 +132,9 @@ pub struct HostStatus {
     pub journal: u64,
     /// The VMs it looks after.
     pub vms: Vec<VmStatus>,
+    /// VMs that it can tell nothing of, and why: what is kept of them cannot be used, or their drivers
+    /// do not answer.
+    pub silent: BTreeMap<VmName, String>,
     /// What the link has counted.
     pub link: LinkFigures,
 }
@@ -164,12 +167,23 @@ pub struct VmStatus {
     pub guest: Option<GuestStatus>,
     /// That the VMM or the store failed here, and why, if no VMM has come beyond that place since.
     pub failure: Option<String>,
+    /// How far the disks have come that the guest begins with, while they are fetched from other hosts.
+    pub fetching: Option<Fetching>,
     /// What the log takes on disk, in bytes, when it is known.
     pub log_bytes: Option<u64>,
     /// Output that waits for its commit, in bytes.
     pub waiting_output: u64,
     /// How many gateways are served.
     pub gateways: usize,
+}
+
+/// How far a transfer between hosts has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fetching {
+    /// So many bytes are here, stretches of zeros included.
+    pub bytes: u64,
+    /// Of so many.
+    pub of: u64,
 }
 
 /// The guest's VMM process.

@@ -7,6 +7,8 @@
 mod loopback;
 #[path = "../common/skip.rs"]
 mod skip;
+
+mod hung;
 mod theatre;
 
 use std::net::SocketAddr;

@@ -1,9 +1,9 @@
 //! The driver's hands: the protocol's actions are carried out, in their order.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use replay_log::{FrameNumber, Header, LogIndex, Position, Term};
-use vmm::boot::BootImage;
 use vmm::host::OutputKind;
 use vmm::outbox::Outbox;
 
@@ -12,13 +12,13 @@ use super::gather::Gather;
 use super::guest::{Guest, GuestError, Parts};
 use super::home::{Home, HomeError};
 use super::keeper::LogKeeper;
+use super::reaper;
 use super::{Back, CHORES, Failure, HostMessage, VmDriver};
 use crate::agent::clock::now;
 use crate::agent::frame_streams::FrameStreams;
 use crate::agent::frames::{FrameLimits, FramePort};
 use crate::agent::journal::Incident;
-use crate::agent::library::Library;
-use crate::agent::vm_process::{DiskSetup, ToVm};
+use crate::agent::vm_process::ToVm;
 use crate::agent::witness::client::unproven;
 use crate::gateway::frames::Boot;
 use crate::protocol::{Action, Durable, Event, HostName, Input, Message, VmRun};
@@ -27,15 +27,13 @@ use crate::sentence::sentence;
 /// After a failure to make something durable, the next attempt waits for this long: the protocol
 /// has something new to persist at once, and a broken disk would be asked in a loop.
 const PERSIST_PAUSE: Duration = Duration::from_secs(1);
-/// How long the image and the disk bases of a VM may take to be here.
-const PARTS_PATIENCE: Duration = Duration::from_mins(2);
 
 impl VmDriver {
     /// Carries out everything the node wants, then lets everything flow that may.
-    pub(super) async fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         loop {
             while let Some(action) = self.node.poll_action() {
-                self.carry_out(action).await;
+                self.carry_out(action);
             }
             if self.inputs.is_empty() {
                 break;
@@ -48,7 +46,7 @@ impl VmDriver {
         self.flow();
     }
 
-    async fn carry_out(&mut self, action: Action) {
+    fn carry_out(&mut self, action: Action) {
         match action {
             Action::Send { to, message } => self.send(&to, message),
             Action::Append { batch } => {
@@ -82,11 +80,11 @@ impl VmDriver {
             Action::SwapRecord { expect, new, .. } => self.swap_record(expect, new),
             Action::DropLog { incarnation, .. } => self.drop_log(incarnation),
             Action::Replay { run } => {
-                self.end_guest().await;
+                self.end_guest();
                 self.replay(run);
             }
             Action::Boot { run, term, cold } => {
-                self.end_guest().await;
+                self.end_guest();
                 self.boot(run, term, cold);
             }
             Action::GoLive { run, term, at } => {
@@ -102,7 +100,7 @@ impl VmDriver {
             Action::StopVm { run, .. } => {
                 if self.awaiting(run) || self.guest.as_ref().is_some_and(|guest| guest.run() == run)
                 {
-                    self.end_guest().await;
+                    self.end_guest();
                 }
             }
             Action::Release { term, through } => self.release(term, through),
@@ -227,16 +225,24 @@ impl VmDriver {
         self.awaiting_header == Some(run) || self.awaiting_parts == Some(run)
     }
 
-    async fn end_guest(&mut self) {
+    /// Ends the guest, and whatever waits to become one. Nothing here waits for its end.
+    pub(super) fn end_guest(&mut self) {
         self.awaiting_header = None;
         self.awaiting_parts = None;
         self.live_when_started = None;
+        self.let_guest_die();
+    }
+
+    /// Ends the VMM process, if there is one, and leaves it to the reaper.
+    pub(super) fn let_guest_die(&mut self) {
         let Some(guest) = self.guest.take() else {
             return;
         };
-        if let Err(error) = guest.kill().await {
-            tracing::warn!(vm = %self.vm, %error, "the VMM process did not end");
-        }
+        let (env, vm) = (Arc::clone(&self.env), self.vm.clone());
+        self.reaper.take(guest.end(), move |pid| {
+            env.journal
+                .write(Some(&vm), Incident::VmmDoesNotDie { pid });
+        });
     }
 
     // ---- durable state ----
@@ -252,17 +258,16 @@ impl VmDriver {
                 });
             }
         }
-        self.to_persist.push_back(durable);
+        self.to_persist = Some(durable);
         self.persist_next();
     }
 
-    /// One at a time, in order, on a blocking thread: a promise waits for the disk, heartbeats do
-    /// not.
+    /// One at a time, on a blocking thread: a promise waits for the disk, heartbeats do not.
     pub(super) fn persist_next(&mut self) {
         if self.persisting {
             return;
         }
-        let Some(durable) = self.to_persist.pop_front() else {
+        let Some(durable) = self.to_persist.take() else {
             return;
         };
         self.persisting = true;
@@ -276,15 +281,34 @@ impl VmDriver {
             tokio::time::sleep(pause).await;
             let persisted = tokio::task::spawn_blocking(move || {
                 let persisted = home.persist(&durable);
-                persisted.map(|()| durable)
+                (durable, persisted.map_err(|error| sentence(&error)))
             });
-            let outcome = match persisted.await {
-                Ok(outcome) => outcome.map_err(|error| sentence(&error)),
-                // Only a runtime that ends lets it go.
-                Err(ended) => Err(ended.to_string()),
-            };
-            let _ = back.send(Back::Persist(outcome));
+            // Only a runtime that ends lets it go.
+            if let Ok((durable, persisted)) = persisted.await {
+                let _ = back.send(Back::Persist(durable, persisted));
+            }
         });
+    }
+
+    /// What came of that. Where the disk takes nothing, the state that was to be replaced is as it
+    /// was, and it is tried again.
+    pub(super) fn persisted(&mut self, durable: Durable, outcome: Result<(), String>) {
+        self.persisting = false;
+        self.persist_failed = outcome.is_err();
+        match outcome {
+            Ok(()) => {
+                self.inputs.push_back(Input::Persisted(durable));
+                if std::mem::take(&mut self.full.state) && !self.full.is_anything() {
+                    self.inputs.push_back(Input::StoreRoom);
+                }
+            }
+            Err(reason) => {
+                self.to_persist.get_or_insert(durable);
+                self.full.state = true;
+                self.inputs.push_back(Input::StoreFull { reason });
+            }
+        }
+        self.persist_next();
     }
 
     fn drop_log(&mut self, incarnation: crate::protocol::Incarnation) {
@@ -360,21 +384,20 @@ impl VmDriver {
     fn fetch_parts(&mut self, run: VmRun, header: Header) {
         self.awaiting_parts = Some(run);
         let (home, back, env) = (self.home.clone(), self.to_back.clone(), self.env.clone());
+        let reaper = self.reaper.clone();
         tokio::spawn(async move {
-            let fetched = env.library.fetch_bases(&header);
-            let parts = match tokio::time::timeout(PARTS_PATIENCE, fetched).await {
-                Err(_) => Err("its disks could not be fetched in time".to_owned()),
-                Ok(Err(error)) => Err(sentence(&error)),
-                Ok(Ok(())) => {
-                    let ready = move || replica_parts(&home, &env, header);
-                    // Heartbeats do not wait for a disk, nor for the hash of an image.
-                    match tokio::task::spawn_blocking(ready).await {
-                        Ok(parts) => parts.map_err(|error| sentence(&error)),
-                        Err(ended) => Err(ended.to_string()),
-                    }
+            let parts = async {
+                let fetched = env.library.fetch_bases(&header).await;
+                fetched.map_err(|error| sentence(&error))?;
+                if !header.disks.is_empty() {
+                    // The run before may still write to the same files.
+                    reaper.all_gone(reaper::PATIENCE).await?;
                 }
+                let ready = move || replica_parts(&home, &env, header);
+                // Heartbeats do not wait for a disk, nor for the hash of an image.
+                blocking(ready).await
             };
-            let _ = back.send(Back::Parts(run, false, parts));
+            let _ = back.send(Back::Parts(run, false, parts.await));
         });
     }
 
@@ -382,17 +405,14 @@ impl VmDriver {
         self.known_term = self.known_term.max(term);
         self.awaiting_parts = Some(run);
         let (home, back, env) = (self.home.clone(), self.to_back.clone(), self.env.clone());
-        let binary = env.vmm_binary.clone();
-        tokio::task::spawn_blocking(move || {
-            let parts = boot_parts(&home, &env.library, term, cold);
-            let parts = parts.map(|(header, image, disks)| Parts {
-                header,
-                image,
-                disks,
-                binary,
-            });
-            let parts = parts.map_err(|error| sentence(&error));
-            let _ = back.send(Back::Parts(run, true, parts));
+        let reaper = self.reaper.clone();
+        tokio::spawn(async move {
+            let parts = async {
+                // The run before may still write to the disks that this one boots from, or removes.
+                reaper.all_gone(reaper::PATIENCE).await?;
+                blocking(move || boot_parts(&home, &env, term, cold)).await
+            };
+            let _ = back.send(Back::Parts(run, true, parts.await));
         });
     }
 
@@ -402,9 +422,17 @@ impl VmDriver {
             // The node wants another run by now, or none.
             return;
         }
+        let parts = match parts.map(|parts| (Guest::take_memory(&parts, &self.env.memory), parts)) {
+            Ok((Err(GuestError::Memory(_)), parts)) if self.reaper.waits() => {
+                // Its predecessor has the memory yet.
+                return self.start_when_reaped(run, boots, parts);
+            }
+            Ok((Ok(memory), parts)) => Ok((memory, parts)),
+            Ok((Err(error), _)) => Err(sentence(&error)),
+            Err(reason) => Err(reason),
+        };
         self.awaiting_parts = None;
-        let memory = &self.env.memory;
-        let started = parts.and_then(|parts| {
+        let started = parts.and_then(|(memory, parts)| {
             let header = parts.header.clone();
             let guest = Guest::start(run, parts, boots, memory);
             Ok((header, guest.map_err(|error| sentence(&error))?))
@@ -441,6 +469,14 @@ impl VmDriver {
         }
     }
 
+    fn start_when_reaped(&self, run: VmRun, boots: bool, parts: Parts) {
+        let (reaper, back) = (self.reaper.clone(), self.to_back.clone());
+        tokio::spawn(async move {
+            let gone = reaper.all_gone(reaper::PATIENCE).await;
+            let _ = back.send(Back::Parts(run, boots, gone.map(|()| parts)));
+        });
+    }
+
     // ---- outputs ----
 
     fn release(&mut self, term: Term, through: LogIndex) {
@@ -472,7 +508,20 @@ impl VmDriver {
             self.arrivals.answered(frames, now());
         }
         if !console.is_empty() {
-            self.home.console(&console);
+            self.console.say(&console);
+            self.write_console();
+        }
+    }
+
+    /// Has the console written down what waits, where the disk is waited for.
+    pub(super) fn write_console(&mut self) {
+        if let Some(write) = self.console.next() {
+            let back = self.to_back.clone();
+            tokio::task::spawn_blocking(move || {
+                write();
+                // Without a receiver the VM is gone from this host.
+                let _ = back.send(Back::Console);
+            });
         }
     }
 
@@ -515,13 +564,8 @@ fn replica_parts(home: &Home, env: &Surroundings, header: Header) -> Result<Part
 }
 
 /// What a machine boots from: the image, and fresh or left-over disks. Blocks.
-fn boot_parts(
-    home: &Home,
-    library: &Library,
-    term: Term,
-    cold: bool,
-) -> Result<(Header, BootImage, Vec<DiskSetup>), HomeError> {
-    let image = home.image(library)?;
+fn boot_parts(home: &Home, env: &Surroundings, term: Term, cold: bool) -> Result<Parts, HomeError> {
+    let image = home.image(&env.library)?;
     let bases = if cold {
         home.seal_disks()?
     } else {
@@ -529,5 +573,21 @@ fn boot_parts(
     };
     let header = super::home::new_header(&image, &bases, term)?;
     home.keep_header(&header)?;
-    Ok((header, image.boot(), home.fresh_disks(bases)?))
+    Ok(Parts {
+        header,
+        image: image.boot(),
+        disks: home.fresh_disks(bases)?,
+        binary: env.vmm_binary.clone(),
+    })
+}
+
+/// Does what waits for a disk on a thread that may.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, HomeError> + Send + 'static,
+) -> Result<T, String> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done.map_err(|error| sentence(&error)),
+        // Only a runtime that ends lets it go.
+        Err(ended) => Err(ended.to_string()),
+    }
 }

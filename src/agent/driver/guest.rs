@@ -1,5 +1,5 @@
 //! The VMM process of one VM on this host, as its driver sees it: started to boot or to replay,
-//! fed with the log, told to go live.
+//! fed with the log, told to go live, ended.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,9 +15,11 @@ use super::keeper::{Cursor, LogKeeper};
 use crate::agent::budget::{Budget, OverBudget, Taken};
 use crate::agent::clock::now;
 use crate::agent::vm_process::{
-    DiskSetup, FromVm, IpcError, SpawnError, Start, StartAs, ToVm, VmProcess,
+    DiskSetup, FromVm, IpcError, SpawnError, Start, StartAs, Starved, ToVm, Verdict, VmProcess,
+    Watch,
 };
 use crate::protocol::{Span, Time, VmRun};
+use crate::sentence::sentence;
 
 /// So many bytes of log may be with the VMM process and not executed.
 const WINDOW: usize = 4 << 20;
@@ -78,8 +80,31 @@ pub struct Guest {
     passed_at: Time,
     longest_deferral: Span,
     ended: Option<Ending>,
-    /// Given back when the guest is gone.
+    watch: Watch,
+    starved: Starved,
+    /// Given back when the process is gone.
+    memory: Taken,
+}
+
+/// A VMM process that has been ended and may not be gone yet: the kernel first takes its memory
+/// apart, and a process that waits for a disk which does not answer goes when that answers, if ever.
+pub struct Dying {
+    pid: Option<u32>,
+    process: VmProcess,
+    /// Given back when the process is gone.
     _memory: Taken,
+}
+
+impl Dying {
+    /// Its process id, unless it is gone already.
+    pub const fn pid(&self) -> Option<u32> {
+        self.pid
+    }
+
+    /// Waits until it is gone. Cancel safe.
+    pub async fn gone(&mut self) -> io::Result<()> {
+        self.process.wait().await.map(drop)
+    }
 }
 
 /// What a guest is started from.
@@ -95,15 +120,14 @@ pub struct Parts {
 }
 
 impl Guest {
-    /// Starts a process that records from power-on (`boots`), or replays from the log's beginning.
-    pub fn start(
-        run: VmRun,
-        parts: Parts,
-        boots: bool,
-        budget: &Budget,
-    ) -> Result<Self, GuestError> {
+    /// Takes the memory that a guest needs.
+    pub fn take_memory(parts: &Parts, budget: &Budget) -> Result<Taken, GuestError> {
         let machine = MachineConfig::from_bytes(&parts.header.config)?;
-        let memory = budget.take(machine.memory)?;
+        Ok(budget.take(machine.memory)?)
+    }
+
+    /// Starts a process that records from power-on (`boots`), or replays from the log's beginning.
+    pub fn start(run: VmRun, parts: Parts, boots: bool, memory: Taken) -> Result<Self, GuestError> {
         let start = Start {
             header: parts.header,
             image: parts.image,
@@ -136,7 +160,9 @@ impl Guest {
             passed_at: now(),
             longest_deferral: Span::ZERO,
             ended: None,
-            _memory: memory,
+            watch: Watch::new(now()),
+            starved: Starved::default(),
+            memory,
         })
     }
 
@@ -157,7 +183,31 @@ impl Guest {
 
     /// The next thing the process says; `None` when it is gone. Cancel safe.
     pub async fn recv(&mut self) -> Result<Option<FromVm>, IpcError> {
-        self.process.recv().await
+        let said = self.process.recv().await?;
+        if let Some(said) = &said {
+            self.watch.heard(said);
+        }
+        Ok(said)
+    }
+
+    /// When [`Self::look`] is due.
+    pub fn look_due(&self) -> Time {
+        self.watch.poll_timeout()
+    }
+
+    /// Sees to it that the process lives, after everything was taken in that has come from it. The
+    /// error is a sentence that says why it is to be ended.
+    pub fn look(&mut self) -> Result<(), String> {
+        let (starved, pid) = (&mut self.starved, self.process.id());
+        let starved = || pid.is_some_and(|pid| starved.look(pid));
+        match self.watch.look(now(), starved) {
+            Verdict::Well => Ok(()),
+            Verdict::Ask { kick } => {
+                let asked = self.tell(&ToVm::Ping { kick }).and_then(|()| self.flush());
+                asked.map_err(|error| sentence(&error))
+            }
+            Verdict::Failed(why) => Err(why),
+        }
     }
 
     /// Whether more has come from it than [`Self::recv`] has given.
@@ -230,13 +280,19 @@ impl Guest {
         self.ended
     }
 
-    /// The last landmark it told of while recording.
+    /// The last landmark it told of.
     pub const fn at(&self) -> Position {
         self.at
     }
 
-    /// It has executed the log through here.
-    pub fn executed(&mut self, through: LogIndex) {
+    /// It has told that it stands at this landmark.
+    pub const fn stands_at(&mut self, at: Position) {
+        self.at = at;
+    }
+
+    /// It has executed the log through here, which is at this landmark.
+    pub fn executed(&mut self, through: LogIndex, at: Position) {
+        self.at = at;
         while let Some((end, bytes)) = self.under_way.front()
             && *end <= through
         {
@@ -293,8 +349,16 @@ impl Guest {
         self.passed_at = now();
     }
 
-    /// Ends the process and waits for its end.
-    pub async fn kill(self) -> io::Result<()> {
-        self.process.kill().await.map(drop)
+    /// Ends the process, without waiting until it is gone.
+    pub fn end(mut self) -> Dying {
+        let pid = self.process.id();
+        if let Err(error) = self.process.end() {
+            tracing::warn!(?pid, %error, "a VMM process cannot be killed");
+        }
+        Dying {
+            pid,
+            process: self.process,
+            _memory: self.memory,
+        }
     }
 }

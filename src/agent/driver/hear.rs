@@ -6,7 +6,7 @@ use vmm::host::{Output, OutputKind};
 
 use super::guest::{Doing, Guest};
 use super::keeper::Returned;
-use super::{Back, ToDriver, VmDriver};
+use super::{Back, EARLY_ORDERS, ToDriver, VmDriver};
 use crate::agent::clock::now;
 use crate::agent::frames::{DropReason, FrameEvent};
 use crate::agent::journal::Incident;
@@ -36,25 +36,27 @@ impl VmDriver {
             }
             ToDriver::Gateway(who, stream) => self.gateways.accept(stream, who, now()),
             ToDriver::Operator(question, reply) => {
-                let answer = self.answer(question);
-                // An operator who does not wait any more needs no answer.
-                let _ = reply.send(answer);
+                if let Some(answer) = self.answer(question) {
+                    // An operator who does not wait any more needs no answer.
+                    let _ = reply.send(answer);
+                }
             }
         }
     }
 
-    fn answer(&mut self, question: VmQuestion) -> VmAnswer {
+    /// The answer to a question; `None` when there is no room for an order.
+    fn answer(&mut self, question: VmQuestion) -> Option<VmAnswer> {
         match question {
-            VmQuestion::Status => VmAnswer::Status(Box::new(self.status())),
-            VmQuestion::Do(order) => {
-                if self.asked_keeper {
-                    self.inputs.push_back(Input::Operator(order));
-                } else {
-                    self.early_orders.push(order);
-                }
-                VmAnswer::Taken
+            VmQuestion::Status => return Some(VmAnswer::Status(Box::new(self.status()))),
+            VmQuestion::Do(order) if self.asked_keeper => {
+                self.inputs.push_back(Input::Operator(order));
             }
+            VmQuestion::Do(order) if self.early_orders.len() < EARLY_ORDERS => {
+                self.early_orders.push(order);
+            }
+            VmQuestion::Do(_) => return None,
         }
+        Some(VmAnswer::Taken)
     }
 
     pub(super) fn hear_store(&mut self, returned: Returned) {
@@ -74,14 +76,10 @@ impl VmDriver {
                     self.inputs.extend(orders.into_iter().map(Input::Operator));
                 }
             }
-            Back::Persist(outcome) => {
-                self.persisting = false;
-                self.persist_failed = outcome.is_err();
-                self.inputs.push_back(match outcome {
-                    Ok(durable) => Input::Persisted(durable),
-                    Err(reason) => Input::StoreFailed { reason },
-                });
-                self.persist_next();
+            Back::Persist(durable, outcome) => self.persisted(durable, outcome),
+            Back::Console => {
+                self.console.written();
+                self.write_console();
             }
             Back::Parts(run, boots, parts) => self.start_guest(run, boots, parts),
         }
@@ -102,11 +100,18 @@ impl VmDriver {
         }
     }
 
+    /// Sees to it that the VMM process lives.
+    pub(super) fn look_after_guest(&mut self) {
+        let Some(guest) = &mut self.guest else { return };
+        let run = guest.run();
+        if let Err(why) = guest.look() {
+            self.guest_failed(run, why);
+        }
+    }
+
     fn guest_failed(&mut self, run: crate::protocol::VmRun, reason: String) {
-        let at = self
-            .guest
-            .take()
-            .map_or(Position::START, |guest| guest.at());
+        let at = self.guest.as_ref().map_or(Position::START, Guest::at);
+        self.let_guest_die();
         // Whom a guest that is gone kept waiting waits no more.
         self.holds_arrivals();
         self.inputs.push_back(Input::VmFailed { run, reason, at });
@@ -119,7 +124,7 @@ impl VmDriver {
             FromVm::Ready if guest.doing() == Doing::Recording => {
                 self.inputs.push_back(Input::WentLive { run });
             }
-            FromVm::Ready => {}
+            FromVm::Ready | FromVm::Pong | FromVm::Busy => {}
             FromVm::Shipped { batch, at, frames } => {
                 guest.passed(at);
                 self.failure = None;
@@ -130,7 +135,7 @@ impl VmDriver {
                 self.output(output, recording);
             }
             FromVm::Executed { through, at } => {
-                guest.executed(through);
+                guest.executed(through, at);
                 self.failure.take_if(|failure| through >= failure.log);
                 self.inputs.push_back(Input::Executed {
                     run,
@@ -151,7 +156,10 @@ impl VmDriver {
                 let how = ending.to_string();
                 self.inputs.push_back(Input::VmEnded { run, how });
             }
-            FromVm::Failed { reason, .. } => self.guest_failed(run, reason),
+            FromVm::Failed { at, reason, .. } => {
+                guest.stands_at(at);
+                self.guest_failed(run, reason);
+            }
         }
     }
 

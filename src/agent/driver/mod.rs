@@ -10,11 +10,13 @@
 //! ```
 
 mod act;
+mod console;
 mod gather;
 mod guest;
 mod hear;
 mod home;
 mod keeper;
+mod reaper;
 mod status;
 mod streams;
 
@@ -48,6 +50,8 @@ use guest::Guest;
 pub use guest::{Doing, GuestError};
 pub use home::{Home, HomeError};
 use keeper::{LogKeeper, LogNews, Returned};
+use reaper::Reaper;
+pub use reaper::does_not_die;
 use streams::Streams;
 
 /// So many ready inputs are taken before actions are carried out.
@@ -55,6 +59,12 @@ const INPUTS_AT_ONCE: usize = 64;
 
 /// What nobody outside waits for is done this often.
 const CHORES: Span = Span::from_millis(4);
+
+/// So many orders wait for the first word of the keeper of records.
+const EARLY_ORDERS: usize = 64;
+
+/// When a driver ends, what the guest has said last may take so long to be written.
+const CONSOLE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A message between the agents of two hosts.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
@@ -118,8 +128,23 @@ pub enum ToDriver {
 enum Back {
     Input(Input),
     /// What came of making something durable.
-    Persist(Result<protocol::Durable, String>),
+    Persist(protocol::Durable, Result<(), String>),
     Parts(crate::protocol::VmRun, bool, Result<guest::Parts, String>),
+    /// What the console was to write is written.
+    Console,
+}
+
+/// What takes nothing more at the moment. The protocol is told that there is room when all do again.
+#[derive(Default)]
+struct Full {
+    /// The durable state.
+    state: bool,
+}
+
+impl Full {
+    const fn is_anything(&self) -> bool {
+        self.state
+    }
 }
 
 /// That the VMM or the store failed. Told until a VMM has come beyond that place: where a disk is
@@ -148,10 +173,13 @@ pub struct VmDriver {
     env: Arc<Surroundings>,
     node: Node,
     home: Home,
+    console: console::Console,
     log: LogKeeper,
     returns: UnboundedReceiver<Returned>,
     streams: Streams,
     guest: Option<Guest>,
+    /// Its predecessors that are not gone yet.
+    reaper: Reaper,
     outbox: Outbox,
     /// Outputs may be let out whose log ends here.
     committed: LogIndex,
@@ -182,8 +210,11 @@ pub struct VmDriver {
     early_orders: Vec<protocol::Operator>,
     persisting: bool,
     persist_failed: bool,
-    to_persist: VecDeque<crate::protocol::Durable>,
+    /// The newest durable state that is not being made durable yet: what came before it matters no
+    /// more.
+    to_persist: Option<crate::protocol::Durable>,
     acks: crate::protocol::Acks,
+    full: Full,
     /// For `status`.
     failure: Option<Failure>,
 }
@@ -230,11 +261,13 @@ impl VmDriver {
             vm,
             env,
             node,
+            console: console::Console::new(home.clone()),
             home,
             log,
             returns,
             streams: Streams::default(),
             guest: None,
+            reaper: Reaper::default(),
             outbox: Outbox::new(),
             committed: LogIndex::START,
             known_term: Term(0),
@@ -254,17 +287,19 @@ impl VmDriver {
             early_orders: Vec::new(),
             persisting: false,
             persist_failed: false,
-            to_persist: VecDeque::new(),
+            to_persist: None,
             acks: durable.acks,
+            full: Full::default(),
             failure: None,
         })
     }
 
-    /// Runs until the agent drops its end of the inbox.
-    pub async fn run(mut self) {
+    /// Runs until the agent drops its end of the inbox. What is given is an error if a VMM process
+    /// is not gone by then: a sentence that says so.
+    pub async fn run(mut self) -> Result<(), String> {
         let mut shipped = false;
         loop {
-            self.settle().await;
+            self.settle();
             if shipped && self.guest.as_ref().is_some_and(Guest::has_said_more) {
                 // The connections send the batch before the outputs are looked at that wait for it.
                 tokio::task::yield_now().await;
@@ -304,6 +339,7 @@ impl VmDriver {
                 break;
             }
             shipped = self.take_what_is_ready(shipped).await;
+            self.look_after_guest();
             let now = now();
             while let Some(input) = self.inputs.pop_front() {
                 self.node.handle(now, input);
@@ -312,10 +348,30 @@ impl VmDriver {
                 self.node.handle_timeout(now);
             }
         }
-        if let Some(guest) = self.guest.take()
-            && let Err(error) = guest.kill().await
+        self.end_guest();
+        let gone = self.reaper.all_gone(reaper::PATIENCE).await;
+        self.end_console().await;
+        gone
+    }
+
+    /// Waits a little for what the guest has said to be written.
+    async fn end_console(&mut self) {
+        let written = async {
+            self.write_console();
+            while !self.console.is_idle()
+                && let Some(back) = self.back.recv().await
+            {
+                if matches!(back, Back::Console) {
+                    self.console.written();
+                    self.write_console();
+                }
+            }
+        };
+        if tokio::time::timeout(CONSOLE_PATIENCE, written)
+            .await
+            .is_err()
         {
-            tracing::warn!(vm = %self.vm, %error, "the VMM process did not end");
+            tracing::warn!("the end of a console is lost: the host's disk is busy");
         }
     }
 
@@ -326,7 +382,8 @@ impl VmDriver {
         }
         let chores = self.has_chores().then(|| self.chores_done.plus(CHORES));
         let arrivals = self.arrivals.poll_timeout();
-        let next = [self.node.poll_timeout(), chores, arrivals]
+        let look = self.guest.as_ref().map(Guest::look_due);
+        let next = [self.node.poll_timeout(), chores, arrivals, look]
             .into_iter()
             .flatten();
         next.min().map_or(Duration::from_secs(1), |at| {

@@ -2,7 +2,7 @@
 
 use super::VmDriver;
 use super::guest::Doing;
-use crate::agent::operator::{GuestStatus, VmStatus};
+use crate::agent::operator::{Fetching, GuestStatus, VmStatus};
 
 impl VmDriver {
     /// How the VM is, seen from here.
@@ -29,7 +29,24 @@ impl VmDriver {
             log_bytes: self.log.bytes(),
             waiting_output: self.outbox.bytes() as u64,
             gateways: self.gateways.port.served(),
-            failure: self.failure.as_ref().map(|failure| failure.text.clone()),
+            failure: self.failure(),
+            fetching: self.fetching(),
         }
+    }
+
+    /// What is wrong here, if anything is.
+    fn failure(&self) -> Option<String> {
+        let failure = self.failure.as_ref();
+        failure
+            .map(|failure| failure.text.clone())
+            .or_else(|| self.reaper.undead())
+    }
+
+    /// How far the disks have come that the guest is waiting for.
+    fn fetching(&self) -> Option<Fetching> {
+        self.awaiting_parts?;
+        let disks = &self.header.as_ref()?.disks;
+        let (bytes, of) = self.env.library.fetched(disks)?;
+        Some(Fetching { bytes, of })
     }
 }

@@ -1,15 +1,16 @@
 //! The other hosts of the cluster: who is connected, who can share VMs with this one, and which driver
 //! hears what they say.
 
-use super::super::driver::{HostMessage, ToDriver};
+use super::super::driver::HostMessage;
 use super::super::introduction::{self, Introduction, Verdict};
 use super::super::journal::Incident;
 use super::super::link::LinkEvent;
-use super::Agent;
-use crate::protocol::{HostName, Input};
+use super::inbox::Told;
+use super::{Agent, Wish};
+use crate::protocol::{HostName, Input, VmName};
 
 impl Agent {
-    pub(super) async fn link_event(&mut self, event: LinkEvent<HostMessage>) {
+    pub(super) fn link_event(&mut self, event: LinkEvent<HostMessage>) {
         match event {
             LinkEvent::PeerUp { peer, .. } => {
                 let peer = HostName::from(&peer);
@@ -31,14 +32,14 @@ impl Agent {
                 };
                 self.env.journal.write(None, lost);
                 if self.up.remove(&peer) {
-                    self.tell_all(&Input::PeerDown(peer)).await;
+                    self.tell_all(&peer, &Input::PeerDown(peer.clone()));
                 }
             }
             LinkEvent::Message {
                 peer,
                 message: HostMessage::Introduction(theirs),
                 ..
-            } => self.introduced(HostName::from(&peer), &theirs).await,
+            } => self.introduced(HostName::from(&peer), &theirs),
             LinkEvent::Message {
                 peer,
                 message: HostMessage::Vm { vm, message },
@@ -49,19 +50,23 @@ impl Agent {
                 if !self.up.contains(&from) {
                     return;
                 }
-                if let Some(running) = self.drivers.get(&vm) {
-                    let heard = ToDriver::Heard(Input::Message { from, message });
-                    // A driver that is gone has said why.
-                    let _ = running.inbox.send(heard).await;
-                } else {
-                    self.spoken_of(vm, &from);
+                match self.drivers.get_mut(&vm) {
+                    Some(running) => {
+                        let message = Input::Message {
+                            from: from.clone(),
+                            message,
+                        };
+                        let told = running.tell(&from, message);
+                        self.told(&vm, told);
+                    }
+                    None => self.spoken_of(vm, &from),
                 }
             }
         }
     }
 
     /// Another host has told of itself.
-    async fn introduced(&mut self, peer: HostName, theirs: &Introduction) {
+    fn introduced(&mut self, peer: HostName, theirs: &Introduction) {
         let Verdict { refusals, warnings } = introduction::judge(&self.introduction, theirs);
         if !refusals.is_empty() {
             let why = refusals.join("; ");
@@ -82,7 +87,7 @@ impl Agent {
                 .write(None, Incident::HostDiffers { peer, why });
         }
         if self.up.insert(peer.clone()) {
-            self.tell_all(&Input::PeerUp(peer)).await;
+            self.tell_all(&peer, &Input::PeerUp(peer.clone()));
         }
     }
 
@@ -97,9 +102,38 @@ impl Agent {
         unfit.next().map_or(Ok(()), Err)
     }
 
-    async fn tell_all(&self, input: &Input) {
-        for running in self.drivers.values() {
-            let _ = running.inbox.send(ToDriver::Heard(input.clone())).await;
+    fn tell_all(&mut self, about: &HostName, input: &Input) {
+        let mut all = Vec::new();
+        for (vm, running) in &mut self.drivers {
+            all.push((vm.clone(), running.tell(about, input.clone())));
+        }
+        for (vm, told) in all {
+            self.told(&vm, told);
+        }
+    }
+
+    /// Something was told to a driver. If it does not listen, it is seen to that it is told again.
+    fn told(&self, vm: &VmName, told: Told) {
+        if told == Told::Well {
+            return;
+        }
+        let Some(running) = self.drivers.get(vm) else {
+            return;
+        };
+        self.env.journal.write(Some(vm), Incident::DriverDeaf);
+        let (room, wishes, vm) = (running.room(), self.wishes.clone(), vm.clone());
+        tokio::spawn(async move {
+            room.await;
+            // Fails only when the agent ends.
+            let _ = wishes.send(Wish::Listens { vm }).await;
+        });
+    }
+
+    /// A driver that did not listen has room again.
+    pub(super) fn listens(&mut self, vm: &VmName) {
+        if let Some(running) = self.drivers.get_mut(vm) {
+            let told = running.hears_again(&self.up);
+            self.told(vm, told);
         }
     }
 }

@@ -72,6 +72,11 @@ impl Background {
         }
     }
 
+    /// Somebody waits for a sign of life.
+    pub fn asked(&self) {
+        self.leave();
+    }
+
     /// The vCPU is about to go live: from now on clients wait for it.
     pub fn end(&self) {
         self.ended.store(true, Ordering::Release);
@@ -121,6 +126,10 @@ mod tests {
         assert!(in_background());
         background.fed(at(120));
         assert!(!in_background(), "it has been behind for too long");
+        background.drained();
+        assert!(in_background());
+        background.asked();
+        assert!(!in_background(), "somebody waits for it");
         background.drained();
         assert!(in_background());
         background.end();

@@ -39,6 +39,7 @@ use super::disks::open_disks;
 use super::host::{Inbox, ProcessHost, Stamped, stamped};
 use super::ipc::{FailureKind, FromVm, Inlet, Start, StartAs, ToVm};
 use super::prompter::Prompter;
+use super::pulse::{Pulse, Voice};
 use crate::agent::thread::ahead_of_others;
 
 /// Landmarks between two looks at the agent's messages.
@@ -115,42 +116,62 @@ pub fn run(agent: u32) -> ExitCode {
     };
     let (sender, receiver) = channel();
     let for_disk = sender.clone();
-    let background = Arc::new(Background::new(reversible));
-    let prompter = Arc::new(Prompter::default());
-    let for_reader = (Arc::clone(&background), Arc::clone(&prompter));
+    let voice = Voice::new(stream);
+    let about = About {
+        background: Arc::new(Background::new(reversible)),
+        prompter: Arc::new(Prompter::default()),
+        pulse: Arc::new(Pulse::new(voice.clone())),
+    };
+    let for_reader = about.clone();
     ahead_of_others(reversible, || {
         std::thread::Builder::new()
             .name("agent-reader".into())
-            .spawn(move || read_agent(reading, &sender, &for_reader.0, &for_reader.1))
+            .spawn(move || read_agent(reading, &sender, &for_reader))
             .expect("a thread for the agent's messages")
     });
-    let host = ProcessHost::new(receiver, stream);
-    serve(host, for_disk, background, prompter)
+    let host = ProcessHost::new(receiver, voice, Arc::clone(&about.pulse));
+    serve(host, for_disk, about)
+}
+
+/// What the threads of this process know of the vCPU's.
+#[derive(Clone)]
+struct About {
+    /// Its priority.
+    background: Arc<Background>,
+    /// Who takes it out of the guest for what has arrived.
+    prompter: Arc<Prompter>,
+    /// Whether it lives.
+    pulse: Arc<Pulse>,
 }
 
 /// Moves the agent's messages into the inbox until the agent is gone. What comes together is handed
 /// on together: the vCPU thread is woken once.
-fn read_agent(
-    stream: UnixStream,
-    inbox: &Sender<Stamped>,
-    background: &Background,
-    prompter: &Prompter,
-) {
+fn read_agent(stream: UnixStream, inbox: &Sender<Stamped>, about: &About) {
     let mut inlet = Inlet::new(stream);
     loop {
+        let mut ping = None;
         let heard = match inlet.messages::<ToVm>() {
             Ok(messages) if messages.is_empty() => Inbox::Lost(None),
             Ok(messages) => {
-                watch(&messages, background);
+                watch(&messages, &about.background);
+                ping = messages.iter().rev().find_map(|message| match message {
+                    ToVm::Ping { kick } => Some(*kick),
+                    _ => None,
+                });
                 Inbox::Agent(messages)
             }
             Err(error) => Inbox::Lost(Some(error)),
         };
         let lost = matches!(heard, Inbox::Lost(_));
         let sent = inbox.send(stamped(heard));
-        prompter.arrived();
+        about.prompter.arrived();
         if sent.is_err() || lost {
             return;
+        }
+        if let Some(kick) = ping
+            && let Err(error) = about.pulse.asked(kick)
+        {
+            tracing::error!(%error, "the agent is gone");
         }
     }
 }
@@ -161,28 +182,25 @@ fn watch(messages: &[ToVm], background: &Background) {
     if is(|message| matches!(message, ToVm::Batch(_))) {
         background.fed(crate::agent::clock::now());
     }
+    if is(|message| matches!(message, ToVm::Ping { kick: true })) {
+        background.asked();
+    }
     if is(|message| matches!(message, ToVm::GoLive { .. })) {
         background.end();
     }
 }
 
-fn serve(
-    mut host: ProcessHost,
-    for_disk: Sender<Stamped>,
-    background: Arc<Background>,
-    prompter: Arc<Prompter>,
-) -> ExitCode {
+fn serve(mut host: ProcessHost, for_disk: Sender<Stamped>, about: About) -> ExitCode {
     let start = match await_start(&mut host) {
         Ok(Some(start)) => start,
         Ok(None) => return ExitCode::SUCCESS,
         Err(error) => return fail(&mut host, Position::START, &error),
     };
-    let reversible = background.reversible();
-    let machine = match build(&start, &mut host, for_disk, &prompter, reversible) {
+    let machine = match build(&start, &mut host, for_disk, &about) {
         Ok(machine) => machine,
         Err(error) => return fail(&mut host, Position::START, &error),
     };
-    let mut vmm = match Vmm::start(machine, host, start, background, prompter) {
+    let mut vmm = match Vmm::start(machine, host, start, about) {
         Ok(vmm) => vmm,
         Err(error) => {
             tracing::error!(%error, "the machine did not start");
@@ -247,9 +265,10 @@ fn build(
     start: &Start,
     host: &mut ProcessHost,
     for_disk: Sender<Stamped>,
-    prompter: &Arc<Prompter>,
-    may_go_ahead: bool,
+    about: &About,
 ) -> Result<KvmMachine, ChildError> {
+    let prompter = &about.prompter;
+    let may_go_ahead = about.background.reversible();
     let build_error = |error: &dyn std::error::Error| ChildError::Build(error.to_string());
     let config = MachineConfig::of(&start.header).map_err(|e| build_error(&e))?;
     let disks = open_disks(&start.header, &start.disks).map_err(|e| build_error(&e))?;
@@ -277,6 +296,7 @@ fn build(
             .set(machine.kicker())
             .map_err(|e| build_error(&e))?;
     }
+    about.pulse.built(machine.kicker());
     Ok(machine)
 }
 
@@ -310,8 +330,7 @@ struct Vmm {
     budget: u32,
     play: Play,
     go_live: Option<(Term, LogIndex)>,
-    background: Arc<Background>,
-    prompter: Arc<Prompter>,
+    about: About,
     /// What was last told to the agent.
     reported: LogIndex,
     reported_at: HostTime,
@@ -326,11 +345,11 @@ impl Vmm {
         machine: KvmMachine,
         mut host: ProcessHost,
         start: Start,
-        background: Arc<Background>,
-        prompter: Arc<Prompter>,
+        about: About,
     ) -> Result<Self, ChildError> {
         host.say(&FromVm::Ready)?;
         host.send()?;
+        about.pulse.hears();
         let (runner, budget) = match start.start_as {
             StartAs::Unprotected => (Runner::unrepeatable(machine), TURN_BUDGET_PROMPTED),
             _ => (Runner::new(machine), TURN_BUDGET),
@@ -346,8 +365,7 @@ impl Vmm {
             budget,
             play,
             go_live: None,
-            background,
-            prompter,
+            about,
             reported: LogIndex::START,
             reported_at: HostTime(0),
             told_paused: false,
@@ -381,7 +399,7 @@ impl Vmm {
         let turn = match &mut self.play {
             Play::Replaying(replayer) => self.runner.turn(replayer.as_mut(), self.budget)?,
             Play::Recording(recorder) => {
-                self.prompter.due_at(recorder.wake_at());
+                self.about.prompter.due_at(recorder.wake_at());
                 self.runner.turn(recorder.as_mut(), self.budget)?
             }
             Play::Changing => unreachable!("left within the function that sets it"),
@@ -395,7 +413,7 @@ impl Vmm {
             Play::Recording(_) | Play::Changing => None,
             Play::Replaying(replayer) => {
                 if replayer.drained() {
-                    self.background.drained();
+                    self.about.background.drained();
                 }
                 let unsaid = replayer.executed() != self.reported || replayer.host().has_unsent();
                 unsaid.then(|| self.reported_at.plus(REPORT_EVERY))
@@ -431,7 +449,7 @@ impl Vmm {
             (ToVm::Pause(_), _) => return Err(ChildError::NotForReplica("pause")),
             (ToVm::Throttle(_), _) => return Err(ChildError::NotForReplica("hold back")),
             // Handled before they get here.
-            (ToVm::Start(_) | ToVm::Frame { .. } | ToVm::Console(_), _) => {}
+            (ToVm::Start(_) | ToVm::Frame { .. } | ToVm::Console(_) | ToVm::Ping { .. }, _) => {}
         }
         Ok(())
     }

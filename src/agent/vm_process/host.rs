@@ -2,8 +2,7 @@
 //! entropy. One queue brings everything to the vCPU thread.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io::Write;
-use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
@@ -16,6 +15,7 @@ use vmm::replayer::Requeue;
 use vmm::tape::{DiskOp, DiskRequest, Sources, TapeError};
 
 use super::ipc::{self, FromVm, IpcError, ToVm};
+use super::pulse::{Pulse, Voice};
 use crate::agent::clock;
 
 /// When so many bytes have been said, they leave, whoever waits for them.
@@ -52,7 +52,8 @@ pub struct ProcessHost {
     control: VecDeque<ToVm>,
     lost: bool,
     worker: Option<DiskWorker>,
-    agent: UnixStream,
+    agent: Voice,
+    pulse: Arc<Pulse>,
     out: Vec<u8>,
     /// Flushes may finish before they are durable: outputs wait for them.
     holds: bool,
@@ -63,14 +64,20 @@ pub struct ProcessHost {
     /// Outputs with the flush that they wait for, and their bytes.
     held: VecDeque<(RequestNumber, Output)>,
     held_bytes: usize,
-    /// Some of them have been said.
+    /// Something has been said that is not to wait for the next turn.
     let_out: bool,
+    /// So many requests are with the disk.
+    owed: usize,
+    /// Counts what the disk has told, and what it had told at the last ping.
+    disk_news: u64,
+    disk_news_at_ping: u64,
 }
 
 impl ProcessHost {
     /// A host that hears through `inbox` and speaks through `agent`.
-    pub fn new(inbox: Receiver<Stamped>, agent: UnixStream) -> Self {
+    pub fn new(inbox: Receiver<Stamped>, agent: Voice, pulse: Arc<Pulse>) -> Self {
         Self {
+            pulse,
             inbox,
             frames: VecDeque::new(),
             console: VecDeque::new(),
@@ -87,6 +94,9 @@ impl ProcessHost {
             held: VecDeque::new(),
             held_bytes: 0,
             let_out: false,
+            owed: 0,
+            disk_news: 0,
+            disk_news_at_ping: 0,
         }
     }
 
@@ -103,7 +113,7 @@ impl ProcessHost {
         let Some(worker) = &self.worker else {
             return Ok(());
         };
-        let synced = worker.sync_at_once(Finish::Ahead);
+        let synced = self.pulse.away(|| worker.sync_at_once(Finish::Ahead));
         synced.map_err(|error| TapeError::Host {
             reason: error.to_string(),
         })?;
@@ -116,8 +126,16 @@ impl ProcessHost {
     fn sort(&mut self, (at, inbox): Stamped) {
         match inbox {
             Inbox::Agent(messages) => messages.into_iter().for_each(|one| self.hear(at, one)),
-            Inbox::Disk(DiskNews::Finished(completions)) => self.finished(at, completions),
-            Inbox::Disk(DiskNews::Durable(flush)) => self.durable(flush),
+            Inbox::Disk(news) => {
+                self.disk_news += 1;
+                match news {
+                    DiskNews::Finished(completions) => {
+                        self.owed = self.owed.saturating_sub(completions.len());
+                        self.finished(at, completions);
+                    }
+                    DiskNews::Durable(flush) => self.durable(flush),
+                }
+            }
             Inbox::Lost(error) => {
                 if let Some(error) = error {
                     tracing::error!(%error, "the agent's messages cannot be read");
@@ -152,6 +170,23 @@ impl ProcessHost {
         self.let_out = true;
     }
 
+    /// The agent wants to know whether this thread lives, and its disk.
+    fn answer_ping(&mut self) {
+        let owes = self.owed > 0 || !self.held.is_empty();
+        let rests = self.disk_news == self.disk_news_at_ping;
+        self.disk_news_at_ping = self.disk_news;
+        let answer = if owes && rests {
+            FromVm::Busy
+        } else {
+            FromVm::Pong
+        };
+        if let Err(error) = self.say(&answer) {
+            tracing::error!(%error, "a ping cannot be answered");
+            self.lost = true;
+        }
+        self.let_out = true;
+    }
+
     /// Waits until no output waits for the disk.
     pub fn finish_outputs(&mut self) -> Result<(), TapeError> {
         while !self.held.is_empty() && !self.lost {
@@ -162,6 +197,9 @@ impl ProcessHost {
             match self.inbox.recv() {
                 Ok(inbox) => self.sort(inbox),
                 Err(_) => self.lost = true,
+            }
+            if std::mem::take(&mut self.let_out) {
+                self.send()?;
             }
         }
         self.send()
@@ -181,6 +219,7 @@ impl ProcessHost {
                 self.frames.push_back(Came { at, what });
             }
             ToVm::Console(bytes) => self.console.push_back((at, bytes)),
+            ToVm::Ping { .. } => self.answer_ping(),
             control => self.control.push_back(control),
         }
     }
@@ -312,11 +351,15 @@ impl Host for ProcessHost {
         if let Some(last) = requests.iter().rfind(flush) {
             self.asked = last.number;
         }
-        let submitted = worker.submit(requests).map_err(|error| TapeError::Host {
+        let asked = requests.len();
+        // It may have to wait for room.
+        let submitted = self.pulse.away(|| worker.submit(requests));
+        let submitted = submitted.map_err(|error| TapeError::Host {
             reason: error.to_string(),
-        });
+        })?;
+        self.owed += asked.saturating_sub(submitted.len());
         let now = self.now();
-        self.finished(now, submitted?);
+        self.finished(now, submitted);
         Ok(())
     }
 
@@ -349,7 +392,7 @@ impl Host for ProcessHost {
         if self.out.is_empty() {
             return Ok(());
         }
-        let sent = self.agent.write_all(&self.out);
+        let sent = self.agent.say(&self.out);
         self.out.clear();
         sent.map_err(|error| lost(&error.into()))
     }
@@ -366,6 +409,7 @@ impl Requeue for ProcessHost {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
     use std::sync::mpsc::channel;
 
     use super::*;
@@ -374,7 +418,13 @@ mod tests {
         let (sender, inbox) = channel();
         let (ours, theirs) = UnixStream::pair().expect("a socket");
         theirs.set_nonblocking(true).expect("an option");
-        (ProcessHost::new(inbox, ours), sender, theirs)
+        (made(inbox, ours), sender, theirs)
+    }
+
+    fn made(inbox: Receiver<Stamped>, agent: UnixStream) -> ProcessHost {
+        let voice = Voice::new(agent);
+        let pulse = Pulse::new(voice.clone());
+        ProcessHost::new(inbox, voice, Arc::new(pulse))
     }
 
     fn flushed(number: u64) -> Stamped {
@@ -400,19 +450,53 @@ mod tests {
 
     /// The numbers of the outputs that have been said.
     fn said(theirs: &UnixStream) -> Vec<u64> {
+        let number = |message| match message {
+            FromVm::Output(output) => output.number.0,
+            other => panic!("{other:?}"),
+        };
+        all_said(theirs).into_iter().map(number).collect()
+    }
+
+    fn all_said(theirs: &UnixStream) -> Vec<FromVm> {
         let mut bytes = Vec::new();
         let end = std::io::Read::read_to_end(&mut &*theirs, &mut bytes);
         assert!(end.is_err(), "nothing more is there, and nobody has left");
-        let mut numbers = Vec::new();
+        let mut all = Vec::new();
         let mut rest = &bytes[..];
         while let Some((message, used)) = ipc::decode(rest).expect("messages") {
-            let FromVm::Output(output) = message else {
-                panic!("{message:?}");
-            };
-            numbers.push(output.number.0);
+            all.push(message);
             rest = &rest[used..];
         }
-        numbers
+        all
+    }
+
+    /// Whoever asks hears of a disk that does nothing, and not of one that takes its time.
+    #[test]
+    fn a_ping_is_answered_by_the_thread_and_its_disk() {
+        let (mut host, sender, theirs) = host();
+        host.holds = true;
+        let ping = |host: &mut ProcessHost| {
+            let ping = Inbox::Agent(vec![ToVm::Ping { kick: true }]);
+            sender.send(stamped(ping)).expect("sent");
+            host.wait(None);
+            let mut said = all_said(&theirs);
+            assert!(said.len() == 1, "{said:?}");
+            said.remove(0)
+        };
+        assert!(matches!(ping(&mut host), FromVm::Pong));
+        host.sort(flushed(2));
+        host.arrival(Sources::default()).expect("no failure");
+        answer(&mut host, 1);
+        assert!(matches!(ping(&mut host), FromVm::Pong), "it has just begun");
+        assert!(matches!(ping(&mut host), FromVm::Busy));
+        host.sort(flushed(4));
+        assert!(matches!(ping(&mut host), FromVm::Pong), "it does something");
+        assert!(matches!(ping(&mut host), FromVm::Busy));
+        host.owed = 1;
+        host.held.clear();
+        assert!(matches!(ping(&mut host), FromVm::Busy), "a read is owed");
+        host.owed = 0;
+        assert!(matches!(ping(&mut host), FromVm::Pong));
     }
 
     #[test]
@@ -508,7 +592,7 @@ mod tests {
     fn an_order_that_was_found_on_the_way_ends_the_wait() {
         let (sender, inbox) = channel();
         let (ours, _theirs) = UnixStream::pair().expect("a socket");
-        let mut host = ProcessHost::new(inbox, ours);
+        let mut host = made(inbox, ours);
         sender
             .send(stamped(Inbox::Agent(vec![ToVm::Pause(true)])))
             .expect("sent");

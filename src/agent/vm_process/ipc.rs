@@ -86,6 +86,11 @@ pub enum ToVm {
     Pause(bool),
     /// Hold the guest back, or let it go on.
     Throttle(bool),
+    /// Show that you live: [`FromVm::Pong`], or [`FromVm::Busy`].
+    Ping {
+        /// Take the vCPU out of the guest for it: the guest may make no exit for a long time.
+        kick: bool,
+    },
 }
 
 /// From the VMM process to the agent.
@@ -132,6 +137,11 @@ pub enum FromVm {
         /// How long, in nanoseconds.
         longest: u64,
     },
+    /// The vCPU's thread lives, and its disk does what it is asked (after [`ToVm::Ping`]).
+    Pong,
+    /// The process lives, and its machine is being built, or its disk has done nothing of what it was
+    /// asked since the last ping (after [`ToVm::Ping`]).
+    Busy,
     /// The guest has ended by its own doing.
     Ended(Ending),
     /// The process cannot go on; it exits after this.

@@ -8,6 +8,8 @@ mod disks;
 mod host;
 pub mod ipc;
 mod prompter;
+mod pulse;
+mod watch;
 
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::os::fd::OwnedFd;
@@ -28,6 +30,7 @@ use crate::agent::listen::listen;
 
 pub use disks::{DiskSetupError, open_disks};
 pub use ipc::{DiskSetup, FailureKind, FromVm, IpcError, Start, StartAs, ToVm};
+pub use watch::{Starved, Verdict, Watch};
 
 /// How much of what a process says is read at once, in bytes.
 const READ_AT_ONCE: usize = 64 << 10;
@@ -185,8 +188,19 @@ impl VmProcess {
 
     /// Ends the process at once and waits for its end.
     pub async fn kill(mut self) -> io::Result<ExitStatus> {
-        self.child.start_kill()?;
+        self.end()?;
         self.child.wait().await
+    }
+
+    /// Ends the process at once, without waiting for that: from now on it executes nothing of its
+    /// own. Until [`Self::wait`] says that it is gone it may still have its memory, and what it had
+    /// the kernel write may still be written. A process that is gone already is no error.
+    pub fn end(&mut self) -> io::Result<()> {
+        match self.child.start_kill() {
+            // What tokio says of a process that has been waited for.
+            Err(error) if error.kind() == ErrorKind::InvalidInput => Ok(()),
+            other => other,
+        }
     }
 
     /// Waits for the end of a process that has nothing more to say.
