@@ -2,12 +2,12 @@
 
 use std::net::SocketAddr;
 
-use replay_log::{LogTip, Term};
+use replay_log::{LogIndex, LogTip, Term};
 use tempfile::TempDir;
 use tokio::sync::mpsc::Receiver;
 
 use super::*;
-use crate::agent::certs::{Identity, Name};
+use crate::agent::certs::{Identity, Name, Role};
 use crate::agent::init::{Plan, init};
 use crate::agent::journal::What;
 use crate::agent::link::{Ended, SessionId};
@@ -149,6 +149,8 @@ fn refused(answer: Answer) -> String {
 
 fn record(primary: &str, hosts: &[&str]) -> Record {
     Record {
+        begins: LogIndex::START,
+        loss: false,
         lineage: Lineage(1),
         through: replay_log::LogIndex::START,
         failed: None,

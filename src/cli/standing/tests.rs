@@ -94,6 +94,7 @@ impl Told {
             log_bytes: None,
             waiting_output: 0,
             gateways: 0,
+            fetching: None,
         };
         let status = HostStatus {
             host: host(name),
@@ -103,6 +104,7 @@ impl Told {
             journal: 0,
             vms: vec![vm],
             link: LinkFigures::default(),
+            silent: BTreeMap::new(),
         };
         self.0.insert(host(name), Ok(status));
         self
