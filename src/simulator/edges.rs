@@ -64,7 +64,14 @@ impl World {
             Answer::Refused("the witness cannot write records")
         } else {
             let before = self.witness.record.clone();
+            let seen = ask.seen();
             let (answer, changed) = self.witness.ask(ask);
+            if let Some(seen) = seen
+                && !matches!(answer, Answer::Refused(_))
+            {
+                let has = self.witness.record.as_ref().map(Record::seen);
+                self.facts.push(Fact::Served { seen, has });
+            }
             if changed && let Some(record) = self.witness.record.clone() {
                 self.counts.records += 1;
                 self.history_ends(host, before, &record);

@@ -9,7 +9,7 @@ use replay_log::{Chain, FrameNumber, LogIndex, LogTip, Store, Term};
 use super::invariants;
 use super::options::Violation;
 use super::queue::Moment;
-use crate::protocol::{Durable, HostName, Incarnation, Record, Version};
+use crate::protocol::{Durable, HostName, Incarnation, Record, Seen, Version};
 
 /// Something that an invariant may forbid.
 #[derive(Clone, Debug)]
@@ -67,8 +67,8 @@ pub(super) enum Fact {
     Watched(Watched),
     /// Somebody whom no record concerns is told what only copies may know.
     Leaked { to: HostName, what: &'static str },
-    /// The keeper answered a host that has seen more than it has.
-    Served { seen: Version, has: Version },
+    /// The keeper answered a host that has seen this, from what it has.
+    Served { seen: Seen, has: Option<Seen> },
     /// Only an operator can help, and no journal has said so by naming this order.
     Untold { order: &'static str },
 }

@@ -5,7 +5,7 @@ mod hostile;
 mod keeper;
 mod orders;
 
-use replay_log::{MemoryStore, Store};
+use replay_log::Store;
 
 use super::facts::Fact;
 use super::queue::{MILLI, Moment, SECOND};

@@ -2,7 +2,7 @@
 
 use super::queue::{MICRO, MILLI, Moment, SECOND};
 use super::random::Random;
-use crate::protocol::{Acks, OnLoss, Policy, Rule};
+use crate::protocol::{Acks, LogFull, OnLoss, Policy, Rule};
 
 /// The cluster.
 #[derive(Clone, Copy, Debug)]
@@ -85,5 +85,6 @@ pub(super) fn policy(random: &mut Random, hosts: usize, acks: Acks) -> Policy {
         acks,
         on_loss,
         min_copies,
+        log_full: LogFull::Stall,
     }
 }

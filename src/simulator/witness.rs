@@ -27,7 +27,7 @@ pub(super) enum Ask {
 }
 
 impl Ask {
-    fn seen(&self) -> Option<Seen> {
+    pub(super) fn seen(&self) -> Option<Seen> {
         match self {
             Self::Read { seen } | Self::Swap { seen, .. } => *seen,
         }
@@ -148,11 +148,5 @@ impl Witness {
     pub(super) fn recover(&mut self, newest: Option<Record>) {
         self.record = newest;
         self.set_back = false;
-    }
-
-    /// The record it had so many changes ago.
-    pub(super) fn earlier(&self, changes: usize) -> Option<&Record> {
-        let keep = self.history.len().checked_sub(changes)?;
-        self.history[..keep].last()
     }
 }

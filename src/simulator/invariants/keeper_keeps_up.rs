@@ -24,7 +24,15 @@ impl Invariant for KeeperKeepsUp {
                 }
             }
             Fact::Served { seen, has } => {
-                Err(format!("{has} was served to a host that had seen {seen}"))
+                let below =
+                    has.is_none_or(|has| has.lineage != seen.lineage || has.version < seen.version);
+                if below {
+                    return Err(format!(
+                        "a host that had seen {} was answered from {has:?}",
+                        seen.version
+                    ));
+                }
+                Ok(())
             }
             _ => Ok(()),
         }
