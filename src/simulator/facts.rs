@@ -59,6 +59,8 @@ pub(super) enum Fact {
     Dropped { log: MemoryStore, aside: bool },
     /// Something was broken, or repaired: what comes next may take its time.
     Disturbed,
+    /// An operator has given the keeper this state of the record again.
+    Recovered { version: Version },
     /// A host claims a term, and enough copies are there for its claim.
     Claimed { term: Term },
     /// The guest runs live by a new term.

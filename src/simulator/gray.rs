@@ -41,7 +41,10 @@ impl World {
         ]);
         let spared = match gray {
             Gray::Down(host) | Gray::Hung(host) | Gray::Full(host) => self.can_do_without(host),
-            _ => true,
+            Gray::Cut(a, b) | Gray::OneWay(a, b) => {
+                self.can_do_without(a) || self.can_do_without(b)
+            }
+            Gray::SlowKeeper => true,
         };
         if spared {
             self.gray = Some(gray);

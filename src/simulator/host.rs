@@ -16,8 +16,8 @@ use super::streams::Streams;
 use super::vm::Vm;
 use super::world::Event;
 use crate::protocol::{
-    Acks, Bounds, Config, DiskId, Durable, HostName, Incarnation, Mutation, Node, Restored, Time,
-    VmName,
+    Acks, Bounds, Config, DiskId, Durable, HostName, Incarnation, Mutation, Node, Record, Restored,
+    Time, VmName,
 };
 
 /// How much may wait: less than in production, as the simulated guest writes less.
@@ -265,6 +265,20 @@ impl Host {
             tips.push(tip);
         }
         tips
+    }
+
+    /// The newest record that it knows: what runs knows most.
+    pub(super) fn known(&self) -> Option<Record> {
+        let durable = self.durable.seen.as_ref().map(|seen| seen.record.clone());
+        let running = self.node.as_ref().and_then(|node| node.status().record);
+        [durable, running]
+            .into_iter()
+            .flatten()
+            .max_by_key(Record::version)
+    }
+
+    pub(super) fn known_version(&self) -> Option<Version> {
+        self.known().as_ref().map(Record::version)
     }
 
     /// Keeps a copy of everything that is on the disk now.

@@ -63,6 +63,12 @@ impl World {
             self.recover();
             return;
         }
+        if self.keeper_is_behind() {
+            // Nobody has asked it since: an operator sees it in its status.
+            self.witness.set_back = true;
+            self.recover();
+            return;
+        }
         let Some(record) = self.witness.record.clone() else {
             let hosts = self.hosts.iter().map(|host| host.name.clone()).collect();
             let policy = self.setup.policy;
@@ -101,11 +107,17 @@ impl World {
         }
     }
 
-    /// Some journal has named this order.
+    /// Some journal has named this order. If not, that is what is wrong if nothing else is.
     fn told(&mut self, order: &'static str) {
         if !self.hosts.iter().any(|host| host.named.contains(order)) {
-            self.facts.push(Fact::Untold { order });
+            self.untold.get_or_insert(order);
         }
+    }
+
+    fn keeper_is_behind(&self) -> bool {
+        let has = self.witness.record.as_ref().map(Record::version);
+        let known = self.hosts.iter().filter_map(Host::known_version).max();
+        known > has
     }
 
     /// The operator gives the keeper the newest record that any host has.
@@ -135,7 +147,12 @@ impl World {
         let Some(record) = self.witness.record.as_ref().filter(|_| self.is_healed()) else {
             return false;
         };
-        let (copies, serves) = self.expected(record);
+        let (mut copies, serves) = self.expected(record);
+        if self.setup.is_far() {
+            // A busy guest is never a moment ago at the other end.
+            copies = 1;
+        }
+        let serves = serves && !(self.setup.is_far() && record.policy.min_copies > 1);
         let answered = self.fresh_answers.iter().all(|answers| *answers >= 2);
         (answered || !serves) && self.protected(record, copies) && self.witness.down == 0
     }
@@ -178,6 +195,14 @@ impl World {
             }
         }
         what
+    }
+
+    /// At the end, what an operator had to find out without help.
+    pub(super) fn last_words(&mut self) {
+        if let Some(order) = self.untold {
+            self.facts.push(Fact::Untold { order });
+            self.check();
+        }
     }
 
     pub(super) fn check(&mut self) {

@@ -63,6 +63,11 @@ impl Setup {
         }
     }
 
+    /// Whether round trips are longer than what a new member may lack of the log.
+    pub(super) fn is_far(&self) -> bool {
+        self.delay > 120 * MILLI
+    }
+
     /// How much longer everything takes where packets travel far and the keeper thinks long.
     pub(super) fn slowness(&self) -> Moment {
         30 * self.delay + 8 * self.keeper.1

@@ -141,6 +141,8 @@ pub(super) struct World {
     pub(super) next_machine: u64,
     /// What stays broken in the end.
     pub(super) gray: Option<Gray>,
+    /// An order that only the simulation knew of.
+    pub(super) untold: Option<&'static str>,
 }
 
 impl World {
@@ -179,6 +181,7 @@ impl World {
             witness_blocks: vec![0; setup.hosts],
             next_machine: 0,
             gray: None,
+            untold: None,
             hosts,
             setup,
         }
@@ -203,6 +206,9 @@ impl World {
                     what: self.stuck(),
                 });
             }
+        }
+        if self.violation.is_none() {
+            self.last_words();
         }
         self.counts.simulated = self.now;
         Report {

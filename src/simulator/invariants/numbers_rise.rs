@@ -30,6 +30,8 @@ impl Invariant for NumbersRise {
                     return Err(format!("{version} was committed after {before}"));
                 }
             }
+            // What nobody had learnt of is gone.
+            Fact::Recovered { version } => self.record = *version,
             // A host may learn late that it has won, but no term begins twice.
             Fact::Promoted { term, .. } if !self.reigns.insert(*term) => {
                 return Err(format!("term {term} began twice"));
