@@ -17,7 +17,7 @@ use super::vm::Vm;
 use super::world::Event;
 use crate::protocol::{
     Acks, Bounds, Config, DiskId, Durable, HostName, Incarnation, Mutation, Node, Record, Restored,
-    Time, VmName,
+    Time, Version, VmName,
 };
 
 /// How much may wait: less than in production, as the simulated guest writes less.

@@ -2,7 +2,7 @@
 
 use super::queue::{MICRO, MILLI, Moment, SECOND};
 use super::random::Random;
-use crate::protocol::{Acks, LogFull, OnLoss, Policy, Rule};
+use crate::protocol::{Acks, LogFull, OnLoss, Policy, Rule, Span};
 
 /// The cluster.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +61,11 @@ impl Setup {
             // Control messages may be many while a path is blocked; the log keeps to its window.
             queue: *random.pick(&[4 * (window + (16 << 10)), 32 << 20]),
         }
+    }
+
+    /// What the connections measure of one another.
+    pub(super) fn round_trip(&self) -> Span {
+        Span::from_nanos(2 * self.delay + self.delay / 2)
     }
 
     /// Whether round trips are longer than what a new member may lack of the log.

@@ -472,12 +472,19 @@ impl World {
                     }
                     let peer = self.hosts[peer].name.clone();
                     let input = if up {
-                        Input::PeerUp(peer)
+                        Input::PeerUp(peer.clone())
                     } else {
-                        Input::PeerDown(peer)
+                        Input::PeerDown(peer.clone())
                     };
                     // A frozen host hears of it when it thaws, in order.
+                    let far = Input::Distance {
+                        host: peer,
+                        rtt: self.setup.round_trip(),
+                    };
                     self.plan_input(0, host, input);
+                    if up {
+                        self.plan_input(self.setup.delay, host, far);
+                    }
                 }
             }
         }

@@ -71,6 +71,8 @@ impl World {
             hosts: vec![from.clone()],
             policy: base.map_or_else(Policy::default, |record| record.policy),
             through: replay_log::LogIndex::START,
+            begins: replay_log::LogIndex::START,
+            loss: false,
             failed: None,
         };
         let proof = Proof(Bytes::copy_from_slice(&self.random.next().to_le_bytes()));
@@ -163,7 +165,10 @@ impl World {
             9 => {
                 let promise = self.hosts[to].durable.promise.clone();
                 let claim = promise.unwrap_or_else(|| self.claim(from));
-                vec![Message::Renounced { claim }]
+                let take_back = Message::TakeBack {
+                    claim: claim.clone(),
+                };
+                vec![Message::Renounced { claim }, take_back]
             }
             _ => {
                 let claim = self.claim(from);
