@@ -1,7 +1,6 @@
 //! What the agent's driver does in production: carry out what a node wants done.
 
-use replay_log::MemoryStore;
-use replay_log::{Batch, LogIndex, LogTip, Position, Store, Term};
+use replay_log::{LogIndex, LogTip, Position, Term};
 use vmm::machine::MachineError;
 use vmm::tape::TapeError;
 
@@ -9,11 +8,19 @@ use super::facts::Fact;
 use super::gateway::ToGateway;
 use super::network::Travel;
 use super::queue::{MICRO, Moment};
+use super::storage::{batches, tip_at};
 use super::trace::short;
 use super::vm::{Brought, Disk, Vm};
 use super::witness::Ask;
 use super::world::{Event, World, content};
-use crate::protocol::{Action, Event as Journal, Input, Message, VmRun};
+use crate::protocol::{Action, Event as Journal, HostName, Input, Message, VmRun};
+
+/// What a journal says when only an operator can go on: the words of the orders that do.
+pub(super) const ORDERS: [&str; 2] = [ACCEPT_LOSS, RECOVER];
+/// Go on without copies that do not come back.
+pub(super) const ACCEPT_LOSS: &str = "--accept-loss";
+/// Give the keeper of records its newest record again.
+pub(super) const RECOVER: &str = "understudy witness recover";
 
 impl World {
     pub(super) fn perform(&mut self, host: usize, action: Action) {
@@ -23,11 +30,16 @@ impl World {
         }
         let now = self.now;
         match action {
-            Action::Send { to, message } => {
-                if let Some(to) = self.number_of(&to) {
-                    self.send(host, to, message);
+            Action::Send { to, message } => match self.number_of(&to) {
+                Some(to) => self.send(host, to, message),
+                None if matches!(message, Message::Sealed { .. }) => {
+                    self.leaked(&to, "a promise");
                 }
-            }
+                None if matches!(message, Message::Stream { .. }) => {
+                    self.leaked(&to, "a stream of its log");
+                }
+                None => {}
+            },
             Action::Append { batch } => self.append(host, &batch),
             Action::Sync => {
                 let here = &mut self.hosts[host];
@@ -44,8 +56,8 @@ impl World {
                     .plan(now + takes, Event::Persisted { host, life });
             }
             Action::LookUp { peer, index } => {
-                let floor = self.hosts[host].store.floor(index).ok().flatten();
-                let tip = floor.filter(|tip| tip.index == index);
+                let here = &self.hosts[host];
+                let tip = tip_at(&here.store, &here.storage.waiting, index);
                 self.plan_input(5 * MICRO, host, Input::TipAt { peer, index, tip });
             }
             Action::StreamLog {
@@ -55,29 +67,34 @@ impl World {
                 through,
             } => {
                 if let Some(to) = self.number_of(&to) {
-                    self.stream(host, to, term, from, through);
+                    self.hosts[host].streams.add(to, term, from, through);
+                } else {
+                    self.leaked(&to, "its log");
                 }
             }
-            // What was asked for has been sent already.
-            Action::StopStream { .. } => {}
-            Action::ReadRecord { .. } => self.ask(host, Ask::Read),
-            Action::SwapRecord { expect, new, .. } => {
+            Action::StopStream { to } => {
+                if let Some(to) = self.number_of(&to) {
+                    self.hosts[host].streams.stop(to);
+                }
+            }
+            Action::ReadRecord { seen } => self.ask(host, Ask::Read { seen }),
+            Action::SwapRecord { expect, new, seen } => {
                 self.facts.push(Fact::Proposed(new.clone()));
                 let new = Box::new(new);
-                self.ask(host, Ask::Swap { expect, new });
+                self.ask(host, Ask::Swap { expect, new, seen });
             }
-            Action::DropLog { incarnation, .. } => {
-                let here = &mut self.hosts[host];
-                here.store = MemoryStore::new();
-                here.damaged = false;
-                here.tag = incarnation;
-                self.counts.resynchronisations += 1;
-            }
+            Action::DropLog { incarnation, aside } => self.drop_log(host, incarnation, aside),
             Action::Replay { run } => self.replay(host, run),
             Action::Boot { run, term, cold } => self.boot(host, run, term, cold),
             Action::GoLive { run, term, at } => self.go_live(host, run, term, at),
-            Action::PauseVm { run } => self.with_vm(host, run, |vm| vm.pause(true)),
-            Action::ResumeVm { run } => self.with_vm(host, run, |vm| vm.pause(false)),
+            Action::PauseVm { run } => {
+                self.hosts[host].paused = Some(0);
+                self.with_vm(host, run, |vm| vm.pause(true));
+            }
+            Action::ResumeVm { run } => {
+                self.hosts[host].paused = None;
+                self.with_vm(host, run, |vm| vm.pause(false));
+            }
             Action::StopVm { run, .. } => self.stop_vm(host, run),
             Action::Release { term, through } => self.release(host, term, through),
             Action::ForgetOutputs { through } => {
@@ -99,12 +116,33 @@ impl World {
         match event {
             Journal::Promoted { .. } => self.counts.promotions += 1,
             Journal::HandedOver { .. } => self.counts.switchovers += 1,
+            Journal::Claimed { term, .. } if self.claim_can_succeed() => {
+                self.facts.push(Fact::Claimed { term: *term });
+            }
+            Journal::WentLive { .. } => {
+                self.facts.push(Fact::WentLive);
+                for host in &mut self.hosts {
+                    host.named.clear();
+                }
+            }
             _ => {}
+        }
+        let text = event.to_string();
+        for order in ORDERS {
+            if text.contains(order) {
+                self.hosts[host].named.insert(order);
+            }
         }
         self.trace.journal(self.now, host, event);
     }
 
-    fn send(&mut self, from: usize, to: usize, message: Message) {
+    /// Somebody who is no host is told what only copies may know.
+    fn leaked(&mut self, to: &HostName, what: &'static str) {
+        let to = to.clone();
+        self.facts.push(Fact::Leaked { to, what });
+    }
+
+    pub(super) fn send(&mut self, from: usize, to: usize, message: Message) {
         match self.network.send(self.now, from, to, message) {
             Travel::Lost => {}
             Travel::Lane(key, at) => self.queue.plan(at, Event::Lane(key)),
@@ -125,54 +163,6 @@ impl World {
         }
     }
 
-    fn append(&mut self, host: usize, batch: &Batch) {
-        let here = &mut self.hosts[host];
-        if let Err(error) = here.store.append(batch) {
-            let reason = error.to_string();
-            self.plan_input(5 * MICRO, host, Input::StoreFailed { reason });
-            return;
-        }
-        if !std::mem::replace(&mut here.stored_planned, true) {
-            let life = here.life;
-            let takes = here.random.between(5, 40) * MICRO;
-            self.queue
-                .plan(self.now + takes, Event::Stored { host, life });
-        }
-        if let Some(vm) = here.vm.as_mut().filter(|vm| !vm.records()) {
-            let run = vm.run;
-            if let Err(reason) = vm.feed(batch, &self.bases) {
-                self.plan_input(
-                    5 * MICRO,
-                    host,
-                    Input::VmFailed {
-                        run,
-                        reason,
-                        at: Position::START,
-                    },
-                );
-            }
-            self.plan_turn(host, 10 * MICRO);
-        }
-    }
-
-    fn stored_batches(&self, host: usize, from: LogIndex, through: LogIndex) -> Vec<Batch> {
-        let mut batches = Vec::new();
-        if let Ok(mut reader) = self.hosts[host].store.read_from(from) {
-            while reader.position() < through
-                && let Ok(Some(batch)) = reader.next_batch()
-            {
-                batches.push(batch);
-            }
-        }
-        batches
-    }
-
-    fn stream(&mut self, host: usize, to: usize, term: Term, from: LogIndex, through: LogIndex) {
-        for batch in self.stored_batches(host, from, through) {
-            self.send(host, to, Message::Log { term, batch });
-        }
-    }
-
     // --- the VMM -----------------------------------------------------------------------------
 
     fn new_run(&mut self, host: usize, vm: Vm) {
@@ -185,6 +175,7 @@ impl World {
         here.reign = None;
         here.released = LogIndex::START;
         here.session = None;
+        here.paused = None;
         self.plan_turn(host, 50 * MICRO);
     }
 
@@ -192,18 +183,11 @@ impl World {
         let now = self.hosts[host].host_time(self.now);
         let random = self.hosts[host].random.fork();
         let mut vm = Vm::replay(run, now, random);
-        let end = self.hosts[host].store.tip().index;
-        for batch in self.stored_batches(host, LogIndex::START, end) {
+        let here = &self.hosts[host];
+        for batch in batches(&here.store, &here.storage.waiting, LogIndex::START) {
             if let Err(reason) = vm.feed(&batch, &self.bases) {
-                self.plan_input(
-                    5 * MICRO,
-                    host,
-                    Input::VmFailed {
-                        run,
-                        reason,
-                        at: Position::START,
-                    },
-                );
+                let at = vm.at();
+                self.plan_input(5 * MICRO, host, Input::VmFailed { run, reason, at });
                 break;
             }
         }
@@ -229,16 +213,8 @@ impl World {
                 self.plan_input(20 * MICRO, host, Input::WentLive { run });
             }
             Err(error) => {
-                let reason = error.to_string();
-                self.plan_input(
-                    5 * MICRO,
-                    host,
-                    Input::VmFailed {
-                        run,
-                        reason,
-                        at: Position::START,
-                    },
-                );
+                let (reason, at) = (error.to_string(), Position::START);
+                self.plan_input(5 * MICRO, host, Input::VmFailed { run, reason, at });
             }
         }
     }
@@ -265,6 +241,7 @@ impl World {
         let here = &mut self.hosts[host];
         here.reign = None;
         here.session = None;
+        here.paused = None;
         if let Some(mut vm) = here.vm.take_if(|vm| vm.run == run)
             && vm.records()
         {
@@ -305,16 +282,9 @@ impl World {
                     let what = error.to_string();
                     self.facts.push(Fact::Diverged { host, what });
                 }
-                let reason = error.to_string();
+                let (reason, at) = (error.to_string(), vm.at());
                 self.stop_vm(host, run);
-                self.input(
-                    host,
-                    Input::VmFailed {
-                        run,
-                        reason,
-                        at: Position::START,
-                    },
-                );
+                self.input(host, Input::VmFailed { run, reason, at });
             }
         }
     }

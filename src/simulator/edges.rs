@@ -4,28 +4,30 @@ use replay_log::FrameNumber;
 
 use super::facts::Fact;
 use super::gateway::{Heard, Session, ToGateway, ToHost};
+use super::host::Host;
 use super::queue::{MICRO, MILLI, Moment};
 use super::witness::{Answer, Ask};
 use super::world::{Event, World, content};
-use crate::protocol::{HostName, Input, Record, Swapped};
-
-/// How long a host's question to the keeper waits for its answer.
-const ASK_TIMEOUT: Moment = 150 * MILLI;
+use crate::protocol::{HostName, Input, Member, Record, Swapped};
 
 impl World {
     pub(super) fn ask(&mut self, host: usize, ask: Ask) {
         self.next_ask += 1;
         let (id, life) = (self.next_ask, self.hosts[host].life);
-        let swap = matches!(ask, Ask::Swap { .. });
-        self.hosts[host].asked.insert(id);
+        let swap = ask.is_swap();
+        let here = &mut self.hosts[host];
+        here.asked.insert(id);
+        here.swapping |= swap;
+        let (asked, patience) = (self.now, here.keeper.span());
         let timeout = Event::Answered {
             host,
             life,
             id,
             answer: None,
             swap,
+            asked,
         };
-        self.queue.plan(self.now + ASK_TIMEOUT, timeout);
+        self.queue.plan(self.now + patience, timeout);
         if self.witness_blocks[host] > 0 || self.network.lost() {
             return;
         }
@@ -35,8 +37,10 @@ impl World {
         } else {
             0
         };
-        let write = if swap { self.setup.keeper } else { 0 };
-        let at = self.now + self.network.flight() + write + late;
+        let takes = self
+            .witness
+            .takes(&mut self.random, swap, self.setup.keeper);
+        let at = self.now + self.network.flight() + takes + late;
         self.queue.plan(
             at,
             Event::Asked {
@@ -44,22 +48,41 @@ impl World {
                 life,
                 id,
                 ask,
+                asked,
             },
         );
     }
 
-    pub(super) fn asked(&mut self, host: usize, life: u32, id: u64, ask: Ask) {
+    pub(super) fn asked(&mut self, host: usize, life: u32, id: u64, ask: Ask, asked: Moment) {
         if self.witness.down > 0 || self.witness_blocks[host] > 0 {
             return;
         }
-        let swap = matches!(ask, Ask::Swap { .. });
-        let before = self.witness.record.clone();
-        let (answer, changed) = self.witness.ask(ask);
-        if changed && let Some(record) = self.witness.record.clone() {
-            self.counts.records += 1;
-            self.history_ends(host, before, &record);
-            self.facts.push(Fact::Recorded(record));
-        }
+        let swap = ask.is_swap();
+        // A disk that fails may have done first what it was asked for.
+        let refuses = self.witness.refuses > 0;
+        let answer = if refuses && !(swap && self.random.chance(200)) {
+            Answer::Refused("the witness cannot write records")
+        } else {
+            let before = self.witness.record.clone();
+            let seen = ask.seen();
+            let (answer, changed) = self.witness.ask(ask);
+            if let Some(seen) = seen
+                && !matches!(answer, Answer::Refused(_))
+            {
+                let has = self.witness.record.as_ref().map(Record::seen);
+                self.facts.push(Fact::Served { seen, has });
+            }
+            if changed && let Some(record) = self.witness.record.clone() {
+                self.counts.records += 1;
+                self.history_ends(host, before, &record);
+                self.facts.push(Fact::Recorded(record));
+            }
+            if refuses {
+                Answer::Refused("the witness failed after it had written a record")
+            } else {
+                answer
+            }
+        };
         if self.network.lost() {
             return;
         }
@@ -73,6 +96,7 @@ impl World {
                 id,
                 answer,
                 swap,
+                asked,
             },
         );
     }
@@ -84,39 +108,75 @@ impl World {
         };
         if std::mem::take(&mut self.hosts[host].accepts_loss) {
             self.counts.losses_accepted += 1;
-            self.facts.push(Fact::LossAccepted { host });
-            // Gateways may be ahead of the guest: they begin anew.
-            self.gateway.forget_answers();
-            self.gateway.restart();
+            self.loss_is_accepted(host);
+        } else if self.loss_was_hidden(&before) {
+            self.loss_is_accepted(host);
         } else if !before.all_copies().any(|copy| *copy == record.primary) {
             self.facts.push(Fact::Lost { before });
         }
     }
 
+    fn loss_is_accepted(&mut self, host: usize) {
+        self.facts.push(Fact::LossAccepted { host });
+        // Gateways may be ahead of the guest: they begin anew.
+        self.gateway.forget_answers();
+        self.gateway.restart();
+    }
+
+    /// Whether disks that lost what they had synced, and could not know it, were more of the copies
+    /// than the rule survives. A lying disk is a lost copy.
+    fn loss_was_hidden(&self, before: &Record) -> bool {
+        let released = self.checker.released();
+        // Those that could be sealed, and lack what was let out.
+        let lacks = |copy: &Member| {
+            let host = self.hosts.iter().find(|host| host.name == copy.host);
+            let view = host
+                .map(Host::view)
+                .filter(|view| (view.intact || view.lies) && view.incarnation == copy.incarnation);
+            view.is_some_and(|view| view.chain_at(released.index) != Some(released.chain))
+        };
+        let lies = self.hosts.iter().any(|host| {
+            let copy = before.copy_on(&host.name);
+            host.lies() && copy.is_some_and(|c| c.incarnation == host.durable.incarnation)
+        });
+        lies && before.all_copies().filter(|copy| lacks(copy)).count() >= before.seals()
+    }
+
     pub(super) fn answered(
         &mut self,
         host: usize,
-        life: u32,
         id: u64,
         answer: Option<Answer>,
         swap: bool,
+        asked: Moment,
     ) {
-        if !self.lives(host, life) || !self.hosts[host].asked.remove(&id) {
+        let here = &mut self.hosts[host];
+        if !here.asked.remove(&id) {
             return;
         }
-        let reason = || "no answer in time".to_owned();
+        match &answer {
+            Some(_) => here.keeper.answered(swap, self.now - asked),
+            None => here.keeper.unanswered(),
+        }
+        let reason = match &answer {
+            Some(Answer::Refused(why)) => (*why).to_owned(),
+            _ => "no answer in time".to_owned(),
+        };
         let input = match answer {
             Some(Answer::Read(record)) => Input::RecordRead(record),
-            Some(Answer::Swapped(swapped)) => Input::RecordSwapped(swapped),
-            None if swap => Input::RecordSwapped(Swapped::Unknown { reason: reason() }),
-            None => Input::ReadFailed { reason: reason() },
+            Some(Answer::Swapped(swapped)) => {
+                here.swapping = false;
+                Input::RecordSwapped(swapped)
+            }
+            _ if swap => Input::RecordSwapped(Swapped::Unknown { reason }),
+            _ => Input::ReadFailed { reason },
         };
         self.input(host, input);
     }
 
     pub(super) fn gateway_tick(&mut self) {
         self.queue.plan(self.now + 20 * MILLI, Event::GatewayTick);
-        if self.witness.down == 0 {
+        if self.witness.down == 0 && !self.witness.set_back {
             let record = self.witness.record.clone();
             let at = self.now + self.network.flight();
             self.queue.plan(at, Event::GatewayRead(record));

@@ -9,7 +9,7 @@ use replay_log::{Chain, FrameNumber, LogIndex, LogTip, Store, Term};
 use super::invariants;
 use super::options::Violation;
 use super::queue::Moment;
-use crate::protocol::{Durable, HostName, Incarnation, Record};
+use crate::protocol::{Durable, HostName, Incarnation, Record, Seen, Version};
 
 /// Something that an invariant may forbid.
 #[derive(Clone, Debug)]
@@ -52,8 +52,49 @@ pub(super) enum Fact {
     Diverged { host: usize, what: String },
     /// A client got the answer to a request that it sent when it had seen `floor`.
     Answered { key: u32, value: u64, floor: u64 },
-    /// An operator accepted loss: history goes on from the log of this host.
+    /// An operator accepted loss, or a disk that lied has lost more than the rule survives: history
+    /// goes on from the log of this host.
     LossAccepted { host: usize },
+    /// A host gives its log up. What is set aside is not deleted.
+    Dropped { log: MemoryStore, aside: bool },
+    /// Something was broken, or repaired: what comes next may take its time.
+    Disturbed,
+    /// An operator has given the keeper this state of the record again.
+    Recovered { version: Version },
+    /// A host claims a term, and enough copies are there for its claim.
+    Claimed { term: Term },
+    /// The guest runs live by a new term.
+    WentLive,
+    /// The state of the whole, looked at now and then.
+    Watched(Watched),
+    /// Somebody whom no record concerns is told what only copies may know.
+    Leaked { to: HostName, what: &'static str },
+    /// The keeper answered a host that has seen this, from what it has.
+    Served { seen: Seen, has: Option<Seen> },
+    /// Only an operator can help, and no journal has said so by naming this order.
+    Untold { order: &'static str },
+}
+
+/// What is looked at now and then.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Watched {
+    pub(super) now: Moment,
+    /// Enough healthy copies are connected, with one another, the keeper and the gateway.
+    pub(super) could_serve: bool,
+    /// Within so long they have to serve.
+    pub(super) within: Moment,
+    /// For how long a guest has stood paused without need, and how long it may.
+    pub(super) paused: Option<(HostName, Moment, Moment)>,
+    /// A queue with its length and its bound.
+    pub(super) queues: Vec<Queued>,
+}
+
+/// How much waits somewhere.
+#[derive(Clone, Debug)]
+pub(super) struct Queued {
+    pub(super) what: &'static str,
+    pub(super) len: usize,
+    pub(super) most: usize,
 }
 
 /// A host as the omniscient see it.
@@ -65,6 +106,14 @@ pub(super) struct HostView {
     pub(super) store: MemoryStore,
     /// Up, or its log would survive a restart as the same holding.
     pub(super) intact: bool,
+    /// Its disk has lost what it had synced, and it does not know.
+    pub(super) lies: bool,
+    /// The same, and a primary has been told how much is left.
+    pub(super) found_out: bool,
+    /// Where the batches end that wait for room on the disk.
+    pub(super) waiting: Vec<LogTip>,
+    /// The newest state of the record that it has seen, durably.
+    pub(super) seen: Option<Version>,
 }
 
 impl HostView {
@@ -74,6 +123,13 @@ impl HostView {
             return Some(Chain::default());
         }
         self.store.chain_at(index).ok().flatten()
+    }
+
+    /// The chain of the log there that it may not have on its disk yet.
+    pub(super) fn chain_known(&self, index: LogIndex) -> Option<Chain> {
+        let waiting = self.waiting.iter().find(|tip| tip.index == index);
+        self.chain_at(index)
+            .or_else(|| waiting.map(|tip| tip.chain))
     }
 }
 
@@ -149,6 +205,11 @@ impl Checker {
         Ok(())
     }
 
+    /// The furthest that output was let out in the present history.
+    pub(super) fn released(&self) -> Released {
+        self.released
+    }
+
     fn note(&mut self, fact: &Fact, hosts: &[HostView]) {
         match fact {
             Fact::Lost { .. } | Fact::Booted => self.released = Released::default(),
@@ -165,7 +226,7 @@ impl Checker {
                 }
             }
             Fact::Released { host, through, .. } if *through > self.released.index => {
-                if let Some(chain) = hosts.get(*host).and_then(|host| host.chain_at(*through)) {
+                if let Some(chain) = hosts.get(*host).and_then(|host| host.chain_known(*through)) {
                     self.released = Released {
                         index: *through,
                         chain,

@@ -1,12 +1,17 @@
 //! What goes wrong: which faults a seed has, when they come, and how they are repaired.
 
+mod disks;
+mod hostile;
+mod keeper;
+mod orders;
+
 use replay_log::Store;
 
 use super::facts::Fact;
 use super::queue::{MILLI, Moment, SECOND};
 use super::random::Random;
 use super::world::{Event, World};
-use crate::protocol::{Durable, Input, Operator};
+use crate::protocol::{HostName, Input, Operator};
 
 /// Something broken, as what has to be repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,9 +20,14 @@ pub(super) enum Fault {
     Block(usize, usize),
     Isolation(usize),
     WitnessDown,
+    WitnessSlow,
+    WitnessRefuses,
     WitnessBlocked(usize),
     GatewayBlocked(usize),
     SlowDisk(usize),
+    Hung(usize),
+    Full(usize),
+    NoFiles(usize),
     SlowVm(usize),
     Loss(u64),
 }
@@ -46,9 +56,28 @@ enum Kind {
     VmFails,
     Loss,
     Switchover,
+    HungDisk,
+    FullDisks,
+    FullDisk,
+    NoFiles,
+    PutBack,
+    LostTail,
+    WitnessSlow,
+    WitnessRefuses,
+    WitnessSetBack,
+    WitnessEmptied,
+    WitnessDownLong,
+    Pair,
+    Create,
+    Remove,
+    AcceptLoss,
+    CloseLink,
+    Stranger,
+    Usurper,
 }
 
-const KINDS: [Kind; 21] = [
+/// What every seed may have.
+const COMMON: [Kind; 21] = [
     Kind::Kill,
     Kind::PowerLoss,
     Kind::KillPrimary,
@@ -72,6 +101,35 @@ const KINDS: [Kind; 21] = [
     Kind::Switchover,
 ];
 
+/// What a seed has or has not as a whole: disks, the keeper, an operator, connections, and hosts or
+/// strangers that mean harm.
+const FAMILIES: [&[Kind]; 5] = [
+    &[
+        Kind::HungDisk,
+        Kind::FullDisks,
+        Kind::FullDisk,
+        Kind::NoFiles,
+        Kind::PutBack,
+        Kind::LostTail,
+    ],
+    &[
+        Kind::WitnessSlow,
+        Kind::WitnessRefuses,
+        Kind::WitnessSetBack,
+        Kind::WitnessEmptied,
+        Kind::WitnessDownLong,
+    ],
+    &[
+        Kind::Pair,
+        Kind::Create,
+        Kind::Remove,
+        Kind::AcceptLoss,
+        Kind::Switchover,
+    ],
+    &[Kind::CloseLink, Kind::OneWay, Kind::Loss],
+    &[Kind::Stranger, Kind::Usurper],
+];
+
 /// The temperament of a seed.
 #[derive(Clone, Debug)]
 pub(super) struct Faults {
@@ -80,23 +138,50 @@ pub(super) struct Faults {
     gap: Moment,
     /// For how long faults come.
     pub(super) phase: Moment,
+    /// One with a certificate whom no record concerns.
+    pub(super) stranger: Option<HostName>,
 }
 
 impl Faults {
     pub(super) fn choose(random: &mut Random) -> Self {
         let share = random.between(150, 900);
-        let mut kinds: Vec<_> = KINDS.into_iter().filter(|_| random.chance(share)).collect();
+        let mut kinds: Vec<_> = COMMON
+            .into_iter()
+            .filter(|_| random.chance(share))
+            .collect();
         kinds.push(*random.pick(&[
             Kind::KillPrimary,
             Kind::PausePrimary,
             Kind::Partition,
             Kind::Bridge,
         ]));
+        for family in FAMILIES {
+            if random.chance(300) {
+                // One of each for every common one: none of the others is drowned.
+                kinds.extend(family.iter().filter(|_| random.chance(share.max(400))));
+            }
+        }
+        let hostile = kinds.contains(&Kind::Stranger);
+        // Patient seeds break little at a time, and for long.
+        let patient = random.chance(80);
         Self {
             kinds,
-            gap: *random.pick(&[60, 150, 300, 700]) * MILLI,
-            phase: random.between(2, 5) * SECOND,
+            gap: if patient {
+                2 * SECOND
+            } else {
+                *random.pick(&[60, 150, 300, 700]) * MILLI
+            },
+            phase: if patient {
+                random.between(8, 16) * SECOND
+            } else {
+                random.between(2, 5) * SECOND
+            },
+            stranger: hostile.then(|| HostName::new("stranger").expect("a name made of letters")),
         }
+    }
+
+    fn is_patient(&self) -> bool {
+        self.gap >= 2 * SECOND
     }
 }
 
@@ -106,7 +191,7 @@ impl World {
         self.number_of(&record.primary.host)
     }
 
-    fn any_host(&mut self) -> usize {
+    pub(super) fn any_host(&mut self) -> usize {
         let hosts = self.hosts.len() as u64;
         self.random.below(hosts) as usize
     }
@@ -128,12 +213,14 @@ impl World {
             self.trace
                 .say(self.now, &format!("*** {kind:?} at host{host}"));
         }
+        self.facts.push(Fact::Disturbed);
         self.inflict(kind, host);
     }
 
     fn inflict(&mut self, kind: Kind, host: usize) {
         let short = self.random.between(20, 400) * MILLI;
-        let long = self.random.between(100, 2_000) * MILLI;
+        let most = if self.faults.is_patient() { 12 } else { 2 };
+        let long = self.random.between(100, most * 1_000) * MILLI;
         match kind {
             Kind::Kill | Kind::KillPrimary => self.crash(host, false, long),
             Kind::PowerLoss => self.crash(host, true, long),
@@ -175,7 +262,7 @@ impl World {
             }
             Kind::GatewayRestart => self.gateway.restart(),
             Kind::SlowDisk => {
-                self.hosts[host].slow_disk += 1;
+                self.hosts[host].storage.slow += 1;
                 self.repair_after(long, Fault::SlowDisk(host));
             }
             Kind::SlowVm => {
@@ -191,11 +278,7 @@ impl World {
             Kind::NewDisk => {
                 if self.can_spare(host) && self.hosts[host].is_up() {
                     self.crash(host, true, long);
-                    let here = &mut self.hosts[host];
-                    here.store = replay_log::MemoryStore::new();
-                    here.durable = Durable::default();
-                    here.damaged = false;
-                    here.last_disk = None;
+                    self.hosts[host].wipe();
                     self.facts.push(Fact::Replaced { host });
                 }
             }
@@ -208,18 +291,10 @@ impl World {
                 }
             }
             Kind::VmFails => {
-                if let Some(run) = self.hosts[host].vm.as_ref().map(|vm| vm.run) {
+                if let Some((run, at)) = self.hosts[host].vm.as_ref().map(|vm| (vm.run, vm.at())) {
                     self.stop_vm(host, run);
                     let reason = "the simulator killed it".to_owned();
-                    self.plan_input(
-                        0,
-                        host,
-                        Input::VmFailed {
-                            run,
-                            reason,
-                            at: replay_log::Position::START,
-                        },
-                    );
+                    self.plan_input(0, host, Input::VmFailed { run, reason, at });
                 }
             }
             Kind::Loss => {
@@ -234,6 +309,25 @@ impl World {
                     self.plan_input(0, primary, Input::Operator(wish));
                 }
             }
+            Kind::HungDisk
+            | Kind::FullDisk
+            | Kind::FullDisks
+            | Kind::NoFiles
+            | Kind::PutBack
+            | Kind::LostTail => self.break_disk(kind, host, long),
+            Kind::WitnessSlow
+            | Kind::WitnessRefuses
+            | Kind::WitnessSetBack
+            | Kind::WitnessEmptied
+            | Kind::WitnessDownLong => self.break_keeper(kind, long),
+            Kind::Pair | Kind::Create | Kind::Remove | Kind::AcceptLoss => self.order(kind, host),
+            Kind::CloseLink => {
+                let other = self.any_host();
+                if other != host {
+                    self.network.close(host, other);
+                }
+            }
+            Kind::Stranger | Kind::Usurper => self.forge(kind, host),
         }
     }
 
@@ -251,7 +345,7 @@ impl World {
         self.repair_after(long, Fault::WitnessBlocked(host));
     }
 
-    fn crash(&mut self, host: usize, power: bool, down: Moment) {
+    pub(super) fn crash(&mut self, host: usize, power: bool, down: Moment) {
         if self.hosts[host].is_up() {
             self.hosts[host].stop(power);
             self.repair_after(down, Fault::Crash(host));
@@ -263,7 +357,7 @@ impl World {
         self.repair_after(span, Fault::Block(from, to));
     }
 
-    fn repair_after(&mut self, span: Moment, fault: Fault) {
+    pub(super) fn repair_after(&mut self, span: Moment, fault: Fault) {
         self.queue.plan(self.now + span, Event::Repair(fault));
     }
 
@@ -294,12 +388,25 @@ impl World {
         if self.is_healed() {
             return;
         }
+        self.facts.push(Fact::Disturbed);
         match fault {
+            Fault::Crash(host) if self.hosts[host].storage.hung > 0 => {
+                // What it has to read first does not come.
+                self.repair_after(100 * MILLI, fault);
+            }
             Fault::Crash(host) => {
                 if !self.hosts[host].is_up() {
                     self.start_host(host);
                 }
             }
+            Fault::Hung(host) => self.hosts[host].storage.hung -= 1,
+            Fault::NoFiles(host) => self.hosts[host].storage.refuses -= 1,
+            Fault::Full(host) => {
+                self.hosts[host].storage.full -= 1;
+                self.make_room(host);
+            }
+            Fault::WitnessSlow => self.witness.slow -= 1,
+            Fault::WitnessRefuses => self.witness.refuses -= 1,
             Fault::Block(from, to) => self.network.unblock(from, to),
             Fault::Isolation(host) => {
                 for other in (0..self.hosts.len()).filter(|other| *other != host) {
@@ -312,7 +419,7 @@ impl World {
             Fault::WitnessDown => self.witness.down -= 1,
             Fault::WitnessBlocked(host) => self.witness_blocks[host] -= 1,
             Fault::GatewayBlocked(host) => self.gateway_blocks[host] -= 1,
-            Fault::SlowDisk(host) => self.hosts[host].slow_disk -= 1,
+            Fault::SlowDisk(host) => self.hosts[host].storage.slow -= 1,
             Fault::SlowVm(host) => self.hosts[host].slow_vm -= 1,
             Fault::Loss(loss) => self.network.loss -= loss,
         }

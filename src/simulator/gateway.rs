@@ -13,7 +13,8 @@ use super::random::Random;
 
 /// How many clients there are.
 pub(super) const CLIENTS: usize = 3;
-/// A client gives a request up after this long, and never knows whether it happened.
+/// A client gives a request up after this long, and never knows whether it happened. All of these
+/// are longer where packets travel far.
 const GIVE_UP: Moment = 1_500 * MILLI;
 /// A session without a sign of life is begun again.
 const SILENCE: Moment = 200 * MILLI;
@@ -116,10 +117,12 @@ pub(super) struct Gateway {
     waiting: [Option<u64>; CLIENTS],
     highest: BTreeMap<u32, u64>,
     tags: u64,
+    /// How long a packet takes there and back, twice.
+    slack: Moment,
 }
 
 impl Gateway {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(delay: Moment) -> Self {
         Self {
             incarnation: GatewayIncarnation(1),
             term: Term(0),
@@ -137,6 +140,7 @@ impl Gateway {
             waiting: [None; CLIENTS],
             highest: BTreeMap::new(),
             tags: 0,
+            slack: 4 * delay,
         }
     }
 
@@ -175,7 +179,7 @@ impl Gateway {
 
     /// Regular business: what is to be said to the primary now.
     pub(super) fn tick(&mut self, now: Moment) -> Vec<ToHost> {
-        let silent = now.saturating_sub(self.heard.max(self.attached)) >= SILENCE;
+        let silent = now.saturating_sub(self.heard.max(self.attached)) >= SILENCE + self.slack;
         if self.session.is_none() || silent {
             return self.attach(now);
         }
@@ -243,7 +247,9 @@ impl Gateway {
                 }
             }
             ToGateway::Pong { accepted, released } if self.welcomed => {
-                if released > self.last.unwrap_or_default() && now - self.attached > 3 * SILENCE {
+                if released > self.last.unwrap_or_default()
+                    && now - self.attached > 3 * (SILENCE + self.slack)
+                {
                     *say = self.attach(now);
                 } else {
                     self.resend(accepted, say);
@@ -322,7 +328,7 @@ impl Gateway {
     ) -> Option<ToHost> {
         if let Some(tag) = self.waiting[client] {
             let sent = self.requests.get(&tag).map_or(0, |request| request.sent);
-            if now - sent < GIVE_UP {
+            if now - sent < GIVE_UP + 2 * self.slack {
                 return None;
             }
             self.waiting[client] = None;

@@ -8,12 +8,22 @@ use vmm::host::HostTime;
 
 use super::facts::HostView;
 use super::gateway::Session;
+use super::patience::KeeperPatience;
 use super::queue::{MICRO, Moment};
 use super::random::Random;
+use super::storage::{Backup, Storage, copy};
+use super::streams::Streams;
 use super::vm::Vm;
 use super::world::Event;
 use crate::protocol::{
-    Acks, Config, Durable, HostName, Incarnation, Mutation, Node, Restored, Time, VmName,
+    Acks, Bounds, Config, DiskId, Durable, HostName, Incarnation, Mutation, Node, Record, Restored,
+    Time, Version, VmName,
+};
+
+/// How much may wait: less than in production, as the simulated guest writes less.
+pub(super) const BOUNDS: Bounds = Bounds {
+    uncommitted_log: 64 << 10,
+    waiting_output: 64 << 10,
 };
 
 /// A clock that is wrong, differently on every host.
@@ -64,6 +74,9 @@ pub(super) struct Host {
     pub(super) store: MemoryStore,
     pub(super) damaged: bool,
     pub(super) last_disk: Option<Vec<u8>>,
+    /// What the folder lies on: another one after it was put back from a backup.
+    pub(super) disk: DiskId,
+    pub(super) storage: Storage,
     // The process.
     pub(super) persisting: VecDeque<Durable>,
     /// The incarnation of the last `Persist` carried out.
@@ -77,8 +90,15 @@ pub(super) struct Host {
     pub(super) machine: u64,
     pub(super) session: Option<Session>,
     pub(super) asked: BTreeSet<u64>,
+    pub(super) keeper: KeeperPatience,
+    /// A swap was sent to the keeper, and what came of it is not known here.
+    pub(super) swapping: bool,
+    pub(super) streams: Streams,
+    /// For how long the guest has stood paused although nothing forbade it to go on.
+    pub(super) paused: Option<Moment>,
+    /// Orders of the operator that the journal has named since somebody reigned last.
+    pub(super) named: BTreeSet<&'static str>,
     // Faults.
-    pub(super) slow_disk: u32,
     pub(super) slow_vm: u32,
     pub(super) accepts_loss: bool,
 }
@@ -100,6 +120,8 @@ impl Host {
             store: MemoryStore::new(),
             damaged: false,
             last_disk: None,
+            disk: DiskId(random.next() | 1),
+            storage: Storage::default(),
             persisting: VecDeque::new(),
             tag: Incarnation(0),
             stored_planned: false,
@@ -110,7 +132,11 @@ impl Host {
             machine: 0,
             session: None,
             asked: BTreeSet::new(),
-            slow_disk: 0,
+            keeper: KeeperPatience::default(),
+            swapping: false,
+            streams: Streams::default(),
+            paused: None,
+            named: BTreeSet::new(),
             slow_vm: 0,
             accepts_loss: false,
         }
@@ -133,16 +159,19 @@ impl Host {
             self.store.tip()
         };
         let vm = VmName::new("vm").expect("a name made of letters");
-        let config = Config::new(self.name.clone(), vm).with_mutation(mutation);
+        let mut config = Config::new(self.name.clone(), vm).with_mutation(mutation);
+        config.bounds = BOUNDS;
         let restored = Restored {
             durable: self.durable.clone(),
             log,
             damaged: self.damaged,
-            disk: crate::protocol::DiskId(1),
+            disk: self.disk,
             fresh: self.random.next(),
         };
         self.life += 1;
         self.tag = self.durable.incarnation;
+        self.storage.begin();
+        self.keeper = KeeperPatience::default();
         self.node = Some(Node::new(config, restored, self.time(now)));
     }
 
@@ -160,8 +189,17 @@ impl Host {
         self.reign = None;
         self.session = None;
         self.asked.clear();
+        self.swapping = false;
+        self.streams.clear();
+        self.paused = None;
+        self.storage.begin();
         // Of what was being written when it stopped, any beginning may have got through.
-        let through = self.random.below(self.persisting.len() as u64 + 1);
+        let tried = if self.storage.is_well() {
+            self.persisting.len() as u64
+        } else {
+            0
+        };
+        let through = self.random.below(tried + 1);
         for durable in self.persisting.drain(..).take(through as usize) {
             self.durable = durable;
         }
@@ -178,22 +216,87 @@ impl Host {
 
     /// How long a flush takes.
     pub(super) fn fsync(&mut self) -> Moment {
-        if self.slow_disk > 0 {
+        if self.storage.slow > 0 {
             self.random.between(50, 300) * 1_000 * MICRO
         } else {
             self.random.between(200, 3_000) * MICRO
         }
     }
 
-    pub(super) fn view(&self) -> HostView {
+    /// Whether the process runs and is not frozen.
+    pub(super) fn runs(&self, now: Moment) -> bool {
+        self.is_up() && self.paused_until <= now
+    }
+
+    /// Whether the holding is still the one that a record with this incarnation names, and would
+    /// be after a restart.
+    pub(super) fn keeps(&self) -> bool {
         let keeps = self.durable.acks == Acks::Disk && !self.damaged;
         // One that has started and is about to take another incarnation has lost something.
         let same = |node: &Node| node.incarnation() == self.durable.incarnation;
+        self.node.as_ref().map_or(keeps, same) && self.durable.disk == self.disk
+    }
+
+    /// Whether the disk has lost what it had synced, and nobody has found out yet.
+    pub(super) fn lies(&self) -> bool {
+        let lost = |tip: &LogTip| self.store.chain_at(tip.index).ok().flatten() != Some(tip.chain);
+        self.storage.lied.as_ref().is_some_and(lost)
+    }
+
+    pub(super) fn view(&self) -> HostView {
         HostView {
             name: self.name.clone(),
             incarnation: self.durable.incarnation,
             store: self.store.clone(),
-            intact: self.node.as_ref().map_or(keeps, same),
+            intact: self.keeps() && !self.lies(),
+            lies: self.lies(),
+            found_out: self.lies() && self.storage.found_out,
+            waiting: self.waiting_tips(),
+            seen: self.durable.seen.as_ref().map(|seen| seen.record.version()),
         }
+    }
+
+    /// Where the batches end that the disk has had no room for.
+    fn waiting_tips(&self) -> Vec<LogTip> {
+        let mut tip = self.store.tip();
+        let mut tips = Vec::new();
+        for batch in &self.storage.waiting {
+            tip = batch.tip(tip.chain);
+            tips.push(tip);
+        }
+        tips
+    }
+
+    /// The newest record that it knows: what runs knows most.
+    pub(super) fn known(&self) -> Option<Record> {
+        let durable = self.durable.seen.as_ref().map(|seen| seen.record.clone());
+        let running = self.node.as_ref().and_then(|node| node.status().record);
+        [durable, running]
+            .into_iter()
+            .flatten()
+            .max_by_key(Record::version)
+    }
+
+    pub(super) fn known_version(&self) -> Option<Version> {
+        self.known().as_ref().map(Record::version)
+    }
+
+    /// Keeps a copy of everything that is on the disk now.
+    pub(super) fn back_up(&mut self) {
+        self.storage.backup = Some(Backup {
+            durable: self.durable.clone(),
+            store: copy(&self.store),
+            last_disk: self.last_disk.clone(),
+        });
+    }
+
+    /// Gives it an empty disk.
+    pub(super) fn wipe(&mut self) {
+        self.store = MemoryStore::new();
+        self.durable = Durable::default();
+        self.damaged = false;
+        self.last_disk = None;
+        self.storage.lied = None;
+        self.disk = DiskId(self.random.next() | 1);
     }
 }

@@ -5,25 +5,35 @@ use std::fmt::Write;
 
 use replay_log::Store;
 
-use super::facts::HostView;
+use super::actions::{ACCEPT_LOSS, RECOVER};
+use super::facts::{Fact, HostView};
 use super::host::Host;
 use super::queue::SECOND;
 use super::world::{Event, World};
-use crate::protocol::{Input, Operator, Record, RoleName};
+use crate::protocol::{Input, Operator, Record, RoleName, Stumble};
 
 impl World {
     pub(super) fn heal(&mut self) {
         self.healed = Some(self.now);
+        self.facts.push(Fact::Disturbed);
         self.network.heal();
         self.network.loss = 2;
         self.witness.down = 0;
+        self.witness.slow = 0;
+        self.witness.refuses = 0;
         self.gateway_blocks.fill(0);
         self.witness_blocks.fill(0);
         for host in 0..self.hosts.len() {
             let here = &mut self.hosts[host];
-            here.slow_disk = 0;
             here.slow_vm = 0;
-            if !here.is_up() {
+            here.storage.heal();
+            self.make_room(host);
+        }
+        self.choose_gray();
+        self.keep_broken();
+        self.maybe_keep_keeper_away();
+        for host in 0..self.hosts.len() {
+            if !self.hosts[host].is_up() && !self.stays_down(host) {
                 self.start_host(host);
             }
         }
@@ -34,15 +44,37 @@ impl World {
         self.healed.is_some()
     }
 
+    pub(super) fn keeper_back(&mut self) {
+        self.witness.down = 0;
+        // From now on there must be progress.
+        self.healed = Some(self.now);
+        self.facts.push(Fact::Disturbed);
+    }
+
     /// Some losses are more than the rule survives: then an operator has to accept them. The
     /// simulation knows when, and plays the operator.
     pub(super) fn rescue(&mut self) {
         self.queue.plan(self.now + 3 * SECOND, Event::Rescue);
+        if self.witness.down > 0 {
+            return;
+        }
+        if self.witness.set_back {
+            self.told(RECOVER);
+            self.recover();
+            return;
+        }
+        if self.keeper_is_behind() {
+            // Nobody has asked it since: an operator sees it in its status.
+            self.witness.set_back = true;
+            self.recover();
+            return;
+        }
         let Some(record) = self.witness.record.clone() else {
             let hosts = self.hosts.iter().map(|host| host.name.clone()).collect();
             let policy = self.setup.policy;
             let create = Operator::Create { hosts, policy };
-            self.plan_input(0, 0, Input::Operator(create));
+            let to = (0..self.hosts.len()).find(|host| self.hosts[*host].is_up());
+            self.plan_input(0, to.unwrap_or(0), Input::Operator(create));
             return;
         };
         let reigns = self
@@ -50,38 +82,87 @@ impl World {
             .iter()
             .any(|host| host.reign == Some(record.term));
         let intact = record.all_copies().filter(|copy| {
-            let host = self.hosts.iter().find(|host| host.name == copy.host);
-            host.is_some_and(|host| host.durable.incarnation == copy.incarnation)
+            let host = self
+                .number_of(&copy.host)
+                .filter(|host| !self.is_gone(*host));
+            host.is_some_and(|host| self.hosts[host].durable.incarnation == copy.incarnation)
         });
-        if reigns || intact.count() >= record.seals() {
+        let stumbled = record
+            .failed
+            .as_ref()
+            .is_some_and(|f| f.reigns >= Stumble::LIMIT);
+        if reigns || (intact.count() >= record.seals() && !stumbled) {
             return;
         }
         // The longest log; without any, the newest disks.
-        let best = (0..self.hosts.len()).max_by_key(|host| {
+        let there = (0..self.hosts.len()).filter(|host| self.hosts[*host].is_up());
+        let best = there.max_by_key(|host| {
             let (tip, durable) = (self.hosts[*host].store.tip(), &self.hosts[*host].durable);
             (tip.term, tip.index, durable.live)
         });
         if let Some(best) = best {
+            self.told(ACCEPT_LOSS);
             self.hosts[best].accepts_loss = true;
             self.plan_input(0, best, Input::Operator(Operator::AcceptLoss));
         }
     }
 
-    /// Healed, protected again, and serving everybody.
-    pub(super) fn done(&self) -> bool {
-        self.healed.is_some()
-            && self.fresh_answers.iter().all(|answers| *answers >= 2)
-            && self.protected()
+    /// Some journal has named this order. If not, that is what is wrong if nothing else is.
+    fn told(&mut self, order: &'static str) {
+        if !self.hosts.iter().any(|host| host.named.contains(order)) {
+            self.untold.get_or_insert(order);
+        }
     }
 
-    pub(super) fn protected(&self) -> bool {
-        let Some(record) = &self.witness.record else {
+    fn keeper_is_behind(&self) -> bool {
+        let has = self.witness.record.as_ref().map(Record::version);
+        let known = self.hosts.iter().filter_map(Host::known_version).max();
+        known > has
+    }
+
+    /// The operator gives the keeper the newest record that any host has.
+    pub(super) fn recover(&mut self) {
+        let all = self.hosts.iter().enumerate();
+        // Whoever is left out could have seen a newer one.
+        let missing = all
+            .filter(|(n, host)| !host.is_up() && !self.is_gone(*n))
+            .count();
+        if missing > 0 || !self.witness.set_back {
+            return;
+        }
+        let seen = self
+            .hosts
+            .iter()
+            .filter_map(|host| host.durable.seen.clone());
+        let newest = seen
+            .filter(|seen| self.witness.vouches(seen))
+            .map(|seen| seen.record)
+            .max_by_key(Record::version);
+        self.witness.recover(newest);
+        self.facts.push(Fact::Disturbed);
+    }
+
+    /// Healed, protected again, and serving everybody.
+    pub(super) fn done(&self) -> bool {
+        let Some(record) = self.witness.record.as_ref().filter(|_| self.is_healed()) else {
             return false;
         };
+        let (mut copies, serves) = self.expected(record);
+        if self.setup.is_far() {
+            // A busy guest is never a moment ago at the other end.
+            copies = 1;
+        }
+        let serves = serves && !(self.setup.is_far() && record.policy.min_copies > 1);
+        let answered = self.fresh_answers.iter().all(|answers| *answers >= 2);
+        (answered || !serves) && self.protected(record, copies) && self.witness.down == 0
+    }
+
+    /// Whether so many copies are named, and a guest runs.
+    fn protected(&self, record: &Record, copies: usize) -> bool {
         let Some(primary) = self.number_of(&record.primary.host) else {
             return false;
         };
-        record.copies() == record.hosts.len()
+        record.copies() >= copies
             && self.hosts[primary]
                 .node
                 .as_ref()
@@ -90,8 +171,8 @@ impl World {
 
     pub(super) fn stuck(&self) -> String {
         let mut what = format!(
-            "after the repair {:?} fresh answers; the record is {:?}",
-            self.fresh_answers, self.witness.record
+            "after the repair ({:?} stays) {:?} fresh answers; the record is {:?}",
+            self.gray, self.fresh_answers, self.witness.record
         );
         for host in &self.hosts {
             if let Some(node) = &host.node {
@@ -114,6 +195,14 @@ impl World {
             }
         }
         what
+    }
+
+    /// At the end, what an operator had to find out without help.
+    pub(super) fn last_words(&mut self) {
+        if let Some(order) = self.untold {
+            self.facts.push(Fact::Untold { order });
+            self.check();
+        }
     }
 
     pub(super) fn check(&mut self) {

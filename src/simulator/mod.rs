@@ -3,20 +3,26 @@
 //! clients; everything fails. See README.md.
 
 mod actions;
+mod disks;
 mod edges;
 mod facts;
 mod faults;
 mod gateway;
+mod gray;
 mod host;
 mod invariants;
 mod judge;
 mod network;
 mod options;
+mod patience;
 mod queue;
 mod random;
 mod setup;
+mod storage;
+mod streams;
 mod trace;
 mod vm;
+mod watch;
 mod witness;
 mod world;
 

@@ -5,10 +5,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use super::queue::{MICRO, MILLI, Moment};
 use super::random::Random;
+use super::setup::Setup;
 use crate::protocol::{Lane, Message};
-
-/// An unreachable peer is given up after this long.
-const IDLE: Moment = 700 * MILLI;
 
 /// One way of one lane of one connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -17,6 +15,13 @@ pub(super) struct LaneKey {
     pub(super) from: usize,
     pub(super) to: usize,
     pub(super) lane: Lane,
+}
+
+/// What waits on a lane for its arrival.
+#[derive(Debug, Default)]
+struct Waiting {
+    messages: VecDeque<(Moment, Message)>,
+    bytes: usize,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -49,27 +54,38 @@ pub(super) enum Travel {
 pub(super) struct Network {
     hosts: usize,
     links: BTreeMap<(usize, usize), Link>,
-    lanes: BTreeMap<LaneKey, VecDeque<(Moment, Message)>>,
+    lanes: BTreeMap<LaneKey, Waiting>,
     blocks: BTreeMap<(usize, usize), u32>,
     next_id: u64,
+    /// Connections that were closed and of which nobody has been told yet.
+    closed: Vec<(usize, usize)>,
     random: Random,
     /// One way, in nanoseconds.
     pub(super) delay: Moment,
     /// Of a thousand packets.
     pub(super) loss: u64,
+    idle: Moment,
+    /// A connection with more bytes than this behind one lane is closed.
+    queue: usize,
+    /// The longest that any lane was, in bytes.
+    pub(super) longest: usize,
 }
 
 impl Network {
-    pub(super) fn new(hosts: usize, delay: Moment, loss: u64, random: Random) -> Self {
+    pub(super) fn new(setup: &Setup, random: Random) -> Self {
         Self {
-            hosts,
+            hosts: setup.hosts,
             links: BTreeMap::new(),
             lanes: BTreeMap::new(),
             blocks: BTreeMap::new(),
             next_id: 0,
+            closed: Vec::new(),
             random,
-            delay,
-            loss,
+            delay: setup.delay,
+            loss: setup.loss,
+            idle: setup.idle,
+            queue: setup.queue,
+            longest: 0,
         }
     }
 
@@ -142,10 +158,17 @@ impl Network {
             to,
             lane,
         };
-        let queue = self.lanes.entry(key).or_default();
-        let behind = queue.back().map_or(0, |(at, _)| *at);
+        let waiting = self.lanes.entry(key).or_default();
+        waiting.bytes += size(&message);
+        if waiting.bytes > self.queue {
+            // Whoever does not take what is sent is closed, not waited for.
+            self.close(from, to);
+            return Travel::Lost;
+        }
+        self.longest = self.longest.max(waiting.bytes);
+        let behind = waiting.messages.back().map_or(0, |(at, _)| *at);
         let at = (now + flight + resent).max(behind);
-        queue.push_back((at, message));
+        waiting.messages.push_back((at, message));
         Travel::Lane(key, at)
     }
 
@@ -159,15 +182,33 @@ impl Network {
         if self.blocked(key.from, key.to) {
             return Err(now + 7 * MILLI);
         }
-        let queue = self.lanes.get_mut(&key);
-        Ok(queue
-            .and_then(VecDeque::pop_front)
-            .map(|(_, message)| message))
+        let Some(waiting) = self.lanes.get_mut(&key) else {
+            return Ok(None);
+        };
+        let message = waiting.messages.pop_front().map(|(_, message)| message);
+        waiting.bytes -= message.as_ref().map_or(0, size);
+        Ok(message)
+    }
+
+    /// Ends a connection at once, as a full queue does; both ends hear of it.
+    pub(super) fn close(&mut self, a: usize, b: usize) {
+        let link = self.links.get_mut(&(a.min(b), a.max(b)));
+        if let Some(link) = link.filter(|link| link.up) {
+            link.up = false;
+            link.bad_since = None;
+            self.closed.push((a.min(b), a.max(b)));
+        }
+    }
+
+    /// Whether what the second sends reaches the first.
+    pub(super) fn hears(&self, a: usize, b: usize) -> bool {
+        self.link(a, b).is_some() && !self.blocked(b, a)
     }
 
     /// Makes and ends connections. `lives` are the numbers of the processes that run, by host.
     pub(super) fn keep(&mut self, now: Moment, lives: &[Option<u32>]) -> Vec<LinkChange> {
-        let mut changes = Vec::new();
+        let closed = std::mem::take(&mut self.closed).into_iter();
+        let mut changes: Vec<_> = closed.map(|(a, b)| LinkChange::Down(a, b)).collect();
         for a in 0..self.hosts {
             for b in a + 1..self.hosts {
                 let reachable = !self.blocked(a, b) && !self.blocked(b, a);
@@ -177,7 +218,7 @@ impl Network {
                 if link.up && !(reachable && same) {
                     let since = *link.bad_since.get_or_insert(now);
                     let reborn = alive.is_some() && !same && reachable;
-                    if now - since >= IDLE || reborn {
+                    if now - since >= self.idle || reborn {
                         link.up = false;
                         link.bad_since = None;
                         changes.push(LinkChange::Down(a, b));
@@ -201,5 +242,13 @@ impl Network {
             }
         }
         changes
+    }
+}
+
+/// About how many bytes a message takes.
+fn size(message: &Message) -> usize {
+    match message {
+        Message::Log { batch, .. } => batch.payload().len() + 40,
+        _ => 100,
     }
 }

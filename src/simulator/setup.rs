@@ -1,48 +1,100 @@
 //! What kind of cluster a seed simulates.
 
-use super::queue::{MICRO, MILLI, Moment};
+use super::queue::{MICRO, MILLI, Moment, SECOND};
 use super::random::Random;
-use crate::protocol::{Acks, OnLoss, Policy, Rule};
+use crate::protocol::{Acks, LogFull, OnLoss, Policy, Rule, Span};
 
 /// The cluster.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Setup {
     pub(super) hosts: usize,
     pub(super) policy: Policy,
+    /// One way between any two, in nanoseconds.
     pub(super) delay: Moment,
+    /// Of a thousand packets.
     pub(super) loss: u64,
-    /// How long the keeper takes to make a change durable.
-    pub(super) keeper: Moment,
+    /// How long the keeper takes to make a change durable: at least, at most.
+    pub(super) keeper: (Moment, Moment),
+    /// The connection to an unreachable peer is given up after this long.
+    pub(super) idle: Moment,
+    /// So many bytes of log may be under way to one host without an acknowledgement.
+    pub(super) window: usize,
+    /// A lane with more bytes than this behind it is closed, and its connection with it.
+    pub(super) queue: usize,
 }
 
 impl Setup {
     pub(super) fn choose(random: &mut Random) -> Self {
         let hosts = *random.pick(&[2, 3, 3, 3, 4]);
-        // One that so many hosts can satisfy; others are refused.
-        let most = Rule::Any(if hosts > 2 { 2 } else { 1 });
-        let rule = *random.pick(&[Rule::All, Rule::All, Rule::Quorum, Rule::Any(1), most]);
         let acks = *random.pick(&[Acks::Memory, Acks::Disk]);
-        let on_loss = *random.pick(&[
-            OnLoss::Shrink,
-            OnLoss::Shrink,
-            OnLoss::Shrink,
-            OnLoss::Stall,
+        let policy = policy(random, hosts, acks);
+        let delay = *random.pick(&[
+            40 * MICRO,
+            150 * MICRO,
+            150 * MICRO,
+            500 * MICRO,
+            500 * MICRO,
+            4 * MILLI,
+            4 * MILLI,
+            25 * MILLI,
+            80 * MILLI,
+            300 * MILLI,
         ]);
-        let min_copies = *random.pick(&[1, 1, 1, 2]);
-        let delay = *random.pick(&[40 * MICRO, 150 * MICRO, 500 * MICRO, 4 * MILLI]);
-        let keeper = *random.pick(&[800 * MICRO, 800 * MICRO, 20 * MILLI, 110 * MILLI]);
+        let keeper = *random.pick(&[
+            (800 * MICRO, 800 * MICRO),
+            (800 * MICRO, 3 * MILLI),
+            (20 * MILLI, 20 * MILLI),
+            (20 * MILLI, 110 * MILLI),
+            (110 * MILLI, 110 * MILLI),
+            (0, 3 * SECOND),
+        ]);
+        let idle = *random.pick(&[700 * MILLI, 3 * SECOND]);
+        let window = *random.pick(&[2 << 10, 16 << 10, 8 << 20]);
         Self {
-            keeper,
             hosts,
-            policy: Policy {
-                rule,
-                acks,
-                on_loss,
-                min_copies,
-                ..Policy::default()
-            },
+            policy,
             delay,
             loss: random.below(15),
+            keeper,
+            idle,
+            window,
+            // Control messages may be many while a path is blocked; the log keeps to its window.
+            queue: *random.pick(&[4 * (window + (16 << 10)), 32 << 20]),
         }
+    }
+
+    /// What the connections measure of one another.
+    pub(super) fn round_trip(&self) -> Span {
+        Span::from_nanos(2 * self.delay + self.delay / 2)
+    }
+
+    /// Whether round trips are longer than what a new member may lack of the log.
+    pub(super) fn is_far(&self) -> bool {
+        self.delay > 120 * MILLI
+    }
+
+    /// How much longer everything takes where packets travel far and the keeper thinks long.
+    pub(super) fn slowness(&self) -> Moment {
+        30 * self.delay + 8 * self.keeper.1
+    }
+}
+
+/// A policy that so many hosts can satisfy; others are refused.
+pub(super) fn policy(random: &mut Random, hosts: usize, acks: Acks) -> Policy {
+    let most = Rule::Any(if hosts > 2 { 2 } else { 1 });
+    let rule = *random.pick(&[Rule::All, Rule::All, Rule::Quorum, Rule::Any(1), most]);
+    let on_loss = *random.pick(&[
+        OnLoss::Shrink,
+        OnLoss::Shrink,
+        OnLoss::Shrink,
+        OnLoss::Stall,
+    ]);
+    let min_copies = *random.pick(&[1, 1, 1, 2]);
+    Policy {
+        rule,
+        acks,
+        on_loss,
+        min_copies,
+        log_full: LogFull::Stall,
     }
 }

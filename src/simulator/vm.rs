@@ -260,6 +260,11 @@ impl Vm {
         }
     }
 
+    /// Where the guest is.
+    pub(super) fn at(&self) -> Position {
+        self.runner.at()
+    }
+
     pub(super) fn records(&self) -> bool {
         matches!(self.tape, Some(Tape::Recording(_)))
     }

@@ -1,11 +1,10 @@
 //! The simulated world: what happens next, and to whom. [`actions`](super::actions) carries out
 //! what nodes want done, [`faults`](super::faults) breaks things.
 
-use replay_log::Store;
-
 use super::facts::{Checker, Fact};
 use super::faults::{Fault, Faults};
 use super::gateway::{CLIENTS, Gateway, Session, ToGateway, ToHost};
+use super::gray::Gray;
 use super::host::Host;
 use super::network::{LaneKey, LinkChange, Network};
 use super::options::{Counts, Options, Report, Violation};
@@ -15,11 +14,15 @@ use super::setup::Setup;
 use super::trace::Trace;
 use super::vm::{Bases, Disk};
 use super::witness::{Answer, Ask, Witness};
-use crate::protocol::{Input, Message, Node, Operator, Record, VmRun};
+use crate::protocol::{
+    Committed, HostName, Input, Message, Node, Operator, Record, RoleName, VmRun,
+};
 use vmm::model::DISK_SIZE;
 
 /// How long nothing is broken at first: time to pair.
 const CALM: Moment = SECOND;
+/// How often the whole is looked at.
+pub(super) const WATCH: Moment = 50 * MILLI;
 /// After everything is repaired, progress must come within this.
 const PATIENCE: Moment = 20 * SECOND;
 
@@ -65,6 +68,7 @@ pub(super) enum Event {
         life: u32,
         id: u64,
         ask: Ask,
+        asked: Moment,
     },
     Answered {
         host: usize,
@@ -72,8 +76,23 @@ pub(super) enum Event {
         id: u64,
         answer: Option<Answer>,
         swap: bool,
+        asked: Moment,
     },
     Links,
+    Watch,
+    /// What a hostile peer says.
+    Forged {
+        to: usize,
+        from: HostName,
+        message: Box<Message>,
+    },
+    Fill {
+        host: usize,
+        span: Moment,
+    },
+    /// An operator puts the keeper right again.
+    Recover,
+    KeeperBack,
     GatewayTick,
     GatewayRead(Option<Record>),
     ToHost {
@@ -120,6 +139,10 @@ pub(super) struct World {
     pub(super) gateway_blocks: Vec<u32>,
     pub(super) witness_blocks: Vec<u32>,
     pub(super) next_machine: u64,
+    /// What stays broken in the end.
+    pub(super) gray: Option<Gray>,
+    /// An order that only the simulation knew of.
+    pub(super) untold: Option<&'static str>,
 }
 
 impl World {
@@ -129,7 +152,8 @@ impl World {
         let hosts: Vec<_> = (0..setup.hosts)
             .map(|n| Host::new(n, &mut random))
             .collect();
-        let network = Network::new(setup.hosts, setup.delay, setup.loss, random.fork());
+        let network = Network::new(&setup, random.fork());
+        let witness = Witness::new(&mut random);
         let faults = Faults::choose(&mut random);
         let zeros = vec![0; DISK_SIZE as usize];
         let bases = Bases::from([(Disk::base(&zeros).digest, zeros)]);
@@ -139,8 +163,8 @@ impl World {
             options,
             random,
             network,
-            witness: Witness::default(),
-            gateway: Gateway::new(),
+            witness,
+            gateway: Gateway::new(setup.delay),
             bases,
             facts: Vec::new(),
             counts: Counts::default(),
@@ -156,6 +180,8 @@ impl World {
             gateway_blocks: vec![0; setup.hosts],
             witness_blocks: vec![0; setup.hosts],
             next_machine: 0,
+            gray: None,
+            untold: None,
             hosts,
             setup,
         }
@@ -172,7 +198,7 @@ impl World {
             self.step(event);
             self.check();
             if let Some(healed) = self.healed
-                && self.now > healed + PATIENCE
+                && self.now > healed + PATIENCE + self.setup.slowness()
             {
                 self.violation = Some(Violation {
                     invariant: "progress",
@@ -180,6 +206,9 @@ impl World {
                     what: self.stuck(),
                 });
             }
+        }
+        if self.violation.is_none() {
+            self.last_words();
         }
         self.counts.simulated = self.now;
         Report {
@@ -201,6 +230,7 @@ impl World {
         let create = Operator::Create { hosts, policy };
         self.plan_input(50 * MILLI, 0, Input::Operator(create));
         self.queue.plan(0, Event::Links);
+        self.queue.plan(CALM, Event::Watch);
         self.queue.plan(MILLI, Event::GatewayTick);
         for client in 0..CLIENTS {
             self.queue.plan(100 * MILLI, Event::Client(client));
@@ -250,15 +280,26 @@ impl World {
                 life,
                 id,
                 ask,
-            } => self.asked(host, life, id, ask),
+                asked,
+            } => self.asked(host, life, id, ask, asked),
             Event::Answered {
                 host,
                 life,
                 id,
                 answer,
                 swap,
-            } => self.answered(host, life, id, answer, swap),
+                asked,
+            } => {
+                if self.lives(host, life) {
+                    self.answered(host, id, answer, swap, asked);
+                }
+            }
             Event::Links => self.links(),
+            Event::Watch => self.watch(),
+            Event::Forged { to, from, message } => self.hear(to, &from, *message),
+            Event::Fill { host, span } => self.fill(host, span),
+            Event::Recover => self.recover(),
+            Event::KeeperBack => self.keeper_back(),
             Event::GatewayTick => self.gateway_tick(),
             Event::GatewayRead(record) => self.gateway_read(record.as_ref()),
             Event::ToHost {
@@ -333,6 +374,7 @@ impl World {
         while let Some(action) = self.hosts[host].node.as_mut().and_then(Node::poll_action) {
             self.perform(host, action);
         }
+        self.pump(host);
         let here = &mut self.hosts[host];
         let Some(timeout) = here.node.as_ref().and_then(Node::poll_timeout) else {
             return;
@@ -349,6 +391,9 @@ impl World {
         let mutation = self.options.mutation;
         self.hosts[host].start(self.now, mutation);
         self.drive(host);
+        if let Some(stranger) = self.faults.stranger.clone() {
+            self.plan_input(MILLI, host, Input::PeerUp(stranger));
+        }
     }
 
     fn lane(&mut self, key: LaneKey) {
@@ -360,10 +405,52 @@ impl World {
     }
 
     fn deliver(&mut self, from: usize, to: usize, message: Message) {
+        if !self.hosts[to].is_up() {
+            return;
+        }
+        match &message {
+            Message::Ack(ack) | Message::Report(ack) => {
+                self.hosts[to].streams.acknowledged(from, ack.held);
+            }
+            Message::Hello { .. } if self.hosts[from].lies() && self.reigns(to) => {
+                self.hosts[from].storage.found_out = true;
+            }
+            _ => {}
+        }
+        let from = self.hosts[from].name.clone();
+        self.hear(to, &from, message);
+    }
+
+    /// The driver hands a message in, and nothing that is said to be of the keeper and is not.
+    fn hear(&mut self, to: usize, from: &HostName, message: Message) {
+        let forged = |committed: &Committed| !self.witness.vouches(committed);
+        let message = match message {
+            Message::Record(committed) if forged(&committed) => return,
+            Message::Refused {
+                term,
+                why,
+                promise,
+                record: Some(committed),
+            } if forged(&committed) => Message::Refused {
+                term,
+                why,
+                promise,
+                record: None,
+            },
+            message => message,
+        };
         if self.hosts[to].is_up() {
-            let from = self.hosts[from].name.clone();
+            let from = from.clone();
             self.input(to, Input::Message { from, message });
         }
+    }
+
+    fn reigns(&self, host: usize) -> bool {
+        let node = self.hosts[host].node.as_ref();
+        node.is_some_and(|node| {
+            use RoleName::{GoingLive, HandingOver, Primary};
+            matches!(node.status().role, GoingLive | Primary | HandingOver)
+        })
     }
 
     fn links(&mut self) {
@@ -380,55 +467,27 @@ impl World {
             };
             for (host, peer) in [(a, b), (b, a)] {
                 if self.hosts[host].is_up() {
+                    if !up {
+                        self.hosts[host].streams.stop(peer);
+                    }
                     let peer = self.hosts[peer].name.clone();
                     let input = if up {
-                        Input::PeerUp(peer)
+                        Input::PeerUp(peer.clone())
                     } else {
-                        Input::PeerDown(peer)
+                        Input::PeerDown(peer.clone())
                     };
                     // A frozen host hears of it when it thaws, in order.
+                    let far = Input::Distance {
+                        host: peer,
+                        rtt: self.setup.round_trip(),
+                    };
                     self.plan_input(0, host, input);
+                    if up {
+                        self.plan_input(self.setup.delay, host, far);
+                    }
                 }
             }
         }
-    }
-
-    // --- the store ---------------------------------------------------------------------------
-
-    fn persisted(&mut self, host: usize, life: u32) {
-        if !self.lives(host, life) {
-            return;
-        }
-        if let Some(durable) = self.hosts[host].persisting.pop_front() {
-            self.hosts[host].durable = durable.clone();
-            self.facts.push(Fact::Persisted {
-                host,
-                durable: durable.clone(),
-            });
-            self.input(host, Input::Persisted(durable));
-        }
-    }
-
-    fn stored(&mut self, host: usize, life: u32) {
-        if self.lives(host, life) {
-            let here = &mut self.hosts[host];
-            here.stored_planned = false;
-            let (incarnation, tip) = (here.tag, here.store.tip());
-            self.input(host, Input::Stored { incarnation, tip });
-        }
-    }
-
-    fn synced(&mut self, host: usize, life: u32, incarnation: crate::protocol::Incarnation) {
-        if !self.lives(host, life) {
-            return;
-        }
-        let input = match self.hosts[host].store.sync() {
-            Ok(tip) => Input::Synced { incarnation, tip },
-            Err(error) => Input::StoreFailed {
-                reason: error.to_string(),
-            },
-        };
-        self.input(host, input);
     }
 }
 
@@ -451,7 +510,7 @@ fn host_of(event: &Event) -> Option<usize> {
         | Event::Answered { host, .. }
         | Event::ToHost { host, .. } => Some(*host),
         Event::Lane(key) => Some(key.to),
-        Event::Datagram { to, .. } => Some(*to),
+        Event::Datagram { to, .. } | Event::Forged { to, .. } => Some(*to),
         _ => None,
     }
 }

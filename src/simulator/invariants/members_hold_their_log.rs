@@ -5,6 +5,8 @@
 //! that would be enough for a promotion consists of copies that lack it. And nobody starts the
 //! machine anew while a copy has its log.
 
+use replay_log::LogIndex;
+
 use super::super::facts::{Fact, Invariant, Released, View};
 use crate::protocol::{Member, Record};
 
@@ -61,7 +63,13 @@ impl Invariant for MembersHoldTheirLog {
                 None
             }
             Fact::Lost { before } => return gone(before, view),
-            Fact::Released { .. } | Fact::Persisted { .. } => view.record,
+            Fact::Released { through, .. } => {
+                if let Some(record) = view.record {
+                    found_out(record, *through, view)?;
+                }
+                view.record
+            }
+            Fact::Persisted { .. } => view.record,
             _ => None,
         };
         record.map_or(Ok(()), |record| enough(record, view))
@@ -75,6 +83,29 @@ fn lacks(member: &Member, released: Released, view: &View<'_>) -> bool {
             && host.incarnation == member.incarnation
             && host.chain_at(released.index) != Some(released.chain)
     })
+}
+
+/// A disk that has lost what it had synced is one copy fewer, until a primary has been told of it:
+/// from then on that primary counts nothing that the disk does not hold.
+fn found_out(record: &Record, through: LogIndex, view: &View<'_>) -> Result<(), String> {
+    let lacks = |copy: &&Member| {
+        view.host(&copy.host).is_some_and(|host| {
+            host.incarnation == copy.incarnation
+                && (host.intact || host.found_out)
+                && host.chain_at(through).is_none()
+        })
+    };
+    let liar = |copy: &Member| {
+        let host = view.host(&copy.host);
+        host.is_some_and(|host| host.found_out && host.incarnation == copy.incarnation)
+    };
+    let lacking = record.all_copies().filter(lacks).count();
+    if record.all_copies().any(liar) && lacking >= record.seals() {
+        return Err(format!(
+            "what was let out through {through} counts a disk that is known to have lost it"
+        ));
+    }
+    Ok(())
 }
 
 fn gone(before: &Record, view: &View<'_>) -> Result<(), String> {

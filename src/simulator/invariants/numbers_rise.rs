@@ -5,14 +5,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use replay_log::Term;
 
 use super::super::facts::{Fact, Invariant, View};
-use crate::protocol::{Incarnation, Version};
+use crate::protocol::Version;
 
 /// See the file.
 #[derive(Debug, Default)]
 pub(in super::super) struct NumbersRise {
     record: Version,
     reigns: BTreeSet<Term>,
-    promises: BTreeMap<usize, (Incarnation, Term)>,
+    /// The highest term that each host has promised, and the highest that it has heard of.
+    promises: BTreeMap<usize, (Term, Term)>,
 }
 
 impl Invariant for NumbersRise {
@@ -29,19 +30,30 @@ impl Invariant for NumbersRise {
                     return Err(format!("{version} was committed after {before}"));
                 }
             }
+            // What nobody had learnt of is gone.
+            Fact::Recovered { version } => self.record = *version,
             // A host may learn late that it has won, but no term begins twice.
             Fact::Promoted { term, .. } if !self.reigns.insert(*term) => {
                 return Err(format!("term {term} began twice"));
             }
             Fact::Persisted { host, durable } => {
-                let promised = durable.promise.as_ref().map(|claim| claim.term);
-                let now = (durable.incarnation, promised.unwrap_or_default());
-                let before = self.promises.insert(*host, now).unwrap_or_default();
-                if now.0 < before.0 || now.1 < before.1 {
-                    return Err(format!("host {host} persisted {now:?} after {before:?}"));
+                let (promised, heard) = self.promises.entry(*host).or_default();
+                // A promise may end, when its claim is renounced. It is never taken back for a
+                // lower one.
+                let term = durable
+                    .promise
+                    .as_ref()
+                    .map_or(*promised, |claim| claim.term);
+                if term < *promised || durable.highest < *heard {
+                    return Err(format!(
+                        "host {host} persisted a promise of term {term}, having heard of {}, after \
+                         {promised} and {heard}",
+                        durable.highest
+                    ));
                 }
+                (*promised, *heard) = (term, durable.highest);
             }
-            // A new disk knows of nothing, and begins to count its incarnations elsewhere.
+            // A new disk, or an old copy of one, knows of nothing that came later.
             Fact::Replaced { host } => {
                 self.promises.remove(host);
             }

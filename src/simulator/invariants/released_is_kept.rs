@@ -45,7 +45,7 @@ impl Invariant for ReleasedIsKept {
                 through,
             } => {
                 let host = &view.hosts[*host];
-                let Some(chain) = host.chain_at(*through) else {
+                let Some(chain) = host.chain_known(*through) else {
                     return Err(format!(
                         "{} let out through {through}, which is not the end of a batch it holds",
                         host.name

@@ -1,0 +1,48 @@
+//! What goes wrong with the keeper of records.
+
+use super::super::queue::{MILLI, Moment, SECOND};
+use super::super::world::{Event, World};
+use super::{Fault, Kind};
+use crate::protocol::Version;
+
+impl World {
+    pub(super) fn break_keeper(&mut self, kind: Kind, long: Moment) {
+        match kind {
+            Kind::WitnessSlow => {
+                self.witness.slow += 1;
+                self.repair_after(3 * long, Fault::WitnessSlow);
+            }
+            Kind::WitnessRefuses => {
+                self.witness.refuses += 1;
+                self.repair_after(long, Fault::WitnessRefuses);
+            }
+            Kind::WitnessDownLong => {
+                self.witness.down += 1;
+                self.repair_after(4 * long, Fault::WitnessDown);
+            }
+            Kind::WitnessSetBack => {
+                let changes = self.random.between(1, 4) as usize;
+                self.set_keeper_back(changes);
+            }
+            _ => self.set_keeper_back(usize::MAX),
+        }
+    }
+
+    /// Its folder is put back, which it notices by itself; or its whole disk, which it can only be
+    /// told by somebody who has seen more. So the latter happens only where all have.
+    fn set_keeper_back(&mut self, changes: usize) {
+        let Some(record) = &self.witness.record else {
+            return;
+        };
+        let version = record.version();
+        let knows = |seen: Version| seen >= version;
+        let all = self.hosts.iter().all(|host| {
+            let seen = host.durable.seen.as_ref();
+            seen.is_some_and(|seen| knows(seen.record.version()))
+        });
+        let found_out = !all || self.random.chance(500);
+        self.witness.turn_back(changes, found_out);
+        let after = self.random.between(200, 2_000) * MILLI + SECOND / 2;
+        self.queue.plan(self.now + after, Event::Recover);
+    }
+}

@@ -1,0 +1,101 @@
+//! What operators order, at random.
+
+use super::super::facts::Fact;
+use super::super::setup;
+use super::super::world::World;
+use super::Kind;
+use crate::protocol::{HostName, Input, Operator};
+
+impl World {
+    pub(super) fn order(&mut self, kind: Kind, host: usize) {
+        match kind {
+            Kind::Pair => self.pair(),
+            Kind::Create => {
+                let hosts = self.some_hosts();
+                let acks = self.setup.policy.acks;
+                let policy = setup::policy(&mut self.random, hosts.len(), acks);
+                let create = Operator::Create { hosts, policy };
+                self.plan_input(0, host, Input::Operator(create));
+            }
+            Kind::Remove => self.remove(host),
+            // Refused wherever the primary is heard, directly or by another copy.
+            _ => self.accept_loss_in_vain(host),
+        }
+    }
+
+    fn some_hosts(&mut self) -> Vec<HostName> {
+        let names: Vec<_> = self.hosts.iter().map(|host| host.name.clone()).collect();
+        let share = *self.random.pick(&[300, 600, 900]);
+        names
+            .into_iter()
+            .filter(|_| self.random.chance(share))
+            .collect()
+    }
+
+    /// Of the primary: copies elsewhere, by another policy.
+    fn pair(&mut self) {
+        let Some(primary) = self.primary() else {
+            return;
+        };
+        let hosts = self.some_hosts();
+        let acks = self.setup.policy.acks;
+        let most = hosts.len().max(1) + 1;
+        let policy = setup::policy(&mut self.random, most, acks);
+        let pair = Operator::Pair { hosts, policy };
+        self.plan_input(0, primary, Input::Operator(pair));
+    }
+
+    /// Removes the folder of the VM from a host; refused unless the keeper says that its record
+    /// does not concern it.
+    fn remove(&mut self, host: usize) {
+        let keeper = self.witness.is_well() && self.witness_blocks[host] == 0;
+        let here = &self.hosts[host];
+        let named = self
+            .witness
+            .record
+            .as_ref()
+            .is_none_or(|record| record.concerns(&here.name));
+        if !keeper || named || !here.runs(self.now) {
+            return;
+        }
+        let log = here.store.clone();
+        self.hosts[host].stop(false);
+        self.hosts[host].wipe();
+        self.facts.push(Fact::Replaced { host });
+        self.facts.push(Fact::Dropped { log, aside: false });
+        self.start_host(host);
+    }
+
+    /// An operator who is in a hurry.
+    fn accept_loss_in_vain(&mut self, host: usize) {
+        let Some(primary) = self.primary() else {
+            return;
+        };
+        let runs = |host: usize| self.hosts[host].runs(self.now);
+        let hear = |a: usize, b: usize| self.network.hears(a, b) && self.network.hears(b, a);
+        let lives = runs(primary) && self.hosts[primary].reign.is_some();
+        let copies = (0..self.hosts.len()).filter(|other| *other != primary && runs(*other));
+        let heard = copies.clone().any(|other| {
+            let near = other == host || hear(host, other);
+            near && hear(other, primary) && self.follows(other)
+        });
+        if lives && heard && host != primary && runs(host) {
+            self.plan_input(0, host, Input::Operator(Operator::AcceptLoss));
+        }
+    }
+
+    /// Whether a host takes the log of the primary of the present record.
+    fn follows(&self, host: usize) -> bool {
+        let here = &self.hosts[host];
+        let status = here.node.as_ref().map(crate::protocol::Node::status);
+        let record = self.witness.record.as_ref();
+        status.zip(record).is_some_and(|(status, record)| {
+            let copy = record.copy_on(&here.name);
+            let known = status
+                .record
+                .is_some_and(|known| known.version() == record.version());
+            let near = status.primary_silence.is_some_and(|s| s.as_millis() < 100);
+            known && near && copy.is_some_and(|copy| copy.incarnation == status.incarnation)
+        })
+    }
+}

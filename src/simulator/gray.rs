@@ -1,0 +1,146 @@
+//! What stays broken in the end: a cluster that has one fault left must go on all the same, where
+//! its rule allows it.
+
+use super::queue::{MILLI, SECOND};
+use super::world::{Event, World};
+use crate::protocol::{Acks, OnLoss, Record};
+
+/// The one fault that is not repaired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Gray {
+    /// A host does not come back.
+    Down(usize),
+    /// Nothing that is asked of a disk comes back.
+    Hung(usize),
+    /// A disk stays full.
+    Full(usize),
+    /// Two hosts do not hear each other.
+    Cut(usize, usize),
+    /// The first does not hear the second.
+    OneWay(usize, usize),
+    /// The keeper is slow.
+    SlowKeeper,
+}
+
+impl World {
+    /// Chooses what stays broken.
+    pub(super) fn choose_gray(&mut self) {
+        if !self.random.chance(350) {
+            return;
+        }
+        let host = self.any_host();
+        let other =
+            (host + 1 + self.random.below(self.hosts.len() as u64 - 1) as usize) % self.hosts.len();
+        let gray = *self.random.pick(&[
+            Gray::Down(host),
+            Gray::Hung(host),
+            Gray::Full(host),
+            Gray::Cut(host, other),
+            Gray::OneWay(host, other),
+            Gray::SlowKeeper,
+        ]);
+        let spared = match gray {
+            Gray::Down(host) | Gray::Hung(host) | Gray::Full(host) => self.can_do_without(host),
+            Gray::Cut(a, b) | Gray::OneWay(a, b) => {
+                self.can_do_without(a) || self.can_do_without(b)
+            }
+            Gray::SlowKeeper => true,
+        };
+        if spared {
+            self.gray = Some(gray);
+        }
+    }
+
+    /// Breaks for good what was chosen, when everything else is repaired.
+    pub(super) fn keep_broken(&mut self) {
+        let Some(gray) = self.gray else { return };
+        if self.options.trace {
+            self.trace.say(self.now, &format!("*** {gray:?} stays"));
+        }
+        match gray {
+            Gray::Down(host) => {
+                if self.hosts[host].is_up() {
+                    self.hosts[host].stop(false);
+                }
+            }
+            Gray::Hung(host) => self.hosts[host].storage.hung += 1,
+            Gray::Full(host) => self.hosts[host].storage.full += 1,
+            Gray::Cut(a, b) => {
+                self.network.block(a, b);
+                self.network.block(b, a);
+            }
+            Gray::OneWay(a, b) => self.network.block(b, a),
+            Gray::SlowKeeper => self.witness.slow += 1,
+        }
+    }
+
+    /// The host that is not to be counted on any more.
+    fn lost_host(&self) -> Option<usize> {
+        match self.gray {
+            Some(Gray::Down(host) | Gray::Hung(host) | Gray::Full(host)) => Some(host),
+            _ => None,
+        }
+    }
+
+    /// Whether this host has left for good, so that an operator goes on without it.
+    pub(super) fn is_gone(&self, host: usize) -> bool {
+        self.gray == Some(Gray::Down(host))
+    }
+
+    /// Whether this host is not to be started again.
+    pub(super) fn stays_down(&self, host: usize) -> bool {
+        self.is_gone(host) || self.gray == Some(Gray::Hung(host))
+    }
+
+    /// How many copies the record can name in the end, of those it wants; and whether clients get
+    /// answers.
+    pub(super) fn expected(&self, record: &Record) -> (usize, bool) {
+        let wanted = record.hosts.len();
+        let without = match self.gray {
+            None | Some(Gray::SlowKeeper) => 0,
+            Some(Gray::Cut(a, b) | Gray::OneWay(a, b)) => {
+                let both = [a, b].map(|host| record.hosts.contains(&self.hosts[host].name));
+                usize::from(both == [true, true])
+            }
+            _ => self.lost_host().map_or(0, |host| {
+                usize::from(record.hosts.contains(&self.hosts[host].name))
+            }),
+        };
+        let left = wanted - without;
+        if without == 0 {
+            return (wanted, true);
+        }
+        let policy = record.policy;
+        // Memory acknowledgements go on without the disk.
+        let counts = matches!(self.gray, Some(Gray::Hung(_))) && policy.acks == Acks::Memory;
+        let shrinks = policy.on_loss == OnLoss::Shrink && left >= policy.min_copies as usize;
+        let enough = policy.rule.needed(wanted) <= left && wanted >= policy.min_copies as usize;
+        (left, shrinks || (enough && !counts && left > 1))
+    }
+
+    /// Whether the others can go on without this host: enough of the record's copies are intact.
+    fn can_do_without(&self, host: usize) -> bool {
+        let Some(record) = &self.witness.record else {
+            return false;
+        };
+        let intact = record.all_copies().filter(|copy| {
+            let mut others = self.hosts.iter().enumerate();
+            others.any(|(number, other)| {
+                number != host && other.name == copy.host && {
+                    let view = other.view();
+                    view.intact && view.incarnation == copy.incarnation
+                }
+            })
+        });
+        record.hosts.len() > 1 && intact.count() >= record.seals().max(1)
+    }
+
+    /// The keeper comes back late: what must not depend on it is looked at meanwhile.
+    pub(super) fn maybe_keep_keeper_away(&mut self) {
+        if self.gray.is_none() && self.random.chance(100) {
+            self.witness.down += 1;
+            let away = self.random.between(3, 9) * SECOND + 500 * MILLI;
+            self.queue.plan(self.now + away, Event::KeeperBack);
+        }
+    }
+}
