@@ -68,6 +68,8 @@ pub struct Timing {
     pub bring_along: Span,
     /// When a claim that has not come through is given up.
     pub claim_patience: Span,
+    /// Between two questions of a primary whether the keeper still has the record.
+    pub keeper_check: Span,
     /// Between two attempts at anything that failed.
     pub retry: Span,
     /// After this much silence of a replica the primary removes it.
@@ -109,6 +111,7 @@ impl Default for Timing {
             seal_grace_awake: Span::from_millis(500),
             bring_along: Span::from_millis(150),
             claim_patience: Span::from_millis(1_000),
+            keeper_check: Span::from_millis(10_000),
             retry: Span::from_millis(200),
             shrink_after: Span::from_millis(1_000),
             join_lag: Span::from_millis(500),
@@ -154,6 +157,9 @@ pub struct Durable {
     pub highest: Term,
     /// The last term by which the guest ran live here: whose disks this host has.
     pub live: Term,
+    /// The last term that this host claimed in order to boot the guest: if that claim came through,
+    /// it has the disks, too.
+    pub booting: Term,
     /// The newest state of the record that this host has seen: a keeper that has less has been set
     /// back.
     pub seen: Option<Committed>,

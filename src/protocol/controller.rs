@@ -146,7 +146,7 @@ impl Controller {
     pub(super) fn begin(&mut self, core: &mut Core) -> Turn {
         if self.kind.boots() {
             // If this claim wins and the host dies before the guest runs, the disks still count.
-            core.durable.live = self.claim.term;
+            core.durable.booting = self.claim.term;
             if core.log.appended.index > LogIndex::START {
                 core.renew(Rest::Aside, "the machine is to be booted");
             } else {
@@ -396,6 +396,14 @@ impl Controller {
     }
 
     fn won(&mut self, core: &mut Core) -> Turn {
+        let named = core.record.as_ref().map(|record| &record.primary);
+        if named != Some(&core.me()) || !core.settled() {
+            // What it would begin with is gone: nobody need wait for its silence to say so.
+            for host in core.up_peers() {
+                core.disclaim(&host);
+            }
+            return self.give_up(core, "the log that it was to begin with is gone");
+        }
         if let Kind::Forced { silence } = &self.kind {
             core.journal(Event::LossAccepted {
                 entries: core.let_out.since(self.chosen.index),
@@ -432,7 +440,7 @@ impl Controller {
         Turn::Stay
     }
 
-    fn give_up(&mut self, core: &mut Core, why: &str) -> Turn {
+    pub(super) fn give_up(&mut self, core: &mut Core, why: &str) -> Turn {
         core.journal(Event::ClaimGivenUp {
             term: self.claim.term,
             why: why.to_owned(),

@@ -107,6 +107,8 @@ pub(super) struct Core {
     pub(super) keeper_heard: Option<Time>,
     /// The keeper has less than this host has seen; `None` in it: it does not know the VM.
     pub(super) keeper_set_back: Option<Option<Version>>,
+    /// What was last said of a keeper that could not be asked.
+    keeper_silence: Option<String>,
     /// Whose stream was not taken, because the record that names it was not known.
     pub(super) overlooked: Option<HostName>,
     pub(super) peers: BTreeMap<HostName, Peer>,
@@ -171,6 +173,7 @@ impl Core {
             reading: None,
             keeper_heard: None,
             keeper_set_back: None,
+            keeper_silence: None,
             overlooked: None,
             peers: BTreeMap::new(),
             feeds: Feeds::default(),
@@ -202,6 +205,7 @@ impl Core {
         } else if elsewhere && !self.mutated(Mutation::Restored) {
             // Whatever was acknowledged, flushed or promised since the copy was made is not in it.
             self.durable.live = Term(0);
+            self.durable.booting = Term(0);
             let why = "the VM's folder was copied, moved or put back from a backup";
             self.journal(Event::HoldingLost {
                 why: why.to_owned(),
@@ -390,11 +394,18 @@ impl Core {
     /// Somebody names a term. Says whether it is one that could have come about: terms rise one by
     /// one, and a wild one would leave none for those who come after.
     pub(super) fn hear_of(&mut self, term: Term) -> bool {
-        let credible = term.0 <= self.highest.0.saturating_add(TERM_LEAP);
+        // What others say is bounded by what was committed, and not by what others have said.
+        let reigned = self.version().term.max(self.log.appended.term);
+        let credible = term.0 <= reigned.0.saturating_add(TERM_LEAP / 2);
         if credible {
             self.highest = self.highest.max(term);
         }
         credible
+    }
+
+    /// The last term by which this host has, or may have, the disks of the guest.
+    pub(super) fn has_disks_of(&self) -> Term {
+        self.durable.live.max(self.durable.booting)
     }
 
     /// Whether an earlier promise forbids to promise this.
@@ -588,6 +599,7 @@ impl Core {
         });
         if !back || self.mutated(Mutation::KeeperTrusted) {
             self.keeper_heard = Some(self.now);
+            self.keeper_silence = None;
             self.keeper_set_back = None;
             return true;
         }
@@ -761,6 +773,32 @@ impl Core {
         self.send(peer, message);
         let peer = peer.clone();
         self.journal(Event::Refused { peer, term, why });
+    }
+
+    /// Refuses every time, without a word in the journal.
+    pub(super) fn refuse_at_once(
+        &mut self,
+        peer: &HostName,
+        term: Term,
+        why: Refusal,
+        record: Option<Committed>,
+    ) {
+        let message = Message::Refused {
+            term,
+            why,
+            promise: self.durable.promise.clone(),
+            record,
+        };
+        self.send(peer, message);
+    }
+
+    /// The keeper could not be asked. That is said once, until it can be asked again.
+    pub(super) fn keeper_silent(&mut self, reason: &str) {
+        if self.keeper_silence.as_deref() != Some(reason) {
+            self.keeper_silence = Some(reason.to_owned());
+            let reason = reason.to_owned();
+            self.journal(Event::RecordUnreachable { reason });
+        }
     }
 
     // --- the VM ------------------------------------------------------------------------------

@@ -215,6 +215,7 @@ impl Node {
             Input::RecordRead(record) => return self.record_read(record),
             Input::ReadFailed { reason } => {
                 core.read_ended();
+                core.keeper_silent(&reason);
                 if let Role::Primary(primary) = &mut self.role {
                     primary.keeper_silent(core, &reason);
                 }
@@ -310,7 +311,7 @@ impl Node {
                 peer.greeting = Some(Greeting { incarnation, tip });
                 self.core.inform(from, known);
                 if let Role::Primary(primary) = &mut self.role {
-                    primary.greeted(&mut self.core, from);
+                    primary.greets(&mut self.core, from);
                 }
                 self.advance()
             }
@@ -482,7 +483,7 @@ impl Node {
         let turn = match &mut self.role {
             Role::Primary(primary) => primary.abdicate(&mut self.core, reason.clone(), None),
             Role::Claimant(controller) => {
-                controller.abandon(&mut self.core, "the local store failed")
+                controller.give_up(&mut self.core, "the local store failed")
             }
             Role::Replica(_) => Turn::Abdicated,
         };

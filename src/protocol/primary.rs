@@ -70,6 +70,7 @@ pub(super) struct Primary {
     held_back: Vec<Batch>,
     beat_at: Time,
     read_at: Time,
+    check_at: Time,
 }
 
 impl Primary {
@@ -107,6 +108,7 @@ impl Primary {
             held_back: Vec::new(),
             beat_at: core.now,
             read_at: core.now,
+            check_at: core.now.plus(core.config.timing.keeper_check),
         };
         primary.start_vm(core, kind, base);
         primary.meet_members(core);
@@ -226,14 +228,6 @@ impl Primary {
         if !wanted {
             return;
         }
-        let forgotten = self
-            .followers
-            .get(from)
-            .is_some_and(|f| f.has_forgotten(greeting.incarnation, greeting.tip.index));
-        if forgotten && !core.mutated(Mutation::Amnesia) {
-            self.forgotten(core, from);
-            return;
-        }
         let follower = self
             .followers
             .entry(from.clone())
@@ -246,6 +240,22 @@ impl Primary {
         follower.refuses = false;
         let authority = Authority::Reign(Self::version(core));
         core.feed(from, authority, greeting.tip);
+    }
+
+    /// A greeting has just come. (One that is remembered may be from before what was acknowledged.)
+    pub(super) fn greets(&mut self, core: &mut Core, from: &HostName) {
+        let greeting = core.peers.get(from).and_then(|peer| peer.greeting);
+        if let Some(greeting) = greeting
+            && let Some(follower) = self.followers.get_mut(from)
+        {
+            let (incarnation, tip) = (greeting.incarnation, greeting.tip.index);
+            if follower.has_forgotten(incarnation, tip) && !core.mutated(Mutation::Amnesia) {
+                self.forgotten(core, from);
+                return;
+            }
+            follower.forgetful = false;
+        }
+        self.greeted(core, from);
     }
 
     /// A copy has less than it had acknowledged in this very incarnation: its disk lied, or was set
@@ -264,7 +274,8 @@ impl Primary {
             });
         }
         core.feeds.stop(from, &mut core.actions);
-        core.refuse(from, self.term, Refusal::Forgotten, core.version());
+        // With every greeting: until it knows, it can be no copy.
+        core.refuse_at_once(from, self.term, Refusal::Forgotten, None);
     }
 
     fn acked(&mut self, core: &mut Core, from: &HostName, ack: Ack, ordered: bool) {
@@ -475,6 +486,12 @@ impl Primary {
     pub(super) fn tick(&mut self, core: &mut Core) -> Turn {
         if core.now >= self.beat_at {
             self.announce(core);
+        }
+        if core.now >= self.check_at {
+            // A quiet reign needs no keeper, and would learn only with the next failure that it was
+            // set back.
+            self.check_at = core.now.plus(core.config.timing.keeper_check);
+            core.read_record();
         }
         self.retry_change(core);
         self.advance(core)

@@ -601,7 +601,7 @@ impl Replica {
                         base: Some(base),
                     };
                 }
-                Some(base) if core.durable.live > Term(0) => {
+                Some(base) if core.has_disks_of() > Term(0) => {
                     return Turn::Claim {
                         kind: Kind::Cold,
                         base: Some(base),

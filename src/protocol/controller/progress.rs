@@ -29,7 +29,7 @@ impl Controller {
     }
 
     pub(super) fn prepare(&mut self, core: &mut Core) -> Option<Turn> {
-        let durable = core.persisted.live == self.claim.term;
+        let durable = core.persisted.booting == self.claim.term;
         if !durable || !core.settled() || core.log.appended.index > LogIndex::START {
             return None;
         }

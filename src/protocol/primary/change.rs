@@ -219,10 +219,11 @@ impl Primary {
         }
         // Whose machine cannot be started, for want of its image or of memory, would hold a log that
         // nobody could go on from.
+        let away = core.farthest([&candidate.host]).times(2);
         // Nor would clients wait for one that has still to execute what it holds.
         let runs = follower.executed >= self.base.index
             && follower.executed > LogIndex::START
-            && self.pace.lag(core.now, follower.executed) <= core.config.timing.lag_limit;
+            && self.pace.lag(core.now, follower.executed) <= core.config.timing.lag_limit.max(away);
         let well = follower.health() == Health::Well && !follower.forgetful;
         served && well && lively && runs && self.nearly_holds(core, candidate)
     }

@@ -201,8 +201,11 @@ impl Primary {
     /// Whether what this very holding lacks, as far as is known, was recorded just now.
     pub(super) fn nearly_holds(&self, core: &Core, member: &Member) -> bool {
         let held = self.held_by(member);
+        // What it acknowledges is a round trip old.
+        let away = core.farthest([&member.host]).times(2);
+        let join_lag = core.config.timing.join_lag.max(away);
         // How old what came before this reign is, nobody has noted.
-        held >= self.base.index && self.pace.lag(core.now, held) <= core.config.timing.join_lag
+        held >= self.base.index && self.pace.lag(core.now, held) <= join_lag
     }
 
     /// Whether this member has not acknowledged for so long that it counts as lost. One that

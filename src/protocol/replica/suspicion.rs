@@ -178,7 +178,7 @@ impl Replica {
     fn cold_boot(&mut self, core: &mut Core, record: &Record) -> Turn {
         // A primary that never came to run the guest has not got the disks either. (A later term
         // than the record's is that of a cold boot that did not come through.)
-        let here = record.primary.host == *core.host() && core.durable.live >= record.term;
+        let here = record.primary.host == *core.host() && core.has_disks_of() >= record.term;
         if !here || record.policy.acks != Acks::Memory || !core.settled() {
             return Turn::Stay;
         }
