@@ -68,6 +68,8 @@ pub struct Timing {
     pub bring_along: Span,
     /// When a claim that has not come through is given up.
     pub claim_patience: Span,
+    /// When nobody has run the guest for so long, an operator is told what it takes.
+    pub despair: Span,
     /// Between two questions of a primary whether the keeper still has the record.
     pub keeper_check: Span,
     /// Between two attempts at anything that failed.
@@ -111,6 +113,7 @@ impl Default for Timing {
             seal_grace_awake: Span::from_millis(500),
             bring_along: Span::from_millis(150),
             claim_patience: Span::from_millis(1_000),
+            despair: Span::from_millis(3_000),
             keeper_check: Span::from_millis(10_000),
             retry: Span::from_millis(200),
             shrink_after: Span::from_millis(1_000),

@@ -77,6 +77,8 @@ pub(super) struct Replica {
     holdings_for: Version,
     /// When they are asked again.
     ask_at: Time,
+    /// When somebody last said that the primary is alive.
+    vouched: Option<Time>,
     report_at: Time,
     hello_at: Time,
     read_at: Time,
@@ -105,6 +107,7 @@ impl Replica {
             holdings: BTreeMap::new(),
             holdings_for: Version::default(),
             ask_at: core.now,
+            vouched: None,
             report_at: core.now,
             hello_at: core.now,
             read_at: core.now.plus(core.config.timing.retry),

@@ -3,6 +3,8 @@
 
 use std::collections::BTreeSet;
 
+use replay_log::{LogIndex, Term};
+
 use super::super::controller::Kind;
 use super::super::core::Core;
 use super::super::event::Event;
@@ -42,6 +44,7 @@ impl Replica {
             return self.consider_claim(core);
         }
         self.inquiry = None;
+        self.vouched = Some(core.now);
         self.not_before = core.now.plus(core.config.timing.suspicion_floor);
         if let Some(record) = &core.record {
             let primary = record.primary.host.clone();
@@ -83,6 +86,7 @@ impl Replica {
         if !suspicious {
             return Turn::Stay;
         }
+        self.say_what_it_takes(core, silence);
         if !core.is_copy() {
             return self.cold_boot(core, &record);
         }
@@ -172,6 +176,33 @@ impl Replica {
                 Turn::Stay
             }
         }
+    }
+
+    /// Nobody has run the guest for long, and nothing that this host can do has changed that: an
+    /// operator is told what can.
+    fn say_what_it_takes(&mut self, core: &mut Core, silence: Span) {
+        let patience = core.config.timing.despair;
+        let lately = |at| core.now.since(at) < patience;
+        let has_something =
+            core.log.appended.index > LogIndex::START || core.has_disks_of() > Term(0);
+        if self.waiting_said
+            || silence < patience
+            || self.vouched.is_some_and(lately)
+            || !has_something
+            || core.keeper_set_back.is_some()
+            || Self::stopped_at(core).is_some()
+        {
+            return;
+        }
+        self.waiting_said = true;
+        let (vm, host) = (&core.config.vm, core.host());
+        let why = format!(
+            "nobody has run {vm} for {} s, and too few of the copies that its record names can be \
+             reached, or have what it takes: start them, or go on with what {host} has by \
+             'understudy switchover {vm} --to {host} --accept-loss'",
+            silence.as_millis() / 1_000
+        );
+        core.journal(Event::Waiting { why });
     }
 
     /// Everybody has lost what was only in memory: the host that was the primary has the disks.

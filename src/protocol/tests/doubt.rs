@@ -293,3 +293,75 @@ fn a_record_of_another_vm_of_this_name_is_no_news() {
     trio.record_entries(1);
     assert_eq!(trio.host("a").released, LogIndex(2));
 }
+
+/// Every state that only an operator can end is told with the order that ends it.
+#[test]
+fn a_host_that_nobody_can_promote_says_what_it_takes() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(3);
+    for host in ["a", "b"] {
+        trio.host(host).cut_off = true;
+    }
+    // Its memory is gone: it is no copy any more, and has the log.
+    trio.restart("c");
+    trio.pass(4_000);
+    let told = trio.host("c").events.iter().any(|event| match event {
+        Event::Waiting { why } => why.contains("switchover vm --to c --accept-loss"),
+        _ => false,
+    });
+    assert!(told, "{:?}", trio.host("c").journal());
+    trio.input(&name("c"), Input::Operator(Operator::AcceptLoss));
+    trio.pass(1_000);
+    assert_eq!(trio.record().primary.host, name("c"));
+    assert!(trio.record().loss, "and the record remembers");
+}
+
+/// What was let out and is in no log but this one is not deleted because another host was told to
+/// go on without it.
+#[test]
+fn a_log_that_may_be_the_only_one_is_set_aside_and_not_deleted() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(3);
+    trio.host("c").cut_off = true;
+    trio.record_entries(1);
+    trio.pass(1_500);
+    trio.record_entries(5);
+    for host in ["a", "b"] {
+        trio.host(host).cut_off = true;
+    }
+    trio.host("c").cut_off = false;
+    trio.restart("c");
+    trio.pass(500);
+    trio.input(&name("c"), Input::Operator(Operator::AcceptLoss));
+    trio.pass(1_000);
+    assert_eq!(trio.record().primary.host, name("c"));
+    for host in ["a", "b"] {
+        trio.host(host).cut_off = false;
+        trio.restart(host);
+    }
+    trio.pass(2_000);
+    for host in ["a", "b"] {
+        assert_eq!(trio.host(host).dropped, Some(true), "{host}");
+    }
+}
+
+/// What was never let out is held by whoever reigns as far as it counts: it need not be kept.
+#[test]
+fn the_unanswered_end_of_a_dead_primarys_log_is_not_kept() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(3);
+    for host in ["b", "c"] {
+        trio.host(host).cut_off = true;
+    }
+    trio.record_entries(2);
+    for host in ["b", "c"] {
+        trio.host(host).cut_off = false;
+    }
+    trio.host("a").cut_off = true;
+    trio.pass(1_000);
+    assert_eq!(trio.record().term, Term(2));
+    trio.host("a").cut_off = false;
+    trio.restart("a");
+    trio.pass(1_000);
+    assert_eq!(trio.host("a").dropped, Some(false));
+}
