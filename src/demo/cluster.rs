@@ -8,6 +8,7 @@
 //! lives as long as the cluster (the main thread, the thread of a test).
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
@@ -39,6 +40,8 @@ pub struct Cluster {
     hosts: Vec<Name>,
     published: Option<Published>,
     metrics: BTreeMap<Name, SocketAddr>,
+    /// What processes that are started find in their environment beside ours.
+    environment: BTreeMap<OsString, OsString>,
     folder: TempDir,
 }
 
@@ -150,6 +153,7 @@ impl Cluster {
             hosts: hosts.to_vec(),
             published: None,
             metrics: plan.metrics,
+            environment: BTreeMap::new(),
             folder,
         };
         cluster.start_process(&witness_identity())?;
@@ -241,6 +245,7 @@ impl Cluster {
             .arg("--config")
             .arg(folder)
             .args(["--die-with", &std::process::id().to_string()])
+            .envs(&self.environment)
             .stdin(Stdio::null())
             .stdout(log.try_clone().map_err(failed)?)
             .stderr(log)
@@ -260,6 +265,11 @@ impl Cluster {
         let child = command.spawn().map_err(failed)?;
         self.processes.insert(who.clone(), Process(child));
         Ok(())
+    }
+
+    /// Processes that are started from now on find this in their environment.
+    pub fn set_environment(&mut self, name: impl Into<OsString>, value: impl Into<OsString>) {
+        self.environment.insert(name.into(), value.into());
     }
 
     /// What a process has said on stdout and stderr.
