@@ -392,8 +392,8 @@ impl Agent {
         let (host, wishes) = (self.env.host.clone(), self.wishes.clone());
         let why = format!("{by} speaks of it, and its record names this host");
         tokio::spawn(async move {
-            match witness.read(&vm).await {
-                Ok(Some(record)) if record.concerns(&host) => {
+            match witness.read(&vm, None).await {
+                Ok(Some(committed)) if committed.record.concerns(&host) => {
                     // Fails only when the agent ends.
                     let _ = wishes.send(Wish::Take { vm, why }).await;
                 }

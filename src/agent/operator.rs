@@ -412,7 +412,8 @@ impl Client {
 
     /// The record of a VM.
     pub async fn record(&self, vm: &VmName) -> Result<Record, OperatorError> {
-        let record = self.witness()?.read(vm).await?;
+        let kept = self.witness()?.kept(vm).await?;
+        let record = kept.committed.map(|committed| committed.record);
         record.ok_or_else(|| OperatorError::NoVm { vm: vm.clone() })
     }
 }

@@ -16,7 +16,7 @@ use super::{Dial, Gateway, GatewayError, Reign};
 use crate::agent::link::{Channel, Endpoint, StreamKind};
 use crate::agent::witness::client::{Following, WitnessClient};
 use crate::config::{Config, ConfigError};
-use crate::protocol::{HostName, Record, VmName};
+use crate::protocol::{Committed, HostName, Record, VmName};
 
 /// How long after a failed attempt a warm connection is tried again.
 const WARM_RETRY: Duration = Duration::from_millis(250);
@@ -123,7 +123,7 @@ async fn tell_reigns(
     reigns: mpsc::Sender<Reign<HostName>>,
 ) {
     loop {
-        if let Some(record) = following.latest() {
+        if let Some(Committed { record, .. }) = following.latest() {
             warmth.keep(&record);
             let reign = Reign {
                 term: record.term,

@@ -215,6 +215,8 @@ mod tests {
             hosts: vec![],
             policy: Policy::default(),
             through: LogIndex(3),
+            begins: LogIndex::START,
+            loss: false,
             failed: None,
         }
     }

@@ -1,70 +1,185 @@
 //! What keeps records: the trait, and the keeper that has them in files.
+//!
+//! The [`FileKeeper`] has a thread of its own: everything that is asked of it while the disk works
+//! is decided and written together next time, with one sync.
 
 use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
-use std::fs;
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
-use crate::agent::durable;
+use super::folder::{self, Folder, Opened};
+use super::store::{Entries, Entry, Store};
+use crate::agent::certs::proof::{SignError, Signer};
 use crate::agent::link::lock;
-use crate::protocol::{Record, Version, VmName};
+use crate::protocol::{Committed, Record, Seen, Version, VmName};
 
-/// More than any record.
-const FILE_MAX: u64 = 64 * 1024;
 /// The most VMs that one keeper takes.
 const VMS_MAX: usize = 65_536;
+/// So many requests are decided and written together.
+const AT_ONCE: usize = 1_024;
+/// After a write that failed the disk is tried again this often.
+const TRY_AGAIN: Duration = Duration::from_secs(2);
 
 /// What came of a compare-and-set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Swap {
     /// The new record is kept, durably.
-    Done(Record),
+    Done(Committed),
     /// The record was not as expected: this is what it is.
-    Conflict(Option<Record>),
+    Conflict(Option<Committed>),
+    /// A host has seen a newer record than is kept: nothing is changed.
+    SetBack(SetBack),
+    /// The records were copied or put back: nothing is changed.
+    Copied,
+}
+
+/// That a keeper has less than a host has seen: its disk was set back, or lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetBack {
+    /// What is kept; `None` if nothing is.
+    pub kept: Option<Seen>,
+    /// What a host has seen.
+    pub seen: Seen,
+}
+
+impl SetBack {
+    /// Whether a keeper that has `kept` has less than a host that has seen `seen`.
+    pub fn judge(kept: Option<Seen>, seen: Seen) -> Option<Self> {
+        let equal_or_newer =
+            kept.is_some_and(|kept| kept.lineage == seen.lineage && kept.version >= seen.version);
+        (!equal_or_newer).then_some(Self { kept, seen })
+    }
+}
+
+impl fmt::Display for SetBack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seen = self.seen.version;
+        match self.kept {
+            None => write!(
+                f,
+                "the witness has no record of this VM, and a host has seen {seen}"
+            )?,
+            Some(kept) if kept.lineage == self.seen.lineage => write!(
+                f,
+                "the witness's record of this VM is of {}, and a host has seen {seen}",
+                kept.version
+            )?,
+            Some(_) => f.write_str(
+                "the witness's record is of another VM of this name than a host has seen",
+            )?,
+        }
+        f.write_str(": its disk was set back or lost; run 'understudy witness recover'")
+    }
+}
+
+/// What the keeper has of one VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// Its record, if there is one.
+    pub committed: Option<Committed>,
+    /// That a host has seen a newer one.
+    pub set_back: Option<SetBack>,
+}
+
+/// How the keeper itself does.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeeperHealth {
+    /// Why records cannot be written at the moment, in the system's words.
+    pub refuses_writes: Option<String>,
+    /// The folder was copied or put back from a backup.
+    pub copied: bool,
+}
+
+/// What a recovery did for one VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Restored {
+    /// What was kept is the newest.
+    Kept(Version),
+    /// The newest that a host has seen was put in the place of this.
+    Replaced(Option<Version>, Version),
+    /// What is kept is of another VM of this name: nothing was changed.
+    OtherLineage,
+    /// A host has seen a newer one than was given: nothing was changed.
+    TooOld(SetBack),
+}
+
+/// A change of a record.
+#[derive(Clone, Debug)]
+pub struct Change {
+    /// Of which VM.
+    pub vm: VmName,
+    /// What it must be now; `None` if the VM must be unknown.
+    pub expect: Option<Version>,
+    /// What it shall be.
+    pub new: Record,
+    /// What the asker has seen.
+    pub seen: Option<Seen>,
 }
 
 /// Keeps the records of all VMs. Whoever implements it promises: a swap that was answered with
-/// [`Swap::Done`] is never lost, and of two swaps that expect the same only one is done.
+/// [`Swap::Done`] is never lost, and of two swaps that expect the same only one is done. A swap to
+/// the record that is kept already is done.
 pub trait RecordKeeper: Send + Sync + 'static {
-    /// The record of a VM.
-    fn read(&self, vm: &VmName)
-    -> impl Future<Output = Result<Option<Record>, KeeperError>> + Send;
+    /// What is kept of a VM.
+    fn read(&self, vm: &VmName) -> impl Future<Output = Result<Kept, KeeperError>> + Send;
 
     /// Compare and set. An error means that nobody knows.
-    fn swap(
+    fn swap(&self, change: Change) -> impl Future<Output = Result<Swap, KeeperError>> + Send;
+
+    /// A host has seen this of a VM, and it is newer than what is kept: from now on, over restarts,
+    /// the record is not changed.
+    fn set_back(
         &self,
         vm: VmName,
-        expect: Option<Version>,
-        new: Record,
-    ) -> impl Future<Output = Result<Swap, KeeperError>> + Send;
+        seen: Seen,
+    ) -> impl Future<Output = Result<(), KeeperError>> + Send;
+
+    /// Puts the newest that hosts have seen in the place of what is kept, where it is newer. With
+    /// `settle` the folder is where the records are from now on, whether it was copied or not; with
+    /// `forced` although a newer state of these VMs may have been seen.
+    fn restore(
+        &self,
+        newest: BTreeMap<VmName, Record>,
+        forced: bool,
+        settle: bool,
+    ) -> impl Future<Output = Result<BTreeMap<VmName, Restored>, KeeperError>> + Send;
 
     /// The record of a VM, and every change of it from now on.
-    fn watch(&self, vm: &VmName) -> watch::Receiver<Option<Record>>;
+    fn watch(&self, vm: &VmName) -> watch::Receiver<Kept>;
 
-    /// All records.
-    fn list(&self) -> impl Future<Output = Result<BTreeMap<VmName, Record>, KeeperError>> + Send;
+    /// Everything.
+    fn list(&self) -> impl Future<Output = Result<BTreeMap<VmName, Kept>, KeeperError>> + Send;
+
+    /// How the keeper itself does.
+    fn health(&self) -> KeeperHealth;
 }
 
 /// Why a record could not be kept.
 #[derive(Clone, Debug, Error)]
 pub enum KeeperError {
     /// The disk failed.
-    #[error("the witness cannot write records ({reason}): see to its disk, then start it again")]
+    #[error(
+        "the witness cannot write records ({reason}): see to its disk; it tries again by itself"
+    )]
     Disk {
         /// What the system said.
         reason: String,
     },
-    /// A write failed before, so that memory and disk may differ.
-    #[error(
-        "the witness failed to write a record before and takes no more: see to its disk, then start it again"
-    )]
-    Stopped,
+    /// It cannot be signed.
+    #[error(transparent)]
+    Sign(#[from] SignError),
+    /// The keeper's thread is gone.
+    #[error("the witness ends")]
+    Ended,
     /// There are too many VMs.
     #[error("the witness keeps {VMS_MAX} records and no more: start another cluster")]
     TooMany,
@@ -74,7 +189,9 @@ pub enum KeeperError {
 #[derive(Debug, Error)]
 pub enum OpenError {
     /// The folder or a file cannot be read or made.
-    #[error("cannot open the records in {path}: run as the user who owns them")]
+    #[error(
+        "cannot open the records in {path}: run as the user who owns them, on a disk with space"
+    )]
     Unreadable {
         /// Which.
         path: PathBuf,
@@ -82,153 +199,464 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
+    /// Another process has it.
+    #[error(
+        "another witness keeps its records in {folder}: end it, or give this one a folder of its own"
+    )]
+    Taken {
+        /// Which.
+        folder: PathBuf,
+    },
     /// A file is no record. Nothing is guessed: a witness without its records could let two reign.
     #[error(
-        "the record in {path} is damaged: restore the witness's data folder from its disk's last good state"
+        "the records in {path} are damaged: {what}; move the folder away, start the witness without it, and run 'understudy witness recover', which asks the hosts"
     )]
     Damaged {
         /// Which.
         path: PathBuf,
-        /// Why.
-        #[source]
-        source: serde_json::Error,
+        /// What is wrong.
+        what: &'static str,
     },
-    /// A file that is named like no VM.
-    #[error("{path} is no record: move it out of the folder")]
-    Foreign {
-        /// Which.
-        path: PathBuf,
-    },
+    /// They cannot be signed.
+    #[error(transparent)]
+    Sign(#[from] SignError),
+    /// No thread.
+    #[error("the witness's thread cannot be started: see to the limits of this user")]
+    Thread(#[source] io::Error),
 }
 
-/// Keeps every record in a file of its own, written anew and synced for each change.
+/// Keeps records in two files, with a thread that writes.
 pub struct FileKeeper {
     shared: Arc<Shared>,
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
 }
 
+/// What readers see: never what is not on the disk.
 struct Shared {
-    folder: PathBuf,
-    /// Changes are made one at a time; the lock is held while the disk writes.
-    writing: Mutex<Writing>,
-    records: Mutex<BTreeMap<VmName, watch::Sender<Option<Record>>>>,
+    kept: Mutex<BTreeMap<VmName, watch::Sender<Kept>>>,
+    health: Mutex<KeeperHealth>,
+    #[cfg(test)]
+    disk: TestDisk,
 }
 
+/// What tests do to the disk, and see of it.
+#[cfg(test)]
 #[derive(Default)]
-struct Writing {
-    stopped: bool,
+pub(super) struct TestDisk {
+    /// Nothing is written while this is locked.
+    pub(super) gate: Mutex<()>,
+    /// How writes fail.
+    pub(super) broken: Mutex<Option<super::store::Broken>>,
+    /// How often something was written.
+    pub(super) writes: std::sync::atomic::AtomicU64,
+}
+
+type Reply<T> = oneshot::Sender<Result<T, KeeperError>>;
+
+enum Job {
+    Swap(Box<Change>, Reply<Swap>),
+    SetBack(VmName, Seen, Reply<()>),
+    Restore {
+        newest: BTreeMap<VmName, Record>,
+        forced: bool,
+        settle: bool,
+        reply: Reply<BTreeMap<VmName, Restored>>,
+    },
 }
 
 impl FileKeeper {
-    /// Opens the records in a folder; makes the folder when it is not there.
-    pub fn open(folder: &Path) -> Result<Self, OpenError> {
-        let unreadable = |path: &Path| {
-            let path = path.to_owned();
-            |source| OpenError::Unreadable { path, source }
-        };
-        fs::create_dir_all(folder).map_err(unreadable(folder))?;
-        let mut records = BTreeMap::new();
-        for file in fs::read_dir(folder).map_err(unreadable(folder))? {
-            let path = file.map_err(unreadable(folder))?.path();
-            let foreign = || OpenError::Foreign { path: path.clone() };
-            let name = path.file_name().and_then(|name| name.to_str());
-            let name = name.ok_or_else(foreign)?;
-            if name.ends_with(".json.new") {
-                // A change that was never finished, and so never answered.
-                fs::remove_file(&path).map_err(unreadable(&path))?;
-                continue;
-            }
-            let vm = name.strip_suffix(".json").map(VmName::new);
-            let vm = vm.and_then(Result::ok).ok_or_else(foreign)?;
-            let bytes = durable::read_bounded(&path, FILE_MAX)
-                .and_then(|bytes| bytes.ok_or_else(|| io::ErrorKind::NotFound.into()))
-                .map_err(unreadable(&path))?;
-            let record = serde_json::from_slice(&bytes).map_err(|source| OpenError::Damaged {
-                path: path.clone(),
-                source,
-            })?;
-            records.insert(vm, watch::Sender::new(Some(record)));
+    /// Opens the records in a folder; makes the folder when it is not there. What it hands out is
+    /// signed by `signer`.
+    pub fn open(folder: &Path, signer: Signer) -> Result<Self, OpenError> {
+        let Opened {
+            folder,
+            store,
+            entries,
+            copied,
+        } = Folder::open(folder)?;
+        let mut kept = BTreeMap::new();
+        for (vm, entry) in &entries {
+            kept.insert(vm.clone(), watch::Sender::new(sign(&signer, vm, entry)?));
         }
         let shared = Arc::new(Shared {
-            folder: folder.to_owned(),
-            writing: Mutex::default(),
-            records: Mutex::new(records),
+            kept: Mutex::new(kept),
+            health: Mutex::new(KeeperHealth {
+                refuses_writes: None,
+                copied,
+            }),
+            #[cfg(test)]
+            disk: TestDisk::default(),
         });
-        Ok(Self { shared })
+        let (jobs, received) = channel();
+        let mut worker = Worker {
+            folder,
+            store,
+            entries,
+            copied,
+            signer,
+            shared: Arc::clone(&shared),
+        };
+        let thread = std::thread::Builder::new()
+            .name("records".to_owned())
+            .spawn(move || worker.work(&received))
+            .map_err(OpenError::Thread)?;
+        Ok(Self {
+            shared,
+            jobs: Some(jobs),
+            thread: Some(thread),
+        })
+    }
+
+    #[cfg(test)]
+    pub(super) fn disk(&self) -> &TestDisk {
+        &self.shared.disk
+    }
+
+    async fn ask<T>(&self, job: impl FnOnce(Reply<T>) -> Job) -> Result<T, KeeperError> {
+        let (reply, answer) = oneshot::channel();
+        let jobs = self.jobs.as_ref().ok_or(KeeperError::Ended)?;
+        jobs.send(job(reply)).map_err(|_| KeeperError::Ended)?;
+        answer.await.unwrap_or(Err(KeeperError::Ended))
     }
 }
 
-impl Shared {
-    fn current(&self, vm: &VmName) -> Option<Record> {
-        let records = lock(&self.records);
-        records.get(vm).and_then(|record| record.borrow().clone())
+impl Drop for FileKeeper {
+    /// Waits until what was asked is written: the folder is free after it.
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            // It has ended, in whatever way.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn seen_of(record: Option<&Record>) -> Option<Seen> {
+    record.map(Record::seen)
+}
+
+/// What readers see of an entry.
+fn sign(signer: &Signer, vm: &VmName, entry: &Entry) -> Result<Kept, SignError> {
+    let record = entry.record.clone();
+    let committed = record.map(|record| signer.sign(vm, record)).transpose()?;
+    let kept = seen_of(entry.record.as_ref());
+    let set_back = entry.set_back.map(|seen| SetBack { kept, seen });
+    Ok(Kept {
+        committed,
+        set_back,
+    })
+}
+
+struct Worker {
+    folder: Folder,
+    store: Store,
+    /// What is on the disk.
+    entries: Entries,
+    copied: bool,
+    signer: Signer,
+    shared: Arc<Shared>,
+}
+
+/// What one batch of requests leads to.
+#[derive(Default)]
+struct Batch {
+    /// What is to be written.
+    changes: Entries,
+    /// The same as readers will see it.
+    signed: BTreeMap<VmName, Kept>,
+    /// The folder is to be settled in.
+    settle: bool,
+    /// What is said once that is done, or was not.
+    replies: Vec<Box<dyn FnOnce(Option<&KeeperError>) + Send>>,
+}
+
+impl Batch {
+    fn reply<T: Send + 'static>(&mut self, reply: Reply<T>, answer: Result<T, KeeperError>) {
+        self.replies.push(Box::new(move |failed| {
+            let answer = failed.map_or(answer, |error| Err(error.clone()));
+            // Without an asker nobody needs it.
+            let _ = reply.send(answer);
+        }));
+    }
+}
+
+impl Worker {
+    /// Works until nobody can ask any more.
+    fn work(&mut self, jobs: &Receiver<Job>) {
+        loop {
+            let first = if self.store.is_doubtful() {
+                match jobs.recv_timeout(TRY_AGAIN) {
+                    Ok(job) => Some(job),
+                    Err(RecvTimeoutError::Timeout) => None,
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
+            } else {
+                let Ok(job) = jobs.recv() else { return };
+                Some(job)
+            };
+            let mut batch = Batch::default();
+            let others = jobs.try_iter().take(AT_ONCE);
+            for job in first.into_iter().chain(others) {
+                self.decide(&mut batch, job);
+            }
+            self.carry_out(batch);
+        }
     }
 
-    /// Blocks for as long as the disk takes.
-    fn swap(&self, vm: VmName, expect: Option<Version>, new: Record) -> Result<Swap, KeeperError> {
-        let mut writing = lock(&self.writing);
-        if writing.stopped {
-            return Err(KeeperError::Stopped);
+    fn entry(&self, batch: &Batch, vm: &VmName) -> Entry {
+        let entry = batch.changes.get(vm).or_else(|| self.entries.get(vm));
+        entry.cloned().unwrap_or_default()
+    }
+
+    /// What readers will see of a VM after this batch.
+    fn kept(&self, batch: &Batch, vm: &VmName) -> Kept {
+        if let Some(kept) = batch.signed.get(vm) {
+            return kept.clone();
         }
-        let current = self.current(&vm);
-        if current.as_ref().map(Record::version) != expect {
-            return Ok(Swap::Conflict(current));
+        let kept = lock(&self.shared.kept);
+        kept.get(vm)
+            .map(|kept| kept.borrow().clone())
+            .unwrap_or_default()
+    }
+
+    fn put(&self, batch: &mut Batch, vm: VmName, entry: Entry) -> Result<Kept, KeeperError> {
+        let kept = sign(&self.signer, &vm, &entry)?;
+        batch.signed.insert(vm.clone(), kept.clone());
+        batch.changes.insert(vm, entry);
+        Ok(kept)
+    }
+
+    fn decide(&self, batch: &mut Batch, job: Job) {
+        match job {
+            Job::Swap(change, reply) => {
+                let answer = self.swap(batch, *change);
+                batch.reply(reply, answer);
+            }
+            Job::SetBack(vm, seen, reply) => {
+                let answer = self.set_back(batch, vm, seen);
+                batch.reply(reply, answer);
+            }
+            Job::Restore {
+                newest,
+                forced,
+                settle,
+                reply,
+            } => {
+                batch.settle |= settle;
+                let restore = |(vm, record): (VmName, Record)| {
+                    let restored = self.restore(batch, &vm, record, forced)?;
+                    Ok((vm, restored))
+                };
+                let answer = newest.into_iter().map(restore).collect();
+                batch.reply(reply, answer);
+            }
         }
-        if current.is_none() && lock(&self.records).len() >= VMS_MAX {
+    }
+
+    fn swap(&self, batch: &mut Batch, change: Change) -> Result<Swap, KeeperError> {
+        let Change {
+            vm,
+            expect,
+            new,
+            seen,
+        } = change;
+        let kept = self.kept(batch, &vm);
+        if let Some(committed) = &kept.committed
+            && committed.record == new
+        {
+            // It is asked again, because an answer was late or lost.
+            return Ok(Swap::Done(committed.clone()));
+        }
+        if self.copied {
+            return Ok(Swap::Copied);
+        }
+        let current = kept.committed.as_ref().map(|committed| &committed.record);
+        let behind = seen.and_then(|seen| SetBack::judge(seen_of(current), seen));
+        if let Some(set_back) = kept.set_back.or(behind) {
+            return Ok(Swap::SetBack(set_back));
+        }
+        if current.map(Record::version) != expect {
+            return Ok(Swap::Conflict(kept.committed));
+        }
+        if current.is_none() && self.entries.len() + batch.changes.len() >= VMS_MAX {
             return Err(KeeperError::TooMany);
         }
-        let write = serde_json::to_vec_pretty(&new)
-            .map_err(io::Error::other)
-            .and_then(|bytes| durable::replace(&self.folder.join(format!("{vm}.json")), &bytes));
-        if let Err(error) = write {
-            // What is on the disk now is not known, so nothing more is promised.
-            writing.stopped = true;
-            return Err(KeeperError::Disk {
-                reason: error.to_string(),
-            });
+        let entry = Entry {
+            record: Some(new),
+            set_back: None,
+        };
+        let kept = self.put(batch, vm, entry)?;
+        Ok(kept.committed.map_or(Swap::Conflict(None), Swap::Done))
+    }
+
+    fn set_back(&self, batch: &mut Batch, vm: VmName, seen: Seen) -> Result<(), KeeperError> {
+        let mut entry = self.entry(batch, &vm);
+        let kept = seen_of(entry.record.as_ref());
+        let newer = entry
+            .set_back
+            .is_none_or(|known| known.lineage == seen.lineage && known.version < seen.version);
+        if SetBack::judge(kept, seen).is_none() || !newer {
+            return Ok(());
         }
-        match lock(&self.records).entry(vm) {
-            Entry::Occupied(slot) => drop(slot.get().send_replace(Some(new.clone()))),
-            Entry::Vacant(slot) => drop(slot.insert(watch::Sender::new(Some(new.clone())))),
+        if kept.is_none() && self.entries.len() + batch.changes.len() >= VMS_MAX {
+            return Err(KeeperError::TooMany);
         }
-        Ok(Swap::Done(new))
+        tracing::error!(%vm, "{}", SetBack { kept, seen });
+        entry.set_back = Some(seen);
+        self.put(batch, vm, entry).map(drop)
+    }
+
+    fn restore(
+        &self,
+        batch: &mut Batch,
+        vm: &VmName,
+        newest: Record,
+        forced: bool,
+    ) -> Result<Restored, KeeperError> {
+        let before = self.entry(batch, vm);
+        let kept = seen_of(before.record.as_ref());
+        if kept.is_some_and(|kept| kept.lineage != newest.lineage) {
+            return Ok(Restored::OtherLineage);
+        }
+        let record = match before.record {
+            Some(record) if record.version() >= newest.version() => record,
+            _ => newest,
+        };
+        let too_old = before
+            .set_back
+            .and_then(|seen| SetBack::judge(Some(record.seen()), seen));
+        if let Some(set_back) = too_old.filter(|_| !forced) {
+            return Ok(Restored::TooOld(set_back));
+        }
+        let (old, new) = (kept.map(|kept| kept.version), record.version());
+        let entry = Entry {
+            record: Some(record),
+            set_back: None,
+        };
+        if old != Some(new) || before.set_back.is_some() {
+            self.put(batch, vm.clone(), entry)?;
+        }
+        Ok(if old == Some(new) {
+            Restored::Kept(new)
+        } else {
+            Restored::Replaced(old, new)
+        })
+    }
+
+    /// Writes what was decided, shows it to readers, and answers.
+    fn carry_out(&mut self, batch: Batch) {
+        let written = self.write(&batch);
+        let failed = written.err().map(|error| KeeperError::Disk {
+            reason: error.to_string(),
+        });
+        match &failed {
+            Some(error) => tracing::error!(%error, "records are not kept"),
+            None => {
+                self.entries.extend(batch.changes);
+                let mut kept = lock(&self.shared.kept);
+                for (vm, now) in batch.signed {
+                    let slot = kept.entry(vm).or_default();
+                    slot.send_replace(now);
+                }
+            }
+        }
+        let health = KeeperHealth {
+            refuses_writes: failed.as_ref().map(ToString::to_string),
+            copied: self.copied,
+        };
+        *lock(&self.shared.health) = health;
+        for reply in batch.replies {
+            reply(failed.as_ref());
+        }
+    }
+
+    fn write(&mut self, batch: &Batch) -> io::Result<()> {
+        #[cfg(test)]
+        {
+            let disk = &self.shared.disk;
+            drop(lock(&disk.gate));
+            self.store.broken = *lock(&disk.broken);
+            disk.writes
+                .fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        }
+        let (kept, changes) = (&self.entries, &batch.changes);
+        if batch.settle && self.copied {
+            let id = folder::draw()?;
+            self.store.rewrite_as(id, kept, changes)?;
+            self.folder.settle(id)?;
+            self.copied = false;
+            return Ok(());
+        }
+        if !changes.is_empty() {
+            self.store.append(kept, changes)
+        } else if self.store.is_doubtful() {
+            self.store.rewrite(kept, changes)
+        } else {
+            Ok(())
+        }
     }
 }
 
 impl RecordKeeper for FileKeeper {
-    async fn read(&self, vm: &VmName) -> Result<Option<Record>, KeeperError> {
-        Ok(self.shared.current(vm))
+    async fn read(&self, vm: &VmName) -> Result<Kept, KeeperError> {
+        let kept = lock(&self.shared.kept);
+        Ok(kept
+            .get(vm)
+            .map(|kept| kept.borrow().clone())
+            .unwrap_or_default())
     }
 
-    async fn swap(
+    async fn swap(&self, change: Change) -> Result<Swap, KeeperError> {
+        self.ask(|reply| Job::Swap(Box::new(change), reply)).await
+    }
+
+    async fn set_back(&self, vm: VmName, seen: Seen) -> Result<(), KeeperError> {
+        self.ask(|reply| Job::SetBack(vm, seen, reply)).await
+    }
+
+    async fn restore(
         &self,
-        vm: VmName,
-        expect: Option<Version>,
-        new: Record,
-    ) -> Result<Swap, KeeperError> {
-        let shared = Arc::clone(&self.shared);
-        let done = tokio::task::spawn_blocking(move || shared.swap(vm, expect, new)).await;
-        done.unwrap_or(Err(KeeperError::Stopped))
+        newest: BTreeMap<VmName, Record>,
+        forced: bool,
+        settle: bool,
+    ) -> Result<BTreeMap<VmName, Restored>, KeeperError> {
+        self.ask(|reply| Job::Restore {
+            newest,
+            forced,
+            settle,
+            reply,
+        })
+        .await
     }
 
-    fn watch(&self, vm: &VmName) -> watch::Receiver<Option<Record>> {
-        let mut records = lock(&self.shared.records);
-        if let Some(record) = records.get(vm) {
-            return record.subscribe();
+    fn watch(&self, vm: &VmName) -> watch::Receiver<Kept> {
+        let mut kept = lock(&self.shared.kept);
+        if let Some(slot) = kept.get(vm) {
+            return slot.subscribe();
         }
-        // Slots without a record that nobody watches any more make room for others.
-        records.retain(|_, slot| slot.borrow().is_some() || slot.receiver_count() > 0);
-        if records.len() < VMS_MAX {
-            let slot = records.entry(vm.clone());
-            return slot.or_insert_with(|| watch::Sender::new(None)).subscribe();
+        // Slots of nothing that nobody watches any more make room for others.
+        kept.retain(|_, slot| *slot.borrow() != Kept::default() || slot.receiver_count() > 0);
+        if kept.len() < VMS_MAX {
+            return kept.entry(vm.clone()).or_default().subscribe();
         }
-        watch::Sender::new(None).subscribe()
+        watch::Sender::new(Kept::default()).subscribe()
     }
 
-    async fn list(&self) -> Result<BTreeMap<VmName, Record>, KeeperError> {
-        let records = lock(&self.shared.records);
-        let known = records
+    async fn list(&self) -> Result<BTreeMap<VmName, Kept>, KeeperError> {
+        let kept = lock(&self.shared.kept);
+        let known = kept
             .iter()
-            .filter_map(|(vm, record)| Some((vm.clone(), record.borrow().clone()?)));
+            .map(|(vm, kept)| (vm.clone(), kept.borrow().clone()))
+            .filter(|(_, kept)| *kept != Kept::default());
         Ok(known.collect())
     }
+
+    fn health(&self) -> KeeperHealth {
+        lock(&self.shared.health).clone()
+    }
 }
+
+#[cfg(test)]
+#[path = "keeper_tests.rs"]
+mod tests;

@@ -14,9 +14,10 @@ use tokio::task::{AbortHandle, JoinSet};
 use super::failover::{COPIES, Cluster, Order, count, vm};
 use super::guest::{COUNT, stack_config};
 use crate::agent::certs::authority::Authority;
+use crate::agent::certs::proof::{Signer, Verifier};
 use crate::agent::certs::{Credentials, Identity, Name, Role};
 use crate::agent::link::{Endpoint, StreamKind};
-use crate::agent::witness::keeper::{FileKeeper, RecordKeeper};
+use crate::agent::witness::keeper::{Change, FileKeeper, RecordKeeper};
 use crate::agent::witness::serve;
 use crate::config::{Config, Witness};
 use crate::gateway::{Gateway, GatewayConfig, Publish, Reign, StackConfig};
@@ -81,7 +82,8 @@ impl WitnessProcess {
         let endpoint = Endpoint::bind(&self.credentials, self.address).expect("an endpoint");
         self.address = endpoint.local_address().expect("bound");
         let (serving, keeper) = (endpoint.clone(), Arc::clone(&self.keeper));
-        let task = tokio::spawn(async move { serve(&serving, keeper).await });
+        let verifier = Verifier::new(&self.credentials.authority).expect("a verifier");
+        let task = tokio::spawn(async move { serve(&serving, keeper, verifier).await });
         self.running = Some((endpoint, task.abort_handle()));
     }
 
@@ -102,9 +104,11 @@ fn start_hosts(copies: usize, at_once: bool) -> Hosts {
         .issue_into(&config.folder, &config.identity())
         .expect("certificates");
 
-    let keeper = FileKeeper::open(&folder.path().join("records")).expect("records");
+    let witness = credentials(&authority, &Identity::witness(&name("witness")));
+    let signer = Signer::new(&witness).expect("a signer");
+    let keeper = FileKeeper::open(&folder.path().join("records"), signer).expect("records");
     let mut witness = WitnessProcess {
-        credentials: credentials(&authority, &Identity::witness(&name("witness"))),
+        credentials: witness,
         keeper: Arc::new(keeper),
         address: ANYWHERE.into(),
         running: None,
@@ -142,8 +146,13 @@ fn start_hosts(copies: usize, at_once: bool) -> Hosts {
     tokio::spawn(async move {
         while let Some(reign) = news.recv().await {
             let known = keeper.read(&vm()).await.expect("records");
-            let expect = known.map(|record| record.version());
-            let swap = keeper.swap(vm(), expect, record(&reign, copies)).await;
+            let change = Change {
+                vm: vm(),
+                expect: known.committed.map(|known| known.record.version()),
+                new: record(&reign, copies),
+                seen: None,
+            };
+            let swap = keeper.swap(change).await;
             swap.expect("the record changes");
         }
     });
