@@ -248,6 +248,9 @@ impl VmDriver {
     // ---- durable state ----
 
     fn persist(&mut self, durable: Durable) {
+        if let Some(seen) = &durable.seen {
+            self.env.reports.saw(&self.vm, seen);
+        }
         self.log.set_incarnation(durable.incarnation);
         if durable.acks != self.acks {
             self.acks = durable.acks;

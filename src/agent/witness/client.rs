@@ -61,23 +61,36 @@ pub struct Reported {
 impl WitnessClient {
     /// Asks this witness by this endpoint. Nothing is dialled yet.
     pub fn new(endpoint: &Endpoint, witness: Peer) -> Self {
+        Self::over(Channel::new(endpoint, witness))
+    }
+
+    /// Asks whoever is at the other end of this channel: the witness, or a host that relays what it
+    /// has seen ([`super::reporter::relay`]).
+    pub fn over(channel: Channel) -> Self {
         Self {
-            channel: Channel::new(endpoint, witness),
+            channel,
             patience: Arc::default(),
         }
     }
 
     /// The record of a VM; `None` if the witness has never heard of it. `seen` is the newest state
-    /// that the asker has seen: a witness that has less is not believed.
+    /// that the asker has seen, who judges by itself a witness that has less. One that has less than
+    /// others have seen comes as an error.
     pub async fn read(
         &self,
         vm: &VmName,
         seen: Option<Seen>,
     ) -> Result<Option<Committed>, AskError> {
-        let kept = self.kept_by(vm, seen).await?;
-        kept.set_back.map_or(Ok(kept.committed), |set_back| {
-            Err(AskError::SetBack(set_back))
-        })
+        let Kept {
+            committed,
+            set_back,
+        } = self.kept_by(vm, seen).await?;
+        let theirs = committed.as_ref().map(Committed::seen);
+        let judged = seen.is_some_and(|seen| SetBack::judge(theirs, seen).is_some());
+        match set_back {
+            Some(set_back) if !judged => Err(AskError::SetBack(set_back)),
+            _ => Ok(committed),
+        }
     }
 
     /// What the witness has of a VM, believed or not.
@@ -192,6 +205,13 @@ impl WitnessClient {
         Following {
             record,
             task: task.abort_handle(),
+        }
+    }
+
+    /// Resolves when the connection with the witness has ended, or cannot be made.
+    pub async fn parted(&self) {
+        if let Ok(connection) = self.channel.connection().await {
+            connection.closed().await;
         }
     }
 

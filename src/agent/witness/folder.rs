@@ -6,7 +6,7 @@
 //! `understudy witness recover`.
 //! A block device that was set back as a whole is not noticed here, but by what hosts have seen.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::keeper::OpenError;
 use super::store::{Entries, Entry, Found, Store, StoreError};
 use crate::agent::durable;
+use crate::agent::lock::{FolderLock, LockFolderError};
 use crate::protocol::VmName;
 
 /// More than any small file here.
@@ -30,8 +31,7 @@ const BEFORE: &str = "before";
 /// The folder, ours for as long as this lives.
 pub(super) struct Folder {
     path: PathBuf,
-    /// Locked; the lock ends with the file.
-    _lock: File,
+    _lock: FolderLock,
 }
 
 /// What was found in it.
@@ -71,18 +71,10 @@ impl From<StoreError> for OpenError {
 impl Folder {
     /// Opens the folder; makes it, and the files in it, when they are not there.
     pub(super) fn open(path: &Path) -> Result<Opened, OpenError> {
-        fs::create_dir_all(path).map_err(unreadable(path))?;
-        let lock = path.join("lock");
-        let file = File::create(&lock).map_err(unreadable(&lock))?;
-        take(&file).map_err(|error| match error {
-            TryLockError::WouldBlock => OpenError::Taken {
-                folder: path.to_owned(),
-            },
-            TryLockError::Error(source) => OpenError::Unreadable { path: lock, source },
-        })?;
+        let lock = take(path)?;
         let folder = Self {
             path: path.to_owned(),
-            _lock: file,
+            _lock: lock,
         };
         let before = folder.files_of_before()?;
         let identity = folder.identity()?;
@@ -202,13 +194,13 @@ impl Folder {
     }
 }
 
-/// Locks a file. A lock that somebody has for a moment only is waited for: of a process that ends,
-/// or of a child of ours that has not become another program yet.
-fn take(file: &File) -> Result<(), TryLockError> {
+/// Takes the folder. Who has it for a moment only is waited for: a process that ends, or a child of
+/// ours that has not become another program yet.
+fn take(path: &Path) -> Result<FolderLock, LockFolderError> {
     let until = Instant::now() + TAKE_WITHIN;
     loop {
-        match file.try_lock() {
-            Err(TryLockError::WouldBlock) if Instant::now() < until => {
+        match FolderLock::take(path) {
+            Err(LockFolderError::Taken { .. }) if Instant::now() < until => {
                 std::thread::sleep(Duration::from_millis(10));
             }
             taken => return taken,

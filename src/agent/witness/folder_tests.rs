@@ -33,7 +33,7 @@ fn a_folder_is_its_own_over_restarts_and_only_one_process_has_it() {
     assert_eq!(opened.entries.len(), 1);
     assert!(matches!(
         Folder::open(&path),
-        Err(OpenError::Taken { folder }) if folder == path
+        Err(OpenError::Locked(LockFolderError::Taken { folder, .. })) if folder == path
     ));
     drop(opened);
     assert!(!Folder::open(&path).expect("free again").copied);

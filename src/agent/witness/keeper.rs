@@ -20,6 +20,7 @@ use super::folder::{self, Folder, Opened};
 use super::store::{Entries, Entry, Store};
 use crate::agent::certs::proof::{SignError, Signer};
 use crate::agent::link::lock;
+use crate::agent::lock::LockFolderError;
 use crate::protocol::{Committed, Record, Seen, Version, VmName};
 
 /// The most VMs that one keeper takes.
@@ -199,14 +200,9 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
-    /// Another process has it.
-    #[error(
-        "another witness keeps its records in {folder}: end it, or give this one a folder of its own"
-    )]
-    Taken {
-        /// Which.
-        folder: PathBuf,
-    },
+    /// Another process has the folder.
+    #[error(transparent)]
+    Locked(#[from] LockFolderError),
     /// A file is no record. Nothing is guessed: a witness without its records could let two reign.
     #[error(
         "the records in {path} are damaged: {what}; move the folder away, start the witness without it, and run 'understudy witness recover', which asks the hosts"

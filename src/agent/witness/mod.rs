@@ -14,6 +14,8 @@ pub mod client;
 mod folder;
 pub mod keeper;
 mod patience;
+pub mod recovery;
+pub mod reporter;
 mod store;
 
 #[cfg(test)]
@@ -45,7 +47,7 @@ use keeper::{
 
 /// For so long after its start a witness waits for the hosts that a record names to say what they
 /// have seen, before it changes the record: it may have been set back.
-const HEAR_FIRST: Duration = Duration::from_secs(1);
+const HEAR_FIRST: Duration = Duration::from_secs(2);
 
 /// A question to the witness.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -154,6 +156,9 @@ pub enum Refusal {
         /// The role of who asked.
         role: Role,
     },
+    /// A host relays what it has seen, and keeps nothing.
+    #[error("a host keeps no records: ask the witness")]
+    NotTheKeeper,
     /// The new record may not follow the old one.
     #[error("{reason}")]
     BadRecord {

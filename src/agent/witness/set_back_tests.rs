@@ -54,7 +54,7 @@ async fn set_back(cluster: &Cluster) -> (FileKeeper, Committed) {
     let keeper = loop {
         match FileKeeper::open(&older, Signer::new(&cluster.witness).expect("a signer")) {
             Ok(keeper) => break keeper,
-            Err(OpenError::Taken { .. }) => tokio::task::yield_now().await,
+            Err(OpenError::Locked(_)) => tokio::task::yield_now().await,
             Err(error) => panic!("{error}"),
         }
     };
@@ -144,8 +144,9 @@ async fn a_stranger_blocks_no_record_by_what_it_says_it_has_seen() {
     lie.record.epoch = crate::protocol::Epoch(9);
     let reported = x.report(seen(&lie)).await.expect("an answer");
     assert!(reported.set_back.is_empty());
-    let said = x.read(&vm(), Some(lie.seen())).await;
-    assert!(matches!(said, Err(AskError::SetBack(_))), "it is told so");
+    let read = x.read(&vm(), Some(lie.seen())).await;
+    let read = read.expect("whoever has seen more judges by itself");
+    assert_eq!(read.as_ref(), Some(&newest));
     let next = record(1, 4, "a", &[]);
     let swapped = a.swap(&vm(), version(1, 3), next.clone(), None).await;
     assert_eq!(done(&swapped), Some(&next));
