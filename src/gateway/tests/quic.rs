@@ -17,7 +17,8 @@ use crate::agent::certs::authority::Authority;
 use crate::agent::certs::proof::{Signer, Verifier};
 use crate::agent::certs::{Credentials, Identity, Name, Role};
 use crate::agent::link::{Endpoint, StreamKind};
-use crate::agent::witness::keeper::{Change, FileKeeper, RecordKeeper};
+use crate::agent::witness::keeper::{Change, FileKeeper, RecordKeeper, Swap};
+use crate::agent::witness::reporter::{Reports, relay};
 use crate::agent::witness::serve;
 use crate::config::{Config, Witness};
 use crate::gateway::{Gateway, GatewayConfig, Publish, Reign, StackConfig};
@@ -119,6 +120,8 @@ fn start_hosts(copies: usize, at_once: bool) -> Hosts {
         address: witness.address.into(),
     });
 
+    let verifier = Verifier::new(&witness.credentials.authority).expect("a verifier");
+    let reports = Arc::new(Reports::new(verifier));
     let (opened, streams) = mpsc::channel::<(usize, HostStream)>(4);
     for index in 0..copies {
         let name = name(&host_name(index));
@@ -128,6 +131,8 @@ fn start_hosts(copies: usize, at_once: bool) -> Hosts {
         let address = endpoint.local_address().expect("bound");
         config.hosts.insert(name, address.into());
         let mut incoming = endpoint.serve(StreamKind::Frames, 4);
+        let (relaying, seen) = (endpoint.clone(), Arc::clone(&reports));
+        tokio::spawn(async move { relay(&relaying, seen).await });
         let opened = opened.clone();
         tokio::spawn(async move {
             // The endpoint lives as long as its streams are taken.
@@ -152,8 +157,10 @@ fn start_hosts(copies: usize, at_once: bool) -> Hosts {
                 new: record(&reign, copies),
                 seen: None,
             };
-            let swap = keeper.swap(change).await;
-            swap.expect("the record changes");
+            match keeper.swap(change).await.expect("records") {
+                Swap::Done(committed) => reports.saw(&vm(), &committed),
+                other => panic!("the record does not change: {other:?}"),
+            }
         }
     });
     let (orders, received) = mpsc::channel(4);
@@ -221,6 +228,28 @@ async fn primaries_die_and_the_witness_rests_while_clients_count() {
     let counts = metrics.read();
     assert_eq!((counts.term, counts.welcomes), (6, 6));
     assert_eq!((counts.clients_reset, counts.fresh_starts), (0, 0));
+}
+
+#[tokio::test]
+async fn a_gateway_that_is_cut_off_from_the_witness_finds_the_new_primary_by_the_hosts() {
+    let mut hosts = start_hosts(COPIES, false);
+    let gateway = gateway(stack_config()).await;
+    let (address, metrics) = (gateway.addresses()[0], gateway.metrics());
+    let config = hosts.config.clone();
+    tokio::spawn(async move { gateway.run_in_cluster(&config, vm()).await });
+    assert_eq!(all_counted(address, 5, 100).await, 500);
+    hosts.witness.stop().await;
+    kill(&hosts).await;
+    assert_eq!(all_counted(address, 5, 100).await, 1_000);
+    let counts = metrics.read();
+    assert_eq!((counts.term, counts.welcomes), (2, 2));
+    assert_eq!((counts.clients_reset, counts.fresh_starts), (0, 0));
+    // One that has never heard of the witness finds it, too.
+    let newcomer = self::gateway(stack_config()).await;
+    let address = newcomer.addresses()[0];
+    let config = hosts.config.clone();
+    tokio::spawn(async move { newcomer.run_in_cluster(&config, vm()).await });
+    assert_eq!(all_counted(address, 1, 100).await, 1_100);
 }
 
 /// The processor time of this thread.
