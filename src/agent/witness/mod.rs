@@ -11,6 +11,7 @@
 //! they know (`understudy witness recover`).
 
 pub mod client;
+pub mod file_keeper;
 mod folder;
 pub mod keeper;
 mod patience;
@@ -40,9 +41,9 @@ use super::certs::{Identity, Role};
 use super::link::{BindError, Endpoint, Reply, StreamKind, serve_requests};
 use crate::config::{Config, ConfigError};
 use crate::protocol::{Committed, HostName, Record, Seen, Version, VmName};
+use file_keeper::FileKeeper;
 use keeper::{
-    Change, FileKeeper, KeeperError, KeeperHealth, Kept, OpenError, RecordKeeper, Restored,
-    SetBack, Swap,
+    Change, KeeperError, KeeperHealth, Kept, OpenError, RecordKeeper, Restored, SetBack, Swap,
 };
 
 /// For so long after its start a witness waits for the hosts that a record names to say what they

@@ -10,7 +10,8 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::client::WitnessClient;
-use super::keeper::{FileKeeper, RecordKeeper};
+use super::file_keeper::FileKeeper;
+use super::keeper::RecordKeeper;
 use super::serve_from;
 use crate::agent::certs::authority::Authority;
 use crate::agent::certs::proof::{Signer, Verifier};

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use super::*;
 use crate::agent::witness::store::Broken;
 use crate::agent::witness::testing::{record, signer, version, vm};
+use crate::protocol::Version;
 
 fn open(folder: &Path) -> FileKeeper {
     FileKeeper::open(folder, signer()).expect("records")
