@@ -100,7 +100,7 @@ async fn ask_hosts(client: &Client, without: &BTreeSet<HostName>) -> Result<Seen
         match answer {
             _ if without.contains(&host) => {}
             Ok(records) => drop(seen.insert(host, records)),
-            Err(error) => output::line(format_args!("{host}: {error}."))?,
+            Err(error) => output::line(format_args!("{error}."))?,
         }
     }
     Ok(seen)
@@ -134,5 +134,130 @@ fn told(vm: &VmName, outcome: &Restored) -> (String, bool) {
             ),
             false,
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::net::SocketAddr;
+    use std::sync::Arc;
+
+    use clap::Parser;
+    use replay_log::{LogIndex, Term};
+    use tokio::sync::oneshot;
+
+    use super::*;
+    use crate::agent::certs::proof::{Signer, Verifier};
+    use crate::agent::certs::{Identity, Name};
+    use crate::agent::init::{Plan, init};
+    use crate::agent::link::Endpoint;
+    use crate::agent::witness::reporter::{Reports, relay};
+    use crate::config::Config;
+    use crate::protocol::{Epoch, Incarnation, Lineage, Member, Policy, Record};
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn parse(line: &[&str]) -> Result<Args, clap::Error> {
+        let line = std::iter::once(&"witness").chain(line);
+        Line::try_parse_from(line).map(|line| line.args)
+    }
+
+    #[test]
+    fn it_is_told_a_folder_or_an_order() {
+        let runs = parse(&["--config", "here"]).expect("parsed");
+        assert!(runs.config.is_some() && runs.order.is_none());
+        let order = ["recover", "--cluster", "there", "--without", "b"];
+        let recovers = parse(&order).expect("parsed");
+        assert!(matches!(
+            recovers.order,
+            Some(Order::Recover(args)) if args.without.len() == 1
+        ));
+        assert!(parse(&["--config", "here", "recover", "--cluster", "there"]).is_err());
+        assert!(parse(&[]).is_err());
+    }
+
+    fn name(text: &str) -> Name {
+        text.parse().expect("a name")
+    }
+
+    fn free_port() -> SocketAddr {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("a socket");
+        socket.local_addr().expect("bound")
+    }
+
+    #[tokio::test]
+    async fn an_emptied_witness_is_given_what_hosts_have_seen_and_all_of_them_are_asked() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let plan = Plan {
+            hosts: [(name("a"), free_port()), (name("b"), free_port())].into(),
+            metrics: BTreeMap::new(),
+            witness: (name("w"), free_port()),
+            gateways: vec![],
+            operator: name("ann"),
+        };
+        let cluster = folder.path().join("cluster");
+        let folders = init(&cluster, &plan).expect("a cluster");
+        let load = |identity: Identity| Config::load(&folders[&identity]).expect("a configuration");
+        let keeper = load(Identity::witness(&name("w")));
+        let signer = Signer::new(&keeper.credentials().expect("certified")).expect("a signer");
+        let member = |host: &str| Member {
+            host: HostName::new(host).expect("a name"),
+            incarnation: Incarnation(1),
+        };
+        let newest = Record {
+            lineage: Lineage(1),
+            term: Term(3),
+            epoch: Epoch(7),
+            primary: member("a"),
+            members: vec![member("b")],
+            hosts: vec![],
+            policy: Policy::default(),
+            through: LogIndex::START,
+            begins: LogIndex::START,
+            loss: false,
+            failed: None,
+        };
+        let shop = VmName::new("shop").expect("a name");
+        let newest = signer.sign(&shop, newest).expect("signed");
+        let (_stop, stopped) = oneshot::channel::<()>();
+        tokio::spawn(async move {
+            let stopped = async move { drop(stopped.await) };
+            witness::run(&keeper, stopped).await.expect("a witness");
+        });
+        let relays = |host: &str| {
+            let config = load(Identity::host(&name(host)));
+            let credentials = config.credentials().expect("certified");
+            let at = config.listen.expect("an address");
+            let endpoint = Endpoint::bind(&credentials, at).expect("an endpoint");
+            let verifier = Verifier::new(&credentials.authority).expect("a verifier");
+            let reports = Arc::new(Reports::new(verifier));
+            reports.saw(&shop, &newest);
+            tokio::spawn(async move { relay(&endpoint, reports).await });
+        };
+        relays("a");
+        let args = |without: &[&str]| {
+            let mut line = vec!["recover", "--cluster", cluster.to_str().expect("UTF-8")];
+            line.extend(without.iter().flat_map(|host| ["--without", host]));
+            match parse(&line).expect("parsed").order {
+                Some(Order::Recover(args)) => args,
+                None => panic!("no order"),
+            }
+        };
+        let failure = recover(&args(&[])).await.expect_err("b has not answered");
+        let text = failure.to_string();
+        assert!(text.contains("b did not answer"), "{text}");
+        assert!(text.contains("--without b"), "{text}");
+        relays("b");
+        recover(&args(&[])).await.expect("all have answered");
+        let client = args(&[]).cluster.client().expect("a client");
+        let record = client.record(&shop).await.expect("a record");
+        assert_eq!(record, newest.record);
+        let failure = recover(&args(&["x"])).await.expect_err("there is no x");
+        assert!(failure.to_string().contains('x'));
     }
 }
