@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::budget::Budget;
 use super::bulk;
 use super::certs::Name;
+use super::certs::proof::{Verifier, VerifierError};
 use super::clock;
 use super::driver::{HostMessage, Surroundings, ToDriver, VmDriver};
 use super::frame_streams::{GatewayStream, greet};
@@ -29,6 +30,7 @@ use super::metrics::{self, ServeMetricsError};
 use super::operator::{self, Answer, Asked, HostStatus};
 use super::thread::on_own_thread;
 use super::witness::client::WitnessClient;
+use super::witness::reporter::{self, Opening, Reports};
 use crate::config::{Config, ConfigError};
 use crate::doctor::offer;
 use crate::protocol::{HostName, Input, Span, Time, VmName};
@@ -60,6 +62,9 @@ pub enum AgentError {
     /// The address for metrics is taken.
     #[error(transparent)]
     Metrics(#[from] ServeMetricsError),
+    /// Records' signatures cannot be checked.
+    #[error(transparent)]
+    Verifier(#[from] VerifierError),
     /// No thread.
     #[error("the agent's thread cannot be started: see to the limits of this user")]
     Thread(#[from] std::io::Error),
@@ -187,12 +192,22 @@ async fn run_here(
     let endpoint = Endpoint::bind(&credentials, address)?;
     let (wishes, wished) = mpsc::channel(64);
     let metrics_at = config.metrics;
-    let (mut agent, events) =
-        Agent::new(config, vmm_binary, introduction, &endpoint, wishes.clone())?;
+    let (mut agent, events) = Agent::new(
+        config,
+        vmm_binary,
+        introduction,
+        &endpoint,
+        Verifier::new(&credentials.authority)?,
+        wishes.clone(),
+    )?;
     agent.take_known().await;
+    let reporting = agent.report();
+    let relaying = reporter::relay(&endpoint, Arc::clone(&agent.env.reports));
     let outcome = tokio::select! {
         () = agent.serve(events, wished) => Ok(()),
         () = bulk::serve_bases(&endpoint, bases) => Ok(()),
+        () = reporting => Ok(()),
+        () = relaying => Ok(()),
         failed = serve_metrics(metrics_at, wishes) => failed.map_err(AgentError::from),
         () = stop => Ok(()),
     };
@@ -230,6 +245,7 @@ impl Agent {
         vmm_binary: Option<PathBuf>,
         introduction: Introduction,
         endpoint: &Endpoint,
+        verifier: Verifier,
         wishes: mpsc::Sender<Wish>,
     ) -> Result<(Self, mpsc::Receiver<LinkEvent<HostMessage>>), OpenJournalError> {
         let host = HostName::from(&config.name);
@@ -253,6 +269,7 @@ impl Agent {
             host,
             link,
             witness,
+            reports: Arc::new(Reports::new(verifier)),
             journal,
             library,
         });
@@ -269,6 +286,18 @@ impl Agent {
             wishes,
         };
         Ok((agent, events))
+    }
+
+    /// Tells the witness what this host has seen, for as long as there is one.
+    fn report(&self) -> impl Future<Output = ()> + Send + 'static {
+        let (reports, journal) = (Arc::clone(&self.env.reports), Arc::clone(&self.env.journal));
+        let witness = self.env.witness.clone();
+        async move {
+            match witness {
+                Some(witness) => reporter::report(reports, witness, journal).await,
+                None => std::future::pending().await,
+            }
+        }
     }
 
     /// Looks after every VM that this host has a folder of.
@@ -314,7 +343,8 @@ impl Agent {
         }
         let (inbox, heard) = mpsc::channel(INBOX);
         let (env, wishes) = (Arc::clone(&self.env), self.wishes.clone());
-        let task = tokio::spawn(look_after(vm.clone(), env, heard, wishes));
+        let opening = self.env.reports.opening();
+        let task = tokio::spawn(look_after(vm.clone(), env, heard, wishes, opening));
         let mut running = Running::new(inbox, task);
         let why = why.to_owned();
         self.env.journal.write(Some(vm), Incident::VmTaken { why });
@@ -392,8 +422,8 @@ impl Agent {
         let (host, wishes) = (self.env.host.clone(), self.wishes.clone());
         let why = format!("{by} speaks of it, and its record names this host");
         tokio::spawn(async move {
-            match witness.read(&vm).await {
-                Ok(Some(record)) if record.concerns(&host) => {
+            match witness.read(&vm, None).await {
+                Ok(Some(committed)) if committed.record.concerns(&host) => {
                     // Fails only when the agent ends.
                     let _ = wishes.send(Wish::Take { vm, why }).await;
                 }
@@ -452,9 +482,11 @@ async fn look_after(
     env: Arc<Surroundings>,
     inbox: mpsc::Receiver<ToDriver>,
     wishes: mpsc::Sender<Wish>,
+    opening: Opening,
 ) -> Result<(), String> {
     let name = vm.clone();
     let opened = tokio::task::spawn_blocking(move || VmDriver::open(name, env, inbox)).await;
+    drop(opening);
     let why = match opened {
         Ok(Ok(driver)) => return driver.run().await,
         Ok(Err(error)) => sentence(&error),

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::sync::{oneshot, watch};
 
-use crate::protocol::{Event, HostName, VmName};
+use crate::protocol::{Event, HostName, Span, VmName};
 
 /// A file of this size is put aside and a new one begun.
 const FILE_BYTES: u64 = 4 << 20;
@@ -174,6 +174,30 @@ pub enum Incident {
         /// What.
         order: String,
     },
+    /// The witness does not answer: nobody can be promoted, and no copies can change.
+    WitnessAway {
+        /// Why.
+        reason: String,
+    },
+    /// The witness answers again.
+    WitnessBack {
+        /// After how long.
+        after: Span,
+    },
+    /// The witness answers, and changes no record.
+    WitnessUnwell {
+        /// Why, and what ends it.
+        why: String,
+    },
+    /// The witness changes records again.
+    WitnessWell,
+    /// The witness has less of a VM than a host has seen, and changes its record no more.
+    RecordSetBack {
+        /// What it has, what was seen, and what ends it.
+        why: String,
+    },
+    /// The witness has what hosts have seen of a VM again.
+    RecordRecovered,
     /// Lines before this one could not be written.
     LinesLost {
         /// How many.
@@ -224,6 +248,17 @@ impl fmt::Display for Incident {
             Self::VmUnreadable { why } => write!(f, "cannot look after this VM: {why}"),
             Self::VmRemoved { why } => write!(f, "looks after this VM no more: {why}"),
             Self::Ordered { operator, order } => write!(f, "was ordered by {operator}: {order}"),
+            Self::WitnessAway { reason } => write!(
+                f,
+                "has no answer from the witness, so nobody can be promoted: {reason}"
+            ),
+            Self::WitnessBack { after } => {
+                write!(f, "hears the witness again, which was away for {after}")
+            }
+            Self::WitnessUnwell { why } => write!(f, "has to do without the witness: {why}"),
+            Self::WitnessWell => f.write_str("has a witness that changes records again"),
+            Self::RecordSetBack { why } => write!(f, "cannot have this VM's record changed: {why}"),
+            Self::RecordRecovered => f.write_str("can have this VM's record changed again"),
             Self::LinesLost { count, reason } => {
                 write!(f, "could not write {count} lines of the journal: {reason}")
             }

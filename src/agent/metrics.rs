@@ -79,6 +79,17 @@ pub fn render(status: &HostStatus) -> String {
         let peer = peer.to_string();
         gauge!("understudy_peer_connected", "peer" => peer).set(u8::from(*connected));
     }
+    if let Some(witness) = &status.witness {
+        gauge!("understudy_witness_reachable").set(u8::from(witness.reachable));
+        let refuses = witness.keeper.refuses_writes.is_some();
+        gauge!("understudy_witness_refuses_writes").set(u8::from(refuses));
+        gauge!("understudy_witness_copied").set(u8::from(witness.keeper.copied));
+        for vm in &status.vms {
+            let set_back = witness.set_back.contains_key(&vm.vm);
+            let name = vm.vm.to_string();
+            gauge!("understudy_record_set_back", "vm" => name).set(u8::from(set_back));
+        }
+    }
     for vm in &status.vms {
         set_vm(vm);
     }

@@ -21,8 +21,9 @@ use super::link::{
 };
 use super::metrics;
 use super::witness::client::{AskError, WitnessClient};
+use super::witness::reporter::WitnessHealth;
 use crate::config::{Config, ConfigError};
-use crate::protocol::{HostName, Operator, Policy, Record, Span, Status, Time, VmName};
+use crate::protocol::{Committed, HostName, Operator, Policy, Record, Span, Status, Time, VmName};
 
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -130,6 +131,8 @@ pub struct HostStatus {
     pub peers: BTreeMap<HostName, bool>,
     /// The number of the journal's last line.
     pub journal: u64,
+    /// How the witness does, seen from there; `None` in a cluster without one.
+    pub witness: Option<WitnessHealth>,
     /// The VMs it looks after.
     pub vms: Vec<VmStatus>,
     /// VMs that it can tell nothing of, and why: what is kept of them cannot be used, or their drivers
@@ -273,6 +276,8 @@ pub enum OperatorError {
 /// Asks the hosts of a cluster. Keeps its connections.
 pub struct Client {
     channels: BTreeMap<HostName, Channel>,
+    /// The same hosts, as they relay what they have seen of records.
+    relays: BTreeMap<HostName, WitnessClient>,
     witness: Option<WitnessClient>,
 }
 
@@ -293,8 +298,14 @@ impl Client {
             .hosts
             .keys()
             .filter_map(|name| config.host(name.as_str()));
+        let peers: Vec<Peer> = peers.collect();
+        let relay = |peer: &Peer| {
+            let host = HostName::from(&peer.identity.name);
+            (host, WitnessClient::new(&endpoint, peer.clone()))
+        };
         Ok(Self {
-            channels: peers.map(channel).collect(),
+            relays: peers.iter().map(relay).collect(),
+            channels: peers.into_iter().map(channel).collect(),
             witness: config
                 .witness()
                 .map(|witness| WitnessClient::new(&endpoint, witness)),
@@ -359,6 +370,29 @@ impl Client {
         join_all(asked).await.into_iter().collect()
     }
 
+    /// What every host has seen of records; those that do not answer with the reason. Asked all at
+    /// once.
+    pub async fn seen_by_all(
+        &self,
+    ) -> BTreeMap<HostName, Result<BTreeMap<VmName, Committed>, OperatorError>> {
+        let ask = |(host, relay): (&HostName, &WitnessClient)| {
+            let (host, relay) = (host.clone(), relay.clone());
+            async move {
+                let seen = relay.list_kept().await.map_err(OperatorError::from);
+                let committed = seen.map(|seen| {
+                    let known = seen.into_iter();
+                    let known = known.filter_map(|(vm, kept)| Some((vm, kept.committed?)));
+                    known.collect()
+                });
+                (host, committed)
+            }
+        };
+        join_all(self.relays.iter().map(ask).collect())
+            .await
+            .into_iter()
+            .collect()
+    }
+
     /// Gives an order; the number of the host's last journal line before it.
     pub async fn order(&self, host: &HostName, order: &Request) -> Result<u64, OperatorError> {
         match self.ask(host, order).await? {
@@ -412,7 +446,8 @@ impl Client {
 
     /// The record of a VM.
     pub async fn record(&self, vm: &VmName) -> Result<Record, OperatorError> {
-        let record = self.witness()?.read(vm).await?;
+        let kept = self.witness()?.kept(vm).await?;
+        let record = kept.committed.map(|committed| committed.record);
         record.ok_or_else(|| OperatorError::NoVm { vm: vm.clone() })
     }
 }

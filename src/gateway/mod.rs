@@ -39,6 +39,7 @@ use frames::incarnation_of;
 use pump::{Carrier, Published, Pump};
 
 use crate::agent::certs::Name;
+use crate::agent::certs::proof::VerifierError;
 use crate::agent::link::BindError;
 use crate::config::ConfigError;
 use crate::protocol::VmName;
@@ -108,6 +109,9 @@ pub enum GatewayError {
     /// The certificates are no good, or there is no socket.
     #[error(transparent)]
     Endpoint(#[from] BindError),
+    /// Records' signatures cannot be checked.
+    #[error(transparent)]
+    Verifier(#[from] VerifierError),
     /// The VMM of a local gateway has ended.
     #[error("the machine has ended")]
     VmmGone,

@@ -5,10 +5,13 @@
 //! ([`Credentials`]). The name and role stand in the certificate's only DNS name,
 //! `<name>.<role>.understudy`, so that TLS itself checks that the other side is who was dialled.
 //!
+//! With its certificate's key the witness also signs the records that it keeps ([`proof`]).
+//!
 //! Certificates are neither renewed nor revoked yet: whoever adds that finds every load of a
 //! certificate in [`Credentials::load`] and every check of one in `link::tls`.
 
 pub mod authority;
+pub mod proof;
 
 use std::borrow::Borrow;
 use std::fmt;

@@ -19,9 +19,10 @@ use crate::agent::frame_streams::FrameStreams;
 use crate::agent::frames::{FrameLimits, FramePort};
 use crate::agent::journal::Incident;
 use crate::agent::vm_process::ToVm;
-use crate::agent::witness::client::unproven;
 use crate::gateway::frames::Boot;
-use crate::protocol::{Action, Durable, Event, HostName, Input, Message, VmRun};
+use crate::protocol::{
+    Action, Durable, Event, HostName, Input, Message, Record, Seen, Version, VmRun,
+};
 use crate::sentence::sentence;
 
 /// After a failure to make something durable, the next attempt waits for this long: the protocol
@@ -75,9 +76,8 @@ impl VmDriver {
                 self.streams.add(to, term, from, through);
             }
             Action::StopStream { to } => self.streams.stop(&to),
-            // The witness is told what this host has seen by its client.
-            Action::ReadRecord { .. } => self.read_record(),
-            Action::SwapRecord { expect, new, .. } => self.swap_record(expect, new),
+            Action::ReadRecord { seen } => self.read_record(seen),
+            Action::SwapRecord { expect, new, seen } => self.swap_record(expect, new, seen),
             Action::DropLog { incarnation, .. } => self.drop_log(incarnation),
             Action::Replay { run } => {
                 self.end_guest();
@@ -248,6 +248,9 @@ impl VmDriver {
     // ---- durable state ----
 
     fn persist(&mut self, durable: Durable) {
+        if let Some(seen) = &durable.seen {
+            self.env.reports.saw(&self.vm, seen);
+        }
         self.log.set_incarnation(durable.incarnation);
         if durable.acks != self.acks {
             self.acks = durable.acks;
@@ -325,7 +328,7 @@ impl VmDriver {
 
     // ---- the record ----
 
-    fn read_record(&self) {
+    fn read_record(&self, seen: Option<Seen>) {
         let (vm, back) = (self.vm.clone(), self.to_back.clone());
         let witness = self.env.witness.clone();
         tokio::spawn(async move {
@@ -333,8 +336,8 @@ impl VmDriver {
                 None => Input::ReadFailed {
                     reason: "this cluster has no witness".into(),
                 },
-                Some(witness) => match witness.read(&vm).await {
-                    Ok(record) => Input::RecordRead(record.map(unproven)),
+                Some(witness) => match witness.read(&vm, seen).await {
+                    Ok(committed) => Input::RecordRead(committed),
                     Err(error) => Input::ReadFailed {
                         reason: sentence(&error),
                     },
@@ -344,7 +347,7 @@ impl VmDriver {
         });
     }
 
-    fn swap_record(&self, expect: Option<crate::protocol::Version>, new: crate::protocol::Record) {
+    fn swap_record(&self, expect: Option<Version>, new: Record, seen: Option<Seen>) {
         let (vm, back) = (self.vm.clone(), self.to_back.clone());
         let witness = self.env.witness.clone();
         tokio::spawn(async move {
@@ -352,7 +355,7 @@ impl VmDriver {
                 None => crate::protocol::Swapped::Unknown {
                     reason: "this cluster has no witness".into(),
                 },
-                Some(witness) => witness.swap(&vm, expect, new).await,
+                Some(witness) => witness.swap(&vm, expect, new, seen).await,
             };
             let _ = back.send(Back::Input(Input::RecordSwapped(swapped)));
         });

@@ -12,7 +12,7 @@ use crate::agent::frames::{DropReason, FrameEvent};
 use crate::agent::journal::Incident;
 use crate::agent::operator::{VmAnswer, VmQuestion};
 use crate::agent::vm_process::{FromVm, IpcError};
-use crate::protocol::{Input, Message, Span};
+use crate::protocol::{Event, Input, Message, Span};
 use crate::sentence::sentence;
 
 /// What comes from the VMM process: a message, its end, or nonsense.
@@ -32,7 +32,8 @@ impl VmDriver {
                 if let Input::PeerDown(peer) = &input {
                     self.streams.stop(peer);
                 }
-                self.inputs.push_back(input);
+                let believed = self.believed(input);
+                self.inputs.extend(believed);
             }
             ToDriver::Gateway(who, stream) => self.gateways.accept(stream, who, now()),
             ToDriver::Operator(question, reply) => {
@@ -42,6 +43,21 @@ impl VmDriver {
                 }
             }
         }
+    }
+
+    /// What is left of it without a record that no witness has signed.
+    fn believed(&self, input: Input) -> Option<Input> {
+        let Input::Message { from, message } = input else {
+            return Some(input);
+        };
+        let (message, forged) = self.env.reports.sift(&self.vm, message);
+        if let Some(error) = forged {
+            let peer = from.clone();
+            let what = format!("relays a record that is not believed: {error}");
+            let misbehaved = Event::PeerMisbehaved { peer, what };
+            self.env.journal.write(Some(&self.vm), misbehaved);
+        }
+        message.map(|message| Input::Message { from, message })
     }
 
     /// The answer to a question; `None` when there is no room for an order.

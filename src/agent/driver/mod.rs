@@ -42,6 +42,7 @@ use crate::agent::link::Link;
 use crate::agent::operator::{VmAnswer, VmQuestion};
 use crate::agent::vm_process::FromVm;
 use crate::agent::witness::client::WitnessClient;
+use crate::agent::witness::reporter::Reports;
 use crate::config::Config;
 use crate::gateway::frames::Boot;
 use crate::protocol::{self, HostName, Input, Message, Node, Span, Time, VmName};
@@ -104,6 +105,8 @@ pub struct Surroundings {
     pub link: Link<HostMessage>,
     /// Who keeps the records; a cluster without one changes no records.
     pub witness: Option<WitnessClient>,
+    /// What this host has seen of records, and whether a record is to be believed.
+    pub reports: Arc<Reports>,
     /// Where decisions are written down.
     pub journal: Arc<Journal>,
     /// The memory that all guests may have together.
@@ -242,6 +245,9 @@ impl VmDriver {
         if let Some(damage) = &damage {
             let why = damage.to_string();
             env.journal.write(Some(&vm), Incident::LogSetAside { why });
+        }
+        if let Some(seen) = &durable.seen {
+            env.reports.saw(&vm, seen);
         }
         let restored = protocol::Restored {
             durable: durable.clone(),

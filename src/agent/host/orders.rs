@@ -142,6 +142,7 @@ impl Agent {
         tokio::spawn(async move {
             let answer = match remove_folder(&env, &vm, running).await {
                 Ok(()) => {
+                    env.reports.forget(&vm);
                     let why = "an operator removed it".to_owned();
                     env.journal.write(Some(&vm), Incident::VmRemoved { why });
                     Answer::Done
@@ -170,6 +171,7 @@ impl Agent {
             now: clock::now(),
             peers: peers.collect(),
             journal: *self.env.journal.written().borrow(),
+            witness: self.env.witness.as_ref().map(|_| self.env.reports.health()),
             vms: Vec::new(),
             silent: self.unreadable(),
             link: LinkFigures {
@@ -255,13 +257,17 @@ async fn may_remove(env: &Surroundings, vm: &VmName, known: Option<&Record>) -> 
     let witness = env.witness.as_ref().ok_or_else(|| {
         format!("this cluster has no witness, so nobody can say whether {vm} is wanted here")
     })?;
-    let kept = witness.read(vm).await.map_err(|error| {
+    let kept = witness.kept(vm).await.map_err(|error| {
         format!(
             "the witness does not answer ({}): it has to say first whether a copy of {vm} is \
              wanted here",
             sentence(&error)
         )
     })?;
+    if let Some(set_back) = kept.set_back {
+        return Err(set_back.to_string());
+    }
+    let kept = kept.committed.map(|committed| committed.record);
     let host = &env.host;
     match (&kept, known) {
         (Some(record), _) if record.concerns(host) => Err(format!(

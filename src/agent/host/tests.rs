@@ -66,7 +66,8 @@ impl Stage {
         let endpoint = Endpoint::bind(&credentials, at(0)).expect("an endpoint");
         let (wishes, wished) = mpsc::channel(64);
         let introduction = Introduction::of_this_host();
-        let made = Agent::new(config, None, introduction, &endpoint, wishes);
+        let verifier = Verifier::new(&credentials.authority).expect("a verifier");
+        let made = Agent::new(config, None, introduction, &endpoint, verifier, wishes);
         let (agent, events) = made.expect("an agent");
         Self {
             agent,
@@ -240,7 +241,7 @@ async fn a_vm_is_removed_only_where_its_record_does_not_want_it() {
     });
     let client = stage.agent.env.witness.clone().expect("a witness");
     let new = record("a", &["a", "b"]);
-    while let Swapped::Unknown { .. } = client.swap(&vm("wanted"), None, new.clone()).await {}
+    while let Swapped::Unknown { .. } = client.swap(&vm("wanted"), None, new.clone(), None).await {}
     let why = refused(stage.remove("wanted").await);
     assert!(why.contains("names a"), "{why}");
     assert!(stage.folder("wanted").exists());

@@ -1,103 +1,17 @@
 //! The witness over real QUIC, with real files.
 
-use std::fs;
-use std::net::SocketAddr;
 use std::time::Duration;
 
-use replay_log::{LogIndex, Term};
+use replay_log::Term;
 use tokio::time::timeout;
 
-use super::client::{AskError, WitnessClient, unproven};
+use super::client::AskError;
+use super::testing::{Cluster, any_port, conflict, done, member, record, unknown, version, vm};
 use super::*;
-use crate::agent::certs::authority::Authority;
-use crate::agent::certs::{Credentials, Name};
-use crate::agent::link::Peer;
-use crate::protocol::{Epoch, Incarnation, Lineage, Member, Policy, Swapped};
+use crate::protocol::{Epoch, Swapped};
 
 /// Only keeps a broken test from hanging.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-fn vm() -> VmName {
-    VmName::new("ledger").expect("a name")
-}
-
-fn member(host: &str) -> Member {
-    Member {
-        host: HostName::new(host).expect("a name"),
-        incarnation: Incarnation(1),
-    }
-}
-
-fn record(term: u64, epoch: u64, primary: &str, members: &[&str]) -> Record {
-    Record {
-        lineage: Lineage(1),
-        through: LogIndex::START,
-        begins: LogIndex::START,
-        loss: false,
-        failed: None,
-        term: Term(term),
-        epoch: Epoch(epoch),
-        primary: member(primary),
-        members: members.iter().map(|host| member(host)).collect(),
-        hosts: vec![],
-        policy: Policy::default(),
-    }
-}
-
-#[allow(clippy::unnecessary_wraps)] // What is expected is always an option.
-fn version(term: u64, epoch: u64) -> Option<Version> {
-    Some(Version {
-        term: Term(term),
-        epoch: Epoch(epoch),
-    })
-}
-
-struct Cluster {
-    authority: Authority,
-    witness: Credentials,
-    folder: tempfile::TempDir,
-}
-
-impl Cluster {
-    fn new() -> Self {
-        let authority = Authority::generate().expect("an authority");
-        let witness = Self::issue(&authority, Role::Witness, "w");
-        Self {
-            authority,
-            witness,
-            folder: tempfile::tempdir().expect("a temporary folder"),
-        }
-    }
-
-    fn issue(authority: &Authority, role: Role, name: &str) -> Credentials {
-        let name = name.parse::<Name>().expect("a name");
-        authority
-            .issue(&Identity { role, name })
-            .expect("a certificate")
-    }
-
-    /// Starts the witness; it ends when the task is aborted and the endpoint closed.
-    fn start(&self, at: SocketAddr) -> (Endpoint, tokio::task::JoinHandle<()>) {
-        let keeper = FileKeeper::open(self.folder.path()).expect("records");
-        let endpoint = Endpoint::bind(&self.witness, at).expect("an endpoint");
-        let serving = endpoint.clone();
-        let task = tokio::spawn(async move { serve(&serving, Arc::new(keeper)).await });
-        (endpoint, task)
-    }
-
-    fn client(&self, role: Role, name: &str, at: &Endpoint) -> WitnessClient {
-        let us = Endpoint::client(&Self::issue(&self.authority, role, name)).expect("an endpoint");
-        let witness = Peer {
-            identity: self.witness.identity.clone(),
-            address: at.local_address().expect("bound").into(),
-        };
-        WitnessClient::new(&us, witness)
-    }
-}
-
-fn any_port() -> SocketAddr {
-    ([127, 0, 0, 1], 0).into()
-}
 
 #[tokio::test]
 async fn a_record_changes_only_from_what_was_expected_and_by_its_copies() {
@@ -107,62 +21,58 @@ async fn a_record_changes_only_from_what_was_expected_and_by_its_copies() {
     let b = cluster.client(Role::Host, "b", &endpoint);
     let c = cluster.client(Role::Host, "c", &endpoint);
 
-    assert_eq!(a.read(&vm()).await.expect("an answer"), None);
+    assert_eq!(a.read(&vm(), None).await.expect("an answer"), None);
     let first = record(1, 1, "a", &["b"]);
     assert_eq!(
-        a.swap(&vm(), None, first.clone()).await,
-        Swapped::Done(unproven(first.clone()))
+        done(&a.swap(&vm(), None, first.clone(), None).await),
+        Some(&first)
     );
     // An answer that was lost: asking again says the same.
     assert_eq!(
-        a.swap(&vm(), None, first.clone()).await,
-        Swapped::Done(unproven(first.clone()))
+        done(&a.swap(&vm(), None, first.clone(), None).await),
+        Some(&first)
     );
     // Another creation comes too late.
-    assert_eq!(
-        c.swap(&vm(), None, record(1, 1, "c", &[])).await,
-        Swapped::Conflict(Some(unproven(first.clone())))
-    );
+    let late = c.swap(&vm(), None, record(1, 1, "c", &[]), None).await;
+    assert_eq!(conflict(&late), Some(&first));
     // A host that the record does not name.
-    let usurped = c.swap(&vm(), version(1, 1), record(2, 2, "c", &[])).await;
+    let usurped = c
+        .swap(&vm(), version(1, 1), record(2, 2, "c", &[]), None)
+        .await;
     assert!(matches!(&usurped, Swapped::Unknown { reason } if reason.contains("no copy")));
     // A replica may not shrink its primary's record, nor claim for another.
     for new in [record(1, 2, "a", &[]), record(2, 2, "a", &["b"])] {
-        let refused = b.swap(&vm(), version(1, 1), new).await;
+        let refused = b.swap(&vm(), version(1, 1), new, None).await;
         assert!(
             matches!(&refused, Swapped::Unknown { reason } if reason.contains("only a host itself")),
             "{refused:?}"
         );
     }
     // Numbers that do not rise by one.
-    let leap = a.swap(&vm(), version(1, 1), record(1, 3, "a", &[])).await;
+    let leap = a
+        .swap(&vm(), version(1, 1), record(1, 3, "a", &[]), None)
+        .await;
     assert!(matches!(leap, Swapped::Unknown { .. }));
-    assert_eq!(c.read(&vm()).await.expect("an answer"), Some(first.clone()));
+    // A term from which nobody could claim another.
+    let wild = record(u64::MAX, 2, "a", &[]);
+    let wild = a.swap(&vm(), version(1, 1), wild, None).await;
+    assert!(unknown(&wild).contains("far beyond"), "{wild:?}");
+    let kept = c.read(&vm(), None).await.expect("an answer");
+    assert_eq!(kept.map(|kept| kept.record), Some(first.clone()));
     // What is right is done, by a member's claim here, and of two that expect the same one wins.
     let claim = record(2, 2, "b", &[]);
     let shrink = record(1, 2, "a", &[]);
     let known = vm();
     let (one, other) = tokio::join!(
-        b.swap(&known, version(1, 1), claim.clone()),
-        a.swap(&known, version(1, 1), shrink.clone())
+        b.swap(&known, version(1, 1), claim.clone(), None),
+        a.swap(&known, version(1, 1), shrink.clone(), None)
     );
-    let now = a.read(&vm()).await.expect("an answer").expect("a record");
+    let now = a.read(&vm(), None).await.expect("an answer");
+    let now = now.expect("a record").record;
     if now == claim {
-        assert_eq!(
-            (one, other),
-            (
-                Swapped::Done(unproven(claim)),
-                Swapped::Conflict(Some(unproven(now)))
-            )
-        );
+        assert_eq!((done(&one), conflict(&other)), (Some(&claim), Some(&now)));
     } else {
-        assert_eq!(
-            (other, one),
-            (
-                Swapped::Done(unproven(shrink)),
-                Swapped::Conflict(Some(unproven(now)))
-            )
-        );
+        assert_eq!((done(&other), conflict(&one)), (Some(&shrink), Some(&now)));
     }
 }
 
@@ -177,15 +87,15 @@ async fn a_host_that_shall_have_a_copy_may_claim_and_nothing_else() {
         .map(|host| HostName::new(host).expect("a name"))
         .to_vec();
     assert_eq!(
-        a.swap(&vm(), None, first.clone()).await,
-        Swapped::Done(unproven(first.clone()))
+        done(&a.swap(&vm(), None, first.clone(), None).await),
+        Some(&first)
     );
     let joined = Record {
         epoch: Epoch(2),
         members: vec![member("b"), member("c")],
         ..first.clone()
     };
-    let refused = c.swap(&vm(), version(1, 1), joined).await;
+    let refused = c.swap(&vm(), version(1, 1), joined, None).await;
     assert!(matches!(refused, Swapped::Unknown { .. }));
     let forced = Record {
         term: Term(2),
@@ -195,8 +105,8 @@ async fn a_host_that_shall_have_a_copy_may_claim_and_nothing_else() {
         ..first
     };
     assert_eq!(
-        c.swap(&vm(), version(1, 1), forced.clone()).await,
-        Swapped::Done(unproven(forced))
+        done(&c.swap(&vm(), version(1, 1), forced.clone(), None).await),
+        Some(&forced)
     );
 }
 
@@ -207,14 +117,14 @@ async fn gateways_only_look_and_operators_only_create() {
     let operator = cluster.client(Role::Operator, "ann", &endpoint);
     let gateway = cluster.client(Role::Gateway, "g", &endpoint);
     let first = record(1, 1, "a", &["b"]);
-    let refused = gateway.swap(&vm(), None, first.clone()).await;
+    let refused = gateway.swap(&vm(), None, first.clone(), None).await;
     assert!(matches!(&refused, Swapped::Unknown { reason } if reason.contains("gateway")));
     assert_eq!(
-        operator.swap(&vm(), None, first.clone()).await,
-        Swapped::Done(unproven(first.clone()))
+        done(&operator.swap(&vm(), None, first.clone(), None).await),
+        Some(&first)
     );
     let refused = operator
-        .swap(&vm(), version(1, 1), record(1, 2, "a", &[]))
+        .swap(&vm(), version(1, 1), record(1, 2, "a", &[]), None)
         .await;
     assert!(matches!(&refused, Swapped::Unknown { reason } if reason.contains("operator")));
     let all = gateway.list().await.expect("an answer");
@@ -230,12 +140,12 @@ async fn watchers_hear_of_changes_and_records_survive_a_restart() {
     let mut watching = cluster.client(Role::Gateway, "g", &endpoint).follow(vm());
     let first = record(1, 1, "a", &["b"]);
     assert_eq!(
-        a.swap(&vm(), None, first.clone()).await,
-        Swapped::Done(unproven(first.clone()))
+        done(&a.swap(&vm(), None, first.clone(), None).await),
+        Some(&first)
     );
     let until = async |watching: &mut client::Following, wanted: &Record| {
         timeout(PATIENCE, async {
-            while watching.latest().as_ref() != Some(wanted) {
+            while watching.latest().map(|kept| kept.record).as_ref() != Some(wanted) {
                 watching.changed().await;
             }
         })
@@ -247,9 +157,10 @@ async fn watchers_hear_of_changes_and_records_survive_a_restart() {
     endpoint.close().await;
     task.abort();
     drop(endpoint);
-    assert!(matches!(a.read(&vm()).await, Err(AskError::Request(_))));
-    // A change that was cut off by the crash is no record.
-    fs::write(cluster.folder.path().join("ledger.json.new"), b"{").expect("written");
+    assert!(matches!(
+        a.read(&vm(), None).await,
+        Err(AskError::Request(_))
+    ));
     let (_endpoint, _task) = loop {
         // The old socket goes when its last task has ended.
         if std::net::UdpSocket::bind(address).is_ok() {
@@ -257,49 +168,114 @@ async fn watchers_hear_of_changes_and_records_survive_a_restart() {
         }
         tokio::task::yield_now().await;
     };
-    assert_eq!(a.read(&vm()).await.expect("an answer"), Some(first));
+    let kept = a.read(&vm(), None).await.expect("an answer");
+    assert_eq!(kept.map(|kept| kept.record), Some(first));
     let second = record(1, 2, "a", &[]);
     assert_eq!(
-        a.swap(&vm(), version(1, 1), second.clone()).await,
-        Swapped::Done(unproven(second.clone()))
+        done(&a.swap(&vm(), version(1, 1), second.clone(), None).await),
+        Some(&second)
     );
     until(&mut watching, &second).await;
 }
 
-#[tokio::test]
-async fn a_damaged_record_keeps_the_witness_from_starting() {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let keeper = FileKeeper::open(folder.path()).expect("records");
-    let first = record(1, 1, "a", &["b"]);
-    keeper.swap(vm(), None, first).await.expect("kept");
-    let file = folder.path().join("ledger.json");
-    let good = fs::read_to_string(&file).expect("written");
-    fs::write(&file, good.replace("\"b\"", "\"a\"")).expect("written");
-    assert!(matches!(
-        FileKeeper::open(folder.path()),
-        Err(OpenError::Damaged { .. })
-    ));
-    fs::write(&file, good).expect("written");
-    fs::write(folder.path().join("notes.txt"), b"x").expect("written");
-    assert!(matches!(
-        FileKeeper::open(folder.path()),
-        Err(OpenError::Foreign { .. })
-    ));
+/// Does nothing quickly.
+struct SlowKeeper {
+    keeper: FileKeeper,
+    disk: tokio::sync::Mutex<()>,
+}
+
+/// What a change takes.
+const SLOW: Duration = Duration::from_secs(3);
+
+impl RecordKeeper for SlowKeeper {
+    async fn read(&self, vm: &VmName) -> Result<Kept, KeeperError> {
+        self.keeper.read(vm).await
+    }
+
+    async fn swap(&self, change: Change) -> Result<Swap, KeeperError> {
+        let _one_at_a_time = self.disk.lock().await;
+        tokio::time::sleep(SLOW).await;
+        self.keeper.swap(change).await
+    }
+
+    async fn set_back(&self, vm: VmName, seen: Seen) -> Result<(), KeeperError> {
+        self.keeper.set_back(vm, seen).await
+    }
+
+    async fn restore(
+        &self,
+        newest: BTreeMap<VmName, Record>,
+        forced: bool,
+        settle: bool,
+    ) -> Result<BTreeMap<VmName, Restored>, KeeperError> {
+        self.keeper.restore(newest, forced, settle).await
+    }
+
+    fn watch(&self, vm: &VmName) -> watch::Receiver<Kept> {
+        self.keeper.watch(vm)
+    }
+
+    async fn list(&self) -> Result<BTreeMap<VmName, Kept>, KeeperError> {
+        self.keeper.list().await
+    }
+
+    fn health(&self) -> KeeperHealth {
+        self.keeper.health()
+    }
 }
 
 #[tokio::test]
-async fn a_keeper_whose_disk_fails_promises_nothing_more() {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let path = folder.path().join("records");
-    let keeper = FileKeeper::open(&path).expect("records");
+async fn a_witness_that_takes_three_seconds_for_a_change_comes_through() {
+    let cluster = Cluster::new();
+    let slow = SlowKeeper {
+        keeper: cluster.keeper(),
+        disk: tokio::sync::Mutex::default(),
+    };
+    let (endpoint, _task) = cluster.start_with(slow, any_port(), Duration::ZERO);
+    let a = cluster.client(Role::Host, "a", &endpoint);
     let first = record(1, 1, "a", &["b"]);
-    keeper.swap(vm(), None, first.clone()).await.expect("kept");
-    fs::remove_dir_all(&path).expect("removed");
+    // As the protocol asks: the same again, until it is known.
+    let mut asked = 0;
+    let swapped = loop {
+        asked += 1;
+        assert!(asked <= 4, "a client that learns nothing of how slow it is");
+        match a.swap(&vm(), None, first.clone(), None).await {
+            Swapped::Unknown { .. } => {}
+            known => break known,
+        }
+    };
+    assert_eq!(done(&swapped), Some(&first));
+    // By now it is known how long to wait.
     let second = record(1, 2, "a", &[]);
-    let failed = keeper.swap(vm(), version(1, 1), second.clone()).await;
-    assert!(matches!(failed, Err(KeeperError::Disk { .. })));
-    fs::create_dir(&path).expect("made");
-    let stopped = keeper.swap(vm(), version(1, 1), second).await;
-    assert!(matches!(stopped, Err(KeeperError::Stopped)));
-    assert_eq!(keeper.read(&vm()).await.expect("an answer"), Some(first));
+    let swapped = a.swap(&vm(), version(1, 1), second.clone(), None).await;
+    assert_eq!(done(&swapped), Some(&second));
+}
+
+#[tokio::test]
+async fn what_the_witness_says_is_signed() {
+    let cluster = Cluster::new();
+    let (endpoint, _task) = cluster.start(any_port());
+    let a = cluster.client(Role::Host, "a", &endpoint);
+    let verifier = Verifier::new(&cluster.witness.authority).expect("a verifier");
+    let mut following = a.follow(vm());
+    let mut said = Vec::new();
+    match a.swap(&vm(), None, record(1, 1, "a", &["b"]), None).await {
+        Swapped::Done(committed) => said.push(committed),
+        other => panic!("not done: {other:?}"),
+    }
+    match a.swap(&vm(), None, record(1, 1, "a", &[]), None).await {
+        Swapped::Conflict(committed) => said.extend(committed),
+        other => panic!("no conflict: {other:?}"),
+    }
+    said.extend(a.read(&vm(), None).await.expect("an answer"));
+    let all = a.list_kept().await.expect("an answer");
+    said.extend(all.into_values().filter_map(|kept| kept.committed));
+    while following.latest().is_none() {
+        following.changed().await;
+    }
+    said.extend(following.latest());
+    assert_eq!(said.len(), 5);
+    for committed in said {
+        assert_eq!(verifier.verify(&vm(), &committed), Ok(()));
+    }
 }

@@ -102,6 +102,7 @@ impl Told {
             now: Time::from_nanos(10_000_000_000),
             peers: BTreeMap::new(),
             journal: 0,
+            witness: None,
             vms: vec![vm],
             link: LinkFigures::default(),
             silent: BTreeMap::new(),

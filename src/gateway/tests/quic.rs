@@ -14,9 +14,12 @@ use tokio::task::{AbortHandle, JoinSet};
 use super::failover::{COPIES, Cluster, Order, count, vm};
 use super::guest::{COUNT, stack_config};
 use crate::agent::certs::authority::Authority;
+use crate::agent::certs::proof::{Signer, Verifier};
 use crate::agent::certs::{Credentials, Identity, Name, Role};
 use crate::agent::link::{Endpoint, StreamKind};
-use crate::agent::witness::keeper::{FileKeeper, RecordKeeper};
+use crate::agent::witness::file_keeper::FileKeeper;
+use crate::agent::witness::keeper::{Change, RecordKeeper, Swap};
+use crate::agent::witness::reporter::{Reports, relay};
 use crate::agent::witness::serve;
 use crate::config::{Config, Witness};
 use crate::gateway::{Gateway, GatewayConfig, Publish, Reign, StackConfig};
@@ -81,7 +84,8 @@ impl WitnessProcess {
         let endpoint = Endpoint::bind(&self.credentials, self.address).expect("an endpoint");
         self.address = endpoint.local_address().expect("bound");
         let (serving, keeper) = (endpoint.clone(), Arc::clone(&self.keeper));
-        let task = tokio::spawn(async move { serve(&serving, keeper).await });
+        let verifier = Verifier::new(&self.credentials.authority).expect("a verifier");
+        let task = tokio::spawn(async move { serve(&serving, keeper, verifier).await });
         self.running = Some((endpoint, task.abort_handle()));
     }
 
@@ -102,9 +106,11 @@ fn start_hosts(copies: usize, at_once: bool) -> Hosts {
         .issue_into(&config.folder, &config.identity())
         .expect("certificates");
 
-    let keeper = FileKeeper::open(&folder.path().join("records")).expect("records");
+    let witness = credentials(&authority, &Identity::witness(&name("witness")));
+    let signer = Signer::new(&witness).expect("a signer");
+    let keeper = FileKeeper::open(&folder.path().join("records"), signer).expect("records");
     let mut witness = WitnessProcess {
-        credentials: credentials(&authority, &Identity::witness(&name("witness"))),
+        credentials: witness,
         keeper: Arc::new(keeper),
         address: ANYWHERE.into(),
         running: None,
@@ -115,6 +121,8 @@ fn start_hosts(copies: usize, at_once: bool) -> Hosts {
         address: witness.address.into(),
     });
 
+    let verifier = Verifier::new(&witness.credentials.authority).expect("a verifier");
+    let reports = Arc::new(Reports::new(verifier));
     let (opened, streams) = mpsc::channel::<(usize, HostStream)>(4);
     for index in 0..copies {
         let name = name(&host_name(index));
@@ -124,6 +132,8 @@ fn start_hosts(copies: usize, at_once: bool) -> Hosts {
         let address = endpoint.local_address().expect("bound");
         config.hosts.insert(name, address.into());
         let mut incoming = endpoint.serve(StreamKind::Frames, 4);
+        let (relaying, seen) = (endpoint.clone(), Arc::clone(&reports));
+        tokio::spawn(async move { relay(&relaying, seen).await });
         let opened = opened.clone();
         tokio::spawn(async move {
             // The endpoint lives as long as its streams are taken.
@@ -142,9 +152,16 @@ fn start_hosts(copies: usize, at_once: bool) -> Hosts {
     tokio::spawn(async move {
         while let Some(reign) = news.recv().await {
             let known = keeper.read(&vm()).await.expect("records");
-            let expect = known.map(|record| record.version());
-            let swap = keeper.swap(vm(), expect, record(&reign, copies)).await;
-            swap.expect("the record changes");
+            let change = Change {
+                vm: vm(),
+                expect: known.committed.map(|known| known.record.version()),
+                new: record(&reign, copies),
+                seen: None,
+            };
+            match keeper.swap(change).await.expect("records") {
+                Swap::Done(committed) => reports.saw(&vm(), &committed),
+                other => panic!("the record does not change: {other:?}"),
+            }
         }
     });
     let (orders, received) = mpsc::channel(4);
@@ -212,6 +229,28 @@ async fn primaries_die_and_the_witness_rests_while_clients_count() {
     let counts = metrics.read();
     assert_eq!((counts.term, counts.welcomes), (6, 6));
     assert_eq!((counts.clients_reset, counts.fresh_starts), (0, 0));
+}
+
+#[tokio::test]
+async fn a_gateway_that_is_cut_off_from_the_witness_finds_the_new_primary_by_the_hosts() {
+    let mut hosts = start_hosts(COPIES, false);
+    let gateway = gateway(stack_config()).await;
+    let (address, metrics) = (gateway.addresses()[0], gateway.metrics());
+    let config = hosts.config.clone();
+    tokio::spawn(async move { gateway.run_in_cluster(&config, vm()).await });
+    assert_eq!(all_counted(address, 5, 100).await, 500);
+    hosts.witness.stop().await;
+    kill(&hosts).await;
+    assert_eq!(all_counted(address, 5, 100).await, 1_000);
+    let counts = metrics.read();
+    assert_eq!((counts.term, counts.welcomes), (2, 2));
+    assert_eq!((counts.clients_reset, counts.fresh_starts), (0, 0));
+    // One that has never heard of the witness finds it, too.
+    let newcomer = self::gateway(stack_config()).await;
+    let address = newcomer.addresses()[0];
+    let config = hosts.config.clone();
+    tokio::spawn(async move { newcomer.run_in_cluster(&config, vm()).await });
+    assert_eq!(all_counted(address, 1, 100).await, 1_100);
 }
 
 /// The processor time of this thread.
