@@ -10,9 +10,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::MissedTickBehavior;
 
 use super::budget::Budget;
 use super::bulk;
@@ -39,6 +41,8 @@ use inbox::{INBOX, Running};
 
 /// The record of a VM that another host speaks of is asked for no more often than this.
 const ASK_AGAIN: Span = Span::from_millis(300);
+/// How often the protocol is told how far the other hosts are.
+const DISTANCE_EVERY: Duration = Duration::from_secs(1);
 /// A VM that could not be opened is not opened again before.
 const OPEN_AGAIN: Span = Span::from_millis(10_000);
 /// So many VMs that are not looked after here are remembered.
@@ -377,6 +381,8 @@ impl Agent {
         let mut frames = self.endpoint.serve(StreamKind::Frames, 16);
         let mut orders = operator::serve(&self.endpoint, &self.env.journal);
         let (opened, mut gateways) = mpsc::channel(16);
+        let mut measure = tokio::time::interval(DISTANCE_EVERY);
+        measure.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // Nothing here waits for a driver, not even for room in its inbox.
         loop {
             tokio::select! {
@@ -397,6 +403,7 @@ impl Agent {
                     }
                 }
                 Some(wish) = wished.recv() => self.grant(wish),
+                _ = measure.tick() => self.tell_distances(),
                 else => return,
             }
         }

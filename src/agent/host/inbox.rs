@@ -60,9 +60,11 @@ impl Running {
         if self.deaf_to.contains(about) {
             return Told::Well;
         }
-        // Whatever a datagram says is said again.
-        let may_be_lost =
-            matches!(&input, Input::Message { message, .. } if message.lane() == Lane::Datagram);
+        // What a datagram says is said again, and so are distances.
+        let may_be_lost = match &input {
+            Input::Message { message, .. } => message.lane() == Lane::Datagram,
+            input => matches!(input, Input::Distance { .. }),
+        };
         match self.inbox.try_send(ToDriver::Heard(input)) {
             Err(mpsc::error::TrySendError::Full(_)) if !may_be_lost => {
                 let first = self.deaf_to.is_empty();

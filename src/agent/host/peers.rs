@@ -7,7 +7,7 @@ use super::super::journal::Incident;
 use super::super::link::LinkEvent;
 use super::inbox::Told;
 use super::{Agent, Wish};
-use crate::protocol::{HostName, Input, VmName};
+use crate::protocol::{HostName, Input, Span, VmName};
 
 impl Agent {
     pub(super) fn link_event(&mut self, event: LinkEvent<HostMessage>) {
@@ -100,6 +100,21 @@ impl Agent {
             ))
         });
         unfit.next().map_or(Ok(()), Err)
+    }
+
+    /// Tells all drivers how far the connected hosts are.
+    pub(super) fn tell_distances(&mut self) {
+        for host in self.up.clone() {
+            if let Some(trip) = self.env.link.round_trip(host.as_str()) {
+                let nanos = u64::try_from(trip.as_nanos()).unwrap_or(u64::MAX);
+                let rtt = Span::from_nanos(nanos);
+                let far = Input::Distance {
+                    host: host.clone(),
+                    rtt,
+                };
+                self.tell_all(&host, &far);
+            }
+        }
     }
 
     fn tell_all(&mut self, about: &HostName, input: &Input) {

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use replay_log::{LogIndex, LogTip, Term};
 use tempfile::TempDir;
 use tokio::sync::mpsc::Receiver;
+use tokio::time::timeout;
 
 use super::*;
 use crate::agent::certs::{Identity, Name, Role};
@@ -17,6 +18,9 @@ use crate::protocol::{
     Epoch, Event, Incarnation, Lineage, Member, Message, PROTOCOL_VERSION, Policy, Record, Swapped,
     Version,
 };
+
+/// Only keeps a broken test from hanging.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 fn name(text: &str) -> Name {
     text.parse().expect("a name")
@@ -325,14 +329,17 @@ async fn a_state_that_cannot_be_written_is_written_later() {
     let journal = Arc::clone(&stage.agent.env.journal);
     let until = async |wanted: fn(&Event) -> bool| {
         let mut written = journal.written();
-        loop {
-            let lines = journal.read(0, 100).await.expect("lines");
-            let says = |what: &What| matches!(what, What::Decision(event) if wanted(event));
-            if lines.iter().any(|line| says(&line.what)) {
-                return;
+        let says = |what: &What| matches!(what, What::Decision(event) if wanted(event));
+        let waiting = async {
+            loop {
+                let lines = journal.read(0, 100).await.expect("lines");
+                if lines.iter().any(|line| says(&line.what)) {
+                    return;
+                }
+                written.changed().await.expect("it goes on");
             }
-            written.changed().await.expect("it goes on");
-        }
+        };
+        timeout(PATIENCE, waiting).await.expect("in time");
     };
     until(|event| matches!(event, Event::StoreFull { .. })).await;
     assert!(!stage.folder("books").join("state.json").exists());

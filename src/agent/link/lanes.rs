@@ -96,6 +96,12 @@ impl<M: LinkMessage> Link<M> {
             .get(peer)
             .map(|session| session.id)
     }
+
+    /// A round trip to a connected peer, as measured lately.
+    pub fn round_trip(&self, peer: &str) -> Option<Duration> {
+        let sessions = lock(&self.shared.sessions);
+        sessions.get(peer).map(|session| session.round_trip())
+    }
 }
 
 /// Brings accepted connections to the tasks of their peers.

@@ -119,6 +119,11 @@ pub(super) struct Session {
 }
 
 impl Session {
+    /// A round trip to the peer, as measured lately.
+    pub(super) fn round_trip(&self) -> Duration {
+        self.connection.rtt()
+    }
+
     /// Queues a message; never waits.
     pub(super) fn send<M: LinkMessage>(&self, message: &M) -> Result<(), SendRefused> {
         match message.lane() {

@@ -122,6 +122,10 @@ async fn pair() -> Pair {
 #[tokio::test]
 async fn every_lane_carries_both_ways_in_order() {
     let mut pair = pair().await;
+    // On loopback, and measured: whoever is not connected is at no distance.
+    let trip = pair.a.round_trip("b").expect("they are connected");
+    assert!(trip > Duration::ZERO && trip < PATIENCE, "{trip:?}");
+    assert_eq!(pair.a.round_trip("c"), None);
     for number in 0..200u32 {
         let word = Said::Word(number.to_string());
         pair.a.send("b", &word).expect("queued");
