@@ -99,17 +99,16 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             start_vm(&client, &primary, &args.vm, &order).await
         };
         let journal = journal.or_fail()?;
-        output::line(format_args!(
-            "{}",
-            capital(&policy.rule.survives(hosts.len()))
-        ))?;
+        let survives = capital(&policy.rule.survives(hosts.len()));
         let wanted = Wanted { hosts, policy };
         if args.wait > 0 {
-            return wait(&client, args, &wanted, journal).await;
+            let holds = wait(&client, args, &wanted, journal).await?;
+            return output::line(format_args!("{survives}\n{holds}"));
         }
         match refusal(&client, &primary, &args.vm, journal).await {
+            Ok(None) => output::line(survives),
             Ok(Some(why)) => Err(why).or_fail(),
-            refused => refused.map(|_| ()).or_fail(),
+            Err(error) => Err(error).or_fail(),
         }
     })
 }
@@ -275,8 +274,13 @@ fn come(look: &Look, vm: &VmName, record: &Record, wanted: &Wanted) -> Come {
     Come::Holds(text)
 }
 
-/// Waits until what was ordered holds, or the primary refuses.
-async fn wait(client: &Client, args: &Args, wanted: &Wanted, journal: u64) -> Result<(), Failure> {
+/// Waits until what was ordered holds, or the primary refuses; how the VM stands then, in a sentence.
+async fn wait(
+    client: &Client,
+    args: &Args,
+    wanted: &Wanted,
+    journal: u64,
+) -> Result<String, Failure> {
     let until = Instant::now() + Duration::from_secs(args.wait);
     let bar = output::spinner();
     loop {
@@ -295,7 +299,7 @@ async fn wait(client: &Client, args: &Args, wanted: &Wanted, journal: u64) -> Re
         let lacks = match come {
             Come::Holds(text) => {
                 bar.finish_and_clear();
-                return output::line(text);
+                return Ok(text);
             }
             Come::Lacks(what) => what,
         };

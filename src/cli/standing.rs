@@ -336,14 +336,17 @@ impl<'a> Standing<'a> {
             more => format!("without {more} entries that are known to be committed"),
         };
         let mut text = format!("{to} would go on from entry {longest} of the log, {lacks}");
+        let primary = &self.record.primary.host;
         match node.primary_silence {
+            _ if to == primary => text.push_str(
+                "; whatever it acknowledged as the primary and had in memory only is lost",
+            ),
             Some(silence) => {
                 let silence = Duration::from_nanos(silence.as_nanos());
                 let _ = write!(
                     text,
-                    "; whatever was acknowledged in the last {}, since {to} has heard {}, may be lost",
-                    output::span(silence),
-                    self.record.primary.host
+                    "; whatever was acknowledged in the last {}, since {to} has heard {primary}, may be lost",
+                    output::span(silence)
                 );
             }
             None => text.push_str("; whatever was acknowledged later may be lost"),

@@ -331,6 +331,13 @@ fn what_an_order_costs_is_told_beforehand() {
          whatever was acknowledged in the last 61.5 s, since c has heard a, may be lost; a cannot be \
          asked for more"
     );
+    let told = Told::default().says("a", node(RoleName::Learner, &record));
+    assert_eq!(
+        told.cost("a"),
+        "a would go on from entry 100 of the log, lacking nothing that is known to be committed; \
+         whatever it acknowledged as the primary and had in memory only is lost; b, c cannot be asked \
+         for more"
+    );
     let mut empty = node(RoleName::Learner, &record);
     empty.stored = LogIndex(0);
     let told = Told::default().says("a", empty).is_down("b").is_down("c");
