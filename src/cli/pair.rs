@@ -338,7 +338,7 @@ mod tests {
 
     use super::*;
     use crate::cli::standing::tests::{Told, host, node, record, shop};
-    use crate::protocol::{Acks, Incarnation};
+    use crate::protocol::{Acks, Health, Incarnation};
 
     #[derive(Parser)]
     struct Cli {
@@ -437,13 +437,12 @@ mod tests {
             come(&told),
             Come::Holds("shop holds: a runs it in term 3, 2 copies, b may succeed.".to_owned())
         );
-        let told = told.but("b", |vm| {
-            vm.failure = Some("the log's beginning is gone".to_owned());
-        });
+        let told = told.but("b", |vm| vm.node.health = Health::Unable);
         assert_eq!(
             come(&told),
             Come::Lacks(
-                "the copy on b, which cannot be started: the log's beginning is gone".to_owned()
+                "the copy on b, which cannot be started: its VMM does not come to the end of what it holds"
+                    .to_owned()
             )
         );
         // After a power failure the record is as it was, and nobody runs anything.

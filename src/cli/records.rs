@@ -6,13 +6,10 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::standing::{Look, all};
+use super::standing::{Look, RECOVER, all};
 use crate::agent::operator::Client;
 use crate::protocol::{Record, Version, VmName};
 use crate::sentence::sentence;
-
-/// The order that puts back what hosts know.
-const RECOVER: &str = "'understudy witness recover' gives it back what the hosts know";
 
 /// What the witness has, or why that is not known.
 pub type Records = Result<BTreeMap<VmName, Record>, String>;

@@ -156,6 +156,9 @@ fn text(look: &Look, witness: &WitnessState) -> String {
                     status.version,
                     status.peers.len()
                 );
+                for (vm, why) in &status.silent {
+                    let _ = writeln!(text, "host {host}: can tell nothing of {vm}: {why}");
+                }
             }
             Err(error) => {
                 let _ = writeln!(text, "host {host}: {}", sentence(error));
@@ -219,6 +222,16 @@ fn row(
         remarks.push(format!("output stalled for {}", ago(now, since)));
     }
     remarks.extend(seen.guest.as_ref().and_then(guest_state));
+    if let Some(fetching) = seen.fetching {
+        remarks.push(format!(
+            "fetches its disks: {} of {}",
+            output::bytes(fetching.bytes),
+            output::bytes(fetching.of)
+        ));
+    }
+    if let Some(why) = &node.full {
+        remarks.push(format!("its disk takes nothing more: {why}"));
+    }
     remarks.extend(seen.failure.clone());
     if !standing.record.concerns(host) {
         remarks.push(format!(

@@ -154,13 +154,15 @@ fn who_runs_it_and_who_may_succeed_and_how_soon() {
         .says("c", replica())
         .says("d", replica())
         .but("d", |vm| {
+            vm.node.health = Health::Unable;
             vm.failure = Some("the log's beginning is gone".to_owned());
         })
         .is_down("e");
     assert_eq!(
         told.sentence(),
         "a runs it in term 3, rule all, b may succeed; c may succeed in about 5.9 s; \
-         d CANNOT SUCCEED: the log's beginning is gone; e may succeed in about 77.0 s"
+         d CANNOT SUCCEED: its VMM does not come to the end of what it holds (the log's beginning is \
+         gone); e may succeed in about 77.0 s"
     );
 }
 
@@ -347,4 +349,46 @@ fn what_an_order_costs_is_told_beforehand() {
         told.cost("a")
     );
     assert_eq!(told.cost("b"), "b says nothing of shop");
+}
+
+/// A host that does not answer here may be known to its primary.
+#[test]
+fn a_full_disk_is_told_by_its_host_or_by_the_primary() {
+    let mut record = record(&["b", "c"]);
+    record.loss = true;
+    let mut primary = node(RoleName::Primary, &record);
+    primary.followers = vec![follower("c", 1_000_000, Span::ZERO)];
+    primary.followers[0].health = Health::Full;
+    let told = Told::default()
+        .says("a", primary)
+        .but("a", |vm| {
+            vm.node.full = Some("No space left on device".to_owned());
+        })
+        .says("b", node(RoleName::Member, &record))
+        .but("b", |vm| {
+            vm.node.health = Health::Full;
+            vm.node.full = Some("quota".to_owned());
+        })
+        .is_down("c");
+    assert_eq!(
+        told.sentence(),
+        "a runs it in term 3, rule all, b CANNOT SUCCEED: its disk takes nothing more (quota); c \
+         CANNOT SUCCEED: its disk takes nothing more; it began with less than was acknowledged \
+         before; THE DISK OF a TAKES NOTHING MORE: No space left on device"
+    );
+}
+
+#[test]
+fn a_witness_that_hosts_know_better_is_why_nobody_claims() {
+    let record = record(&["b"]);
+    let told = Told::default()
+        .is_down("a")
+        .says("b", node(RoleName::Member, &record))
+        .but("b", |vm| vm.node.keeper_set_back = Some(None));
+    assert_eq!(
+        told.sentence(),
+        format!(
+            "NOBODY RUNS IT: the witness has nothing of it, and b has seen term 3 epoch 5: {RECOVER}"
+        )
+    );
 }
