@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 
 use super::failure::{Failure, OrExit as _};
 use super::operator::{ClusterArgs, known_host};
-use super::{block_on, output};
+use super::{block_on, output, suggest};
 use crate::agent::journal::Line;
 use crate::agent::operator::{Client, OperatorError};
 use crate::protocol::{HostName, VmName};
@@ -59,6 +59,9 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             return Err(error).or_fail();
         }
         lines.sort_by_key(|line| (timestamp(line), line.clock));
+        if let (Some(vm), false) = (&args.vm, args.follow) {
+            known_to(vm, &lines)?;
+        }
         for line in lines {
             print(args, &line)?;
         }
@@ -67,6 +70,17 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         }
         Ok(())
     })
+}
+
+/// Fails when no line is about this VM: its name is misspelt, or nobody has ever heard of it.
+fn known_to(vm: &VmName, lines: &[Line]) -> Result<(), Failure> {
+    let mut names: Vec<_> = lines.iter().filter_map(|line| line.vm.as_ref()).collect();
+    if names.contains(&vm) {
+        return Ok(());
+    }
+    names.sort();
+    names.dedup();
+    Err(suggest::unknown("VM", vm.as_str(), names)).or_fail()
 }
 
 fn chosen(client: &Client, wanted: &[HostName]) -> Result<Vec<HostName>, Failure> {
@@ -188,4 +202,31 @@ fn print(args: &Args, line: &Line) -> Result<(), Failure> {
         line.text
     ))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::Event;
+
+    #[test]
+    fn a_vm_that_no_line_is_about_is_answered_with_the_closest() {
+        let vm = |name: &str| VmName::new(name).expect("a name");
+        let line = |about: Option<&str>| Line {
+            number: 1,
+            at: String::new(),
+            clock: 0,
+            host: HostName::new("a").expect("a name"),
+            vm: about.map(vm),
+            text: String::new(),
+            what: Event::StoreRoom.into(),
+        };
+        let lines = [line(None), line(Some("shop"))];
+        assert!(known_to(&vm("shop"), &lines).is_ok());
+        let error = known_to(&vm("shpo"), &lines).expect_err("misspelt");
+        assert_eq!(
+            error.to_string(),
+            "there is no VM 'shpo': did you mean 'shop'?"
+        );
+    }
 }
