@@ -448,7 +448,7 @@ mod tests {
         // After a power failure the record is as it was, and nobody runs anything.
         let mut learner = node(RoleName::Learner, &record);
         learner.incarnation = Incarnation(2);
-        let told = Told::default().says("a", learner).is_down("b");
+        let told = Told::default().says("a", learner).down("b");
         let Come::Lacks(what) = come(&told) else {
             panic!("nobody runs it");
         };

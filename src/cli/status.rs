@@ -315,7 +315,7 @@ mod tests {
         let record = record(&["b"]);
         let told = Told::default()
             .says("a", node(RoleName::Starting, &record))
-            .is_down("b");
+            .down("b");
         let text = text(&told.0, &WELL);
         assert!(text.starts_with("VM shop: NOBODY RUNS IT: "), "{text}");
         let json = serde_json::to_value(Json::of(&told.0, &WELL)).expect("plain data");

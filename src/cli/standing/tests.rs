@@ -117,7 +117,7 @@ impl Told {
         self
     }
 
-    pub(in crate::cli) fn is_down(mut self, name: &str) -> Self {
+    pub(in crate::cli) fn down(mut self, name: &str) -> Self {
         self.0.insert(host(name), Err(OperatorError::NoWitness));
         self
     }
@@ -157,7 +157,7 @@ fn who_runs_it_and_who_may_succeed_and_how_soon() {
             vm.node.health = Health::Unable;
             vm.failure = Some("the log's beginning is gone".to_owned());
         })
-        .is_down("e");
+        .down("e");
     assert_eq!(
         told.sentence(),
         "a runs it in term 3, rule all, b may succeed; c may succeed in about 5.9 s; \
@@ -172,7 +172,7 @@ fn a_record_alone_runs_nothing() {
     // After a power failure the old primary alone comes back: a learner, with another holding.
     let mut learner = node(RoleName::Learner, &record);
     learner.incarnation = Incarnation(2);
-    let told = Told::default().says("a", learner.clone()).is_down("b");
+    let told = Told::default().says("a", learner.clone()).down("b");
     assert_eq!(
         told.sentence(),
         "NOBODY RUNS IT: a waits for b ('understudy switchover shop --to a --accept-loss' goes on \
@@ -180,10 +180,10 @@ fn a_record_alone_runs_nothing() {
     );
     // The same without anything in its log: it has the disks.
     learner.stored = LogIndex(0);
-    let told = Told::default().says("a", learner.clone()).is_down("b");
+    let told = Told::default().says("a", learner.clone()).down("b");
     assert!(told.sentence().contains("a waits for b"));
     // The one that never ran it has nothing at all.
-    let told = Told::default().says("b", learner.clone()).is_down("a");
+    let told = Told::default().says("b", learner.clone()).down("a");
     assert_eq!(
         told.sentence(),
         "NOBODY RUNS IT: no host that answers has it; start a"
@@ -220,9 +220,9 @@ fn replicas_that_are_enough_need_no_order() {
     replica.primary_silence = Some(Span::from_millis(5_000));
     let told = |replica: &Status| {
         Told::default()
-            .is_down("a")
+            .down("a")
             .says("b", replica.clone())
-            .is_down("c")
+            .down("c")
     };
     // Every copy holds all that was acknowledged, so one is enough.
     assert_eq!(
@@ -254,7 +254,7 @@ fn a_primary_that_others_hear_runs_it() {
     let record = record(&["b"]);
     let mut replica = node(RoleName::Member, &record);
     replica.primary_silence = Some(Span::from_millis(20));
-    let told = Told::default().is_down("a").says("b", replica);
+    let told = Told::default().down("a").says("b", replica);
     assert_eq!(
         told.sentence(),
         "a runs it in term 3, as b says: it does not answer here"
@@ -326,7 +326,7 @@ fn what_an_order_costs_is_told_beforehand() {
     b.stored = LogIndex(97);
     let mut c = b.clone();
     c.stored = LogIndex(90);
-    let told = Told::default().is_down("a").says("b", b).says("c", c);
+    let told = Told::default().down("a").says("b", b).says("c", c);
     assert_eq!(
         told.cost("c"),
         "c would go on from entry 97 of the log, without 3 entries that are known to be committed; \
@@ -342,7 +342,7 @@ fn what_an_order_costs_is_told_beforehand() {
     );
     let mut empty = node(RoleName::Learner, &record);
     empty.stored = LogIndex(0);
-    let told = Told::default().says("a", empty).is_down("b").is_down("c");
+    let told = Told::default().says("a", empty).down("b").down("c");
     assert!(
         told.cost("a").contains("it would boot from its disks"),
         "{}",
@@ -369,7 +369,7 @@ fn a_full_disk_is_told_by_its_host_or_by_the_primary() {
             vm.node.health = Health::Full;
             vm.node.full = Some("quota".to_owned());
         })
-        .is_down("c");
+        .down("c");
     assert_eq!(
         told.sentence(),
         "a runs it in term 3, rule all, b CANNOT SUCCEED: its disk takes nothing more (quota); c \
@@ -382,7 +382,7 @@ fn a_full_disk_is_told_by_its_host_or_by_the_primary() {
 fn a_witness_that_hosts_know_better_is_why_nobody_claims() {
     let record = record(&["b"]);
     let told = Told::default()
-        .is_down("a")
+        .down("a")
         .says("b", node(RoleName::Member, &record))
         .but("b", |vm| vm.node.keeper_set_back = Some(None));
     assert_eq!(
