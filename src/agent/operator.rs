@@ -265,7 +265,7 @@ pub enum OperatorError {
     NoWitness,
     /// Nobody knows the VM.
     #[error(
-        "there is no VM '{vm}' in this cluster: start it with 'understudy run', or see 'understudy status'"
+        "there is no VM '{vm}' in this cluster: start it with 'understudy pair', or see 'understudy status'"
     )]
     NoVm {
         /// Which.

@@ -1,14 +1,20 @@
 //! `events`: what each host decided and why, from the journals of all hosts in the order of time.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use tokio::sync::mpsc;
 
 use super::failure::{Failure, OrExit as _};
 use super::operator::{ClusterArgs, known_host};
-use super::{block_on, output};
+use super::{block_on, output, suggest};
 use crate::agent::journal::Line;
 use crate::agent::operator::{Client, OperatorError};
 use crate::protocol::{HostName, VmName};
 use crate::sentence::sentence;
+
+/// Between two attempts to follow a host that cannot be heard.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
 
 /// What `events` is told.
 #[derive(Debug, clap::Args)]
@@ -53,14 +59,28 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             return Err(error).or_fail();
         }
         lines.sort_by_key(|line| (timestamp(line), line.clock));
+        if let (Some(vm), false) = (&args.vm, args.follow) {
+            known_to(vm, &lines)?;
+        }
         for line in lines {
             print(args, &line)?;
         }
         if args.follow {
-            follow(args, &client, known).await?;
+            follow(args, client, known).await?;
         }
         Ok(())
     })
+}
+
+/// Fails when no line is about this VM: its name is misspelt, or nobody has ever heard of it.
+fn known_to(vm: &VmName, lines: &[Line]) -> Result<(), Failure> {
+    let mut names: Vec<_> = lines.iter().filter_map(|line| line.vm.as_ref()).collect();
+    if names.contains(&vm) {
+        return Ok(());
+    }
+    names.sort();
+    names.dedup();
+    Err(suggest::unknown("VM", vm.as_str(), names)).or_fail()
 }
 
 fn chosen(client: &Client, wanted: &[HostName]) -> Result<Vec<HostName>, Failure> {
@@ -93,31 +113,68 @@ pub async fn events_after(
     }
 }
 
-async fn follow(args: &Args, client: &Client, known: Vec<(HostName, u64)>) -> Result<(), Failure> {
+/// What comes from a host that is followed.
+type Told = Result<Vec<Line>, OperatorError>;
+
+async fn follow(args: &Args, client: Client, known: Vec<(HostName, u64)>) -> Result<(), Failure> {
     // As many as a terminal could show meanwhile; then the hosts wait.
     let (send, mut received) = mpsc::channel(64);
+    let client = Arc::new(client);
     for (host, after) in known {
-        let mut lines = client.follow(&host, after).await.or_fail()?;
-        let send = send.clone();
-        tokio::spawn(async move {
-            loop {
-                let next = lines.next().await;
-                let goes_on = matches!(next, Ok(Some(_)));
-                if send.send((host.clone(), next)).await.is_err() || !goes_on {
-                    return;
-                }
-            }
-        });
+        let (client, send) = (Arc::clone(&client), send.clone());
+        tokio::spawn(async move { follow_one(&client, &host, after, &send).await });
     }
     drop(send);
-    while let Some((host, next)) = received.recv().await {
-        match next {
-            Ok(Some(lines)) => lines.iter().try_for_each(|line| print(args, line))?,
-            Ok(None) => eprintln!("understudy: host {host} has ended"),
-            Err(error) => eprintln!("understudy: host {host}: {}", sentence(&error)),
+    while let Some((host, told)) = received.recv().await {
+        match told {
+            Ok(lines) => lines.iter().try_for_each(|line| print(args, line))?,
+            Err(error) => eprintln!(
+                "understudy: host {host}: {}; it is asked again until it answers",
+                sentence(&error)
+            ),
         }
     }
     Ok(())
+}
+
+/// Hands on a host's lines as they are written, until nobody wants them. A host that cannot be heard for a
+/// while is told of once and asked again: one that restarts is the very thing that is followed for.
+async fn follow_one(
+    client: &Client,
+    host: &HostName,
+    mut after: u64,
+    to: &mpsc::Sender<(HostName, Told)>,
+) {
+    let mut told = false;
+    loop {
+        let failed = match client.follow(host, after).await {
+            Ok(mut lines) => loop {
+                match lines.next().await {
+                    Ok(Some(lines)) => {
+                        told = false;
+                        after = lines.last().map_or(after, |line| line.number);
+                        if to.send((host.clone(), Ok(lines))).await.is_err() {
+                            return;
+                        }
+                    }
+                    // It has ended in order.
+                    Ok(None) => break None,
+                    Err(error) => break Some(error),
+                }
+            },
+            Err(error) => Some(error),
+        };
+        if let Some(error) = failed.filter(|_| !told) {
+            told = true;
+            if to.send((host.clone(), Err(error))).await.is_err() {
+                return;
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(ASK_AGAIN) => {}
+            () = to.closed() => return,
+        }
+    }
 }
 
 fn timestamp(line: &Line) -> Option<jiff::Timestamp> {
@@ -145,4 +202,31 @@ fn print(args: &Args, line: &Line) -> Result<(), Failure> {
         line.text
     ))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::Event;
+
+    #[test]
+    fn a_vm_that_no_line_is_about_is_answered_with_the_closest() {
+        let vm = |name: &str| VmName::new(name).expect("a name");
+        let line = |about: Option<&str>| Line {
+            number: 1,
+            at: String::new(),
+            clock: 0,
+            host: HostName::new("a").expect("a name"),
+            vm: about.map(vm),
+            text: String::new(),
+            what: Event::StoreRoom.into(),
+        };
+        let lines = [line(None), line(Some("shop"))];
+        assert!(known_to(&vm("shop"), &lines).is_ok());
+        let error = known_to(&vm("shpo"), &lines).expect_err("misspelt");
+        assert_eq!(
+            error.to_string(),
+            "there is no VM 'shpo': did you mean 'shop'?"
+        );
+    }
 }

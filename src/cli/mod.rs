@@ -19,6 +19,7 @@ mod log;
 pub mod operator;
 mod pair;
 mod process;
+mod records;
 mod remove;
 mod replay;
 mod run;

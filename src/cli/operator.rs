@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::failure::{Failure, OrExit as _};
-use super::standing::Standing;
+use super::standing::{RECOVER, Standing};
 use super::{events, suggest};
 use crate::agent::journal::What;
 use crate::agent::operator::{Client, OperatorError, Request};
@@ -63,9 +63,7 @@ pub async fn known_vm(client: &Client, vm: &VmName) -> Result<Record, Failure> {
 
 /// What is said of a VM that hosts know and the witness does not.
 fn forgotten(vm: &VmName) -> String {
-    format!(
-        "the witness knows no VM '{vm}', and hosts do: it has lost its records; see 'understudy witness --help' for how they are put back"
-    )
+    format!("the witness knows no VM '{vm}', and hosts do: it has lost its records; {RECOVER}")
 }
 
 /// The record of a VM, if the cluster knows it.
@@ -151,6 +149,8 @@ pub async fn last_word(
                     | Event::Refused { .. }
                     | Event::Waiting { .. }
                     | Event::StoreFull { .. }
+                    | Event::KeeperSetBack { .. }
+                    | Event::GuestStopsHosts { .. }
             )
         )
     });

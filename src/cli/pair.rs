@@ -99,17 +99,16 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             start_vm(&client, &primary, &args.vm, &order).await
         };
         let journal = journal.or_fail()?;
-        output::line(format_args!(
-            "{}",
-            capital(&policy.rule.survives(hosts.len()))
-        ))?;
+        let survives = capital(&policy.rule.survives(hosts.len()));
         let wanted = Wanted { hosts, policy };
         if args.wait > 0 {
-            return wait(&client, args, &wanted, journal).await;
+            let holds = wait(&client, args, &wanted, journal).await?;
+            return output::line(format_args!("{survives}\n{holds}"));
         }
         match refusal(&client, &primary, &args.vm, journal).await {
+            Ok(None) => output::line(survives),
             Ok(Some(why)) => Err(why).or_fail(),
-            refused => refused.map(|_| ()).or_fail(),
+            Err(error) => Err(error).or_fail(),
         }
     })
 }
@@ -275,8 +274,13 @@ fn come(look: &Look, vm: &VmName, record: &Record, wanted: &Wanted) -> Come {
     Come::Holds(text)
 }
 
-/// Waits until what was ordered holds, or the primary refuses.
-async fn wait(client: &Client, args: &Args, wanted: &Wanted, journal: u64) -> Result<(), Failure> {
+/// Waits until what was ordered holds, or the primary refuses; how the VM stands then, in a sentence.
+async fn wait(
+    client: &Client,
+    args: &Args,
+    wanted: &Wanted,
+    journal: u64,
+) -> Result<String, Failure> {
     let until = Instant::now() + Duration::from_secs(args.wait);
     let bar = output::spinner();
     loop {
@@ -295,7 +299,7 @@ async fn wait(client: &Client, args: &Args, wanted: &Wanted, journal: u64) -> Re
         let lacks = match come {
             Come::Holds(text) => {
                 bar.finish_and_clear();
-                return output::line(text);
+                return Ok(text);
             }
             Come::Lacks(what) => what,
         };
@@ -334,7 +338,7 @@ mod tests {
 
     use super::*;
     use crate::cli::standing::tests::{Told, host, node, record, shop};
-    use crate::protocol::{Acks, Incarnation};
+    use crate::protocol::{Acks, Health, Incarnation};
 
     #[derive(Parser)]
     struct Cli {
@@ -433,19 +437,18 @@ mod tests {
             come(&told),
             Come::Holds("shop holds: a runs it in term 3, 2 copies, b may succeed.".to_owned())
         );
-        let told = told.but("b", |vm| {
-            vm.failure = Some("the log's beginning is gone".to_owned());
-        });
+        let told = told.but("b", |vm| vm.node.health = Health::Unable);
         assert_eq!(
             come(&told),
             Come::Lacks(
-                "the copy on b, which cannot be started: the log's beginning is gone".to_owned()
+                "the copy on b, which cannot be started: its VMM does not come to the end of what it holds"
+                    .to_owned()
             )
         );
         // After a power failure the record is as it was, and nobody runs anything.
         let mut learner = node(RoleName::Learner, &record);
         learner.incarnation = Incarnation(2);
-        let told = Told::default().says("a", learner).is_down("b");
+        let told = Told::default().says("a", learner).down("b");
         let Come::Lacks(what) = come(&told) else {
             panic!("nobody runs it");
         };

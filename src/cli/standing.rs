@@ -11,8 +11,11 @@ use std::time::Duration;
 use super::output;
 use crate::agent::operator::{HostStatus, OperatorError, VmStatus};
 use crate::protocol::{
-    FollowerStatus, HostName, Record, RoleName, Span, Status, Stumble, Time, VmName,
+    FollowerStatus, Health, HostName, Record, RoleName, Span, Status, Stumble, Time, VmName,
 };
+
+/// The order that gives a witness back what it has lost.
+pub const RECOVER: &str = "'understudy witness recover' gives it back what the hosts know";
 
 /// What every host says, or why it says nothing.
 pub type Look = BTreeMap<HostName, Result<HostStatus, OperatorError>>;
@@ -182,8 +185,14 @@ impl<'a> Standing<'a> {
         if let Some(ago) = ago(|node| node.stalled_since) {
             let _ = write!(text, "; OUTPUT WAITS for copies since {ago} ago");
         }
+        if record.loss {
+            text.push_str("; it began with less than was acknowledged before");
+        }
         if let Some(failed) = &record.failed {
             let _ = write!(text, "; {}", stumbled(failed));
+        }
+        if let Some(why) = self.node(host).and_then(|node| node.full.as_ref()) {
+            let _ = write!(text, "; THE DISK OF {host} TAKES NOTHING MORE: {why}");
         }
         text
     }
@@ -208,24 +217,42 @@ impl<'a> Standing<'a> {
         words
     }
 
-    /// Why the copy on this host cannot be started, if its host says so.
-    pub fn cannot_start(&self, host: &HostName) -> Option<&'a str> {
-        self.on(host)?.failure.as_deref()
+    /// Why nobody could go on with the copy on this host, by its own word, or by its primary's where it
+    /// does not answer.
+    pub fn cannot_start(&self, host: &HostName) -> Option<String> {
+        let own = self.on(host);
+        let health = own.map(|seen| seen.node.health);
+        let health = health.or_else(|| Some(self.follower(host)?.health))?;
+        let words = match health {
+            Health::Well => return None,
+            Health::Full => "its disk takes nothing more",
+            Health::Unable => "its VMM does not come to the end of what it holds",
+        };
+        let why = own.and_then(|seen| seen.node.full.as_ref().or(seen.failure.as_ref()));
+        Some(why.map_or_else(|| words.to_owned(), |why| format!("{words} ({why})")))
+    }
+
+    /// What the host that runs the guest says of a replica.
+    fn follower(&self, host: &HostName) -> Option<&'a FollowerStatus> {
+        let primary = self.node(self.runs_on()?)?;
+        primary.followers.iter().find(|f| f.host == *host)
     }
 
     /// How long this replica would still execute what it holds, if the primary died now.
     pub fn ready_in(&self, host: &HostName) -> Option<Duration> {
-        let primary = self.node(self.runs_on()?)?;
-        let follower = primary.followers.iter().find(|f| f.host == *host);
-        follower.map(still_to_execute)
+        self.follower(host).map(still_to_execute)
     }
 
     /// Why nobody runs it, and what can be done about it.
     fn nobody(&self) -> String {
         let record = self.record;
-        if let Some(failed) = &record.failed
-            && failed.reigns >= Stumble::LIMIT
-        {
+        if let Some((host, kept)) = self.set_back() {
+            return format!(
+                "the witness has {kept} of it, and {host} has seen {}: {RECOVER}",
+                record.version()
+            );
+        }
+        if let Some(failed) = self.stopped_at() {
             let again = self.candidate().map_or(String::new(), |to| {
                 format!("; {} tries once more", accepting_loss(self.vm, to))
             });
@@ -268,6 +295,25 @@ impl<'a> Standing<'a> {
                 "{to} waits for {silent} ({order} goes on without, and may lose what only {silent} held)"
             )
         }
+    }
+
+    /// A host to which the witness has told less than it has seen, and what that was.
+    fn set_back(&self) -> Option<(&'a HostName, String)> {
+        self.seen.iter().find_map(|(host, (_, seen))| {
+            let kept = seen.node.keeper_set_back?;
+            let kept = kept.map_or_else(|| "nothing".to_owned(), |kept| kept.to_string());
+            Some((*host, kept))
+        })
+    }
+
+    /// Where the guest has stopped so many hosts that none claims it any more.
+    fn stopped_at(&self) -> Option<&'a Stumble> {
+        let told = self
+            .seen
+            .values()
+            .find_map(|(_, seen)| seen.node.stopped_at.as_ref());
+        let failed = self.record.failed.as_ref();
+        told.or(failed.filter(|failed| failed.reigns >= Stumble::LIMIT))
     }
 
     /// The copies that answer and are what the record names: they may succeed, together if they are
@@ -336,14 +382,17 @@ impl<'a> Standing<'a> {
             more => format!("without {more} entries that are known to be committed"),
         };
         let mut text = format!("{to} would go on from entry {longest} of the log, {lacks}");
+        let primary = &self.record.primary.host;
         match node.primary_silence {
+            _ if to == primary => text.push_str(
+                "; whatever it acknowledged as the primary and had in memory only is lost",
+            ),
             Some(silence) => {
                 let silence = Duration::from_nanos(silence.as_nanos());
                 let _ = write!(
                     text,
-                    "; whatever was acknowledged in the last {}, since {to} has heard {}, may be lost",
-                    output::span(silence),
-                    self.record.primary.host
+                    "; whatever was acknowledged in the last {}, since {to} has heard {primary}, may be lost",
+                    output::span(silence)
                 );
             }
             None => text.push_str("; whatever was acknowledged later may be lost"),

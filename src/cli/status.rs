@@ -9,10 +9,11 @@ use serde::Serialize;
 
 use super::failure::{Failure, OrExit as _};
 use super::operator::ClusterArgs;
+use super::records::{self, WitnessState};
 use super::run::LONG_DEFERRAL;
 use super::standing::{self, Look, Standing, ago};
 use super::{block_on, output};
-use crate::agent::operator::{Client, GuestStatus, HostStatus, OperatorError, VmStatus};
+use crate::agent::operator::{GuestStatus, HostStatus, OperatorError, VmStatus};
 use crate::protocol::{HostName, RoleName, Span, Time, VmName};
 use crate::sentence::sentence;
 
@@ -42,13 +43,15 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     block_on(async {
         let client = args.cluster.client()?;
         loop {
-            let look = look(&client).await;
+            let look = client.status_of_all().await;
+            let witness = records::compare(&look, &records::ask(&client).await);
             if args.json {
-                output::json_line(&Json::from(&look))?;
+                output::json_line(&Json::of(&look, &witness))?;
             } else {
                 let clear = args.watch && std::io::stdout().is_terminal();
                 let clear = if clear { CLEAR } else { "" };
-                output::line(format_args!("{clear}{}", text(&look).trim_end()))?;
+                let text = text(&look, &witness);
+                output::line(format_args!("{clear}{}", text.trim_end()))?;
             }
             if !args.watch {
                 return unreachable_all(&look);
@@ -56,10 +59,6 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             tokio::time::sleep(WATCH_EVERY).await;
         }
     })
-}
-
-async fn look(client: &Client) -> Look {
-    client.status_of_all().await
 }
 
 /// A cluster of which nobody answers is a failure.
@@ -75,6 +74,7 @@ fn unreachable_all(look: &Look) -> Result<(), Failure> {
 struct Json<'a> {
     hosts: BTreeMap<&'a HostName, HostJson<'a>>,
     vms: BTreeMap<&'a VmName, VmJson<'a>>,
+    witness: &'a WitnessState,
 }
 
 /// What all hosts together say of a VM.
@@ -93,8 +93,8 @@ enum HostJson<'a> {
     Down { error: String },
 }
 
-impl<'a> From<&'a Look> for Json<'a> {
-    fn from(look: &'a Look) -> Self {
+impl<'a> Json<'a> {
+    fn of(look: &'a Look, witness: &'a WitnessState) -> Self {
         let host = |status: &'a Result<HostStatus, OperatorError>| match status {
             Ok(status) => HostJson::Up(status),
             Err(error) => HostJson::Down {
@@ -102,6 +102,7 @@ impl<'a> From<&'a Look> for Json<'a> {
             },
         };
         Self {
+            witness,
             hosts: look
                 .iter()
                 .map(|(name, status)| (name, host(status)))
@@ -120,7 +121,7 @@ impl<'a> From<&'a Look> for Json<'a> {
     }
 }
 
-fn text(look: &Look) -> String {
+fn text(look: &Look, witness: &WitnessState) -> String {
     let mut text = String::new();
     let vms = standing::all(look);
     for standing in &vms {
@@ -155,11 +156,20 @@ fn text(look: &Look) -> String {
                     status.version,
                     status.peers.len()
                 );
+                for (vm, why) in &status.silent {
+                    let _ = writeln!(text, "host {host}: can tell nothing of {vm}: {why}");
+                }
             }
             Err(error) => {
                 let _ = writeln!(text, "host {host}: {}", sentence(error));
             }
         }
+    }
+    for trouble in &witness.trouble {
+        let _ = writeln!(text, "witness: {trouble}");
+    }
+    if witness.trouble.is_empty() {
+        text.push_str("witness: up\n");
     }
     text
 }
@@ -212,6 +222,16 @@ fn row(
         remarks.push(format!("output stalled for {}", ago(now, since)));
     }
     remarks.extend(seen.guest.as_ref().and_then(guest_state));
+    if let Some(fetching) = seen.fetching {
+        remarks.push(format!(
+            "fetches its disks: {} of {}",
+            output::bytes(fetching.bytes),
+            output::bytes(fetching.of)
+        ));
+    }
+    if let Some(why) = &node.full {
+        remarks.push(format!("its disk takes nothing more: {why}"));
+    }
     remarks.extend(seen.failure.clone());
     if !standing.record.concerns(host) {
         remarks.push(format!(
@@ -284,18 +304,24 @@ mod tests {
     use super::*;
     use crate::cli::standing::tests::{Told, host, node, record};
 
+    const WELL: WitnessState = WitnessState {
+        reachable: true,
+        set_back: Vec::new(),
+        trouble: Vec::new(),
+    };
+
     #[test]
     fn what_nobody_runs_is_not_told_as_if_somebody_did() {
         let record = record(&["b"]);
         let told = Told::default()
             .says("a", node(RoleName::Starting, &record))
-            .is_down("b");
-        let text = text(&told.0);
+            .down("b");
+        let text = text(&told.0, &WELL);
         assert!(text.starts_with("VM shop: NOBODY RUNS IT: "), "{text}");
-        let json = serde_json::to_value(Json::from(&told.0)).expect("plain data");
+        let json = serde_json::to_value(Json::of(&told.0, &WELL)).expect("plain data");
         assert!(json["vms"]["shop"]["runs_on"].is_null(), "{json}");
         let told = told.says("a", node(RoleName::Primary, &record));
-        let json = serde_json::to_value(Json::from(&told.0)).expect("plain data");
+        let json = serde_json::to_value(Json::of(&told.0, &WELL)).expect("plain data");
         assert_eq!(json["vms"]["shop"]["runs_on"], "a");
     }
 
@@ -306,12 +332,23 @@ mod tests {
             .says("a", node(RoleName::Primary, &record))
             .says("b", node(RoleName::Member, &record))
             .says("c", node(RoleName::Outsider, &record));
-        let rows: Vec<String> = text(&told.0).lines().map(str::to_owned).collect();
+        let rows: Vec<String> = text(&told.0, &WELL).lines().map(str::to_owned).collect();
         let offers = |name: &str| {
             let command = format!("'understudy remove shop --host {name}'");
             rows.iter().any(|row| row.contains(&command))
         };
         assert!(offers("c") && !offers("b"), "{rows:?}");
+    }
+
+    #[test]
+    fn the_witness_has_a_line_whether_it_is_well_or_not() {
+        assert!(text(&Look::new(), &WELL).ends_with("witness: up\n"));
+        let ill = WitnessState {
+            trouble: vec!["HAS LOST RECORDS".to_owned()],
+            ..WELL
+        };
+        let text = text(&Look::new(), &ill);
+        assert!(text.ends_with("witness: HAS LOST RECORDS\n"), "{text}");
     }
 
     #[test]

@@ -124,7 +124,12 @@ pub fn cluster() -> (tempfile::TempDir, String) {
 
 #[test]
 fn operators_are_told_how_to_name_the_cluster() {
-    for command in [vec!["status"], vec!["events"], vec!["switchover", "vm"]] {
+    for command in [
+        vec!["status"],
+        vec!["events"],
+        vec!["switchover", "vm"],
+        vec!["remove", "vm", "--host", "a"],
+    ] {
         let (code, _, err) = run(&command);
         assert_eq!(code, 2, "{command:?}");
         assert!(err.contains("--cluster <DIR>"), "{err}");

@@ -118,7 +118,7 @@ impl Told {
         self
     }
 
-    pub(in crate::cli) fn is_down(mut self, name: &str) -> Self {
+    pub(in crate::cli) fn down(mut self, name: &str) -> Self {
         self.0.insert(host(name), Err(OperatorError::NoWitness));
         self
     }
@@ -155,13 +155,15 @@ fn who_runs_it_and_who_may_succeed_and_how_soon() {
         .says("c", replica())
         .says("d", replica())
         .but("d", |vm| {
+            vm.node.health = Health::Unable;
             vm.failure = Some("the log's beginning is gone".to_owned());
         })
-        .is_down("e");
+        .down("e");
     assert_eq!(
         told.sentence(),
         "a runs it in term 3, rule all, b may succeed; c may succeed in about 5.9 s; \
-         d CANNOT SUCCEED: the log's beginning is gone; e may succeed in about 77.0 s"
+         d CANNOT SUCCEED: its VMM does not come to the end of what it holds (the log's beginning is \
+         gone); e may succeed in about 77.0 s"
     );
 }
 
@@ -171,7 +173,7 @@ fn a_record_alone_runs_nothing() {
     // After a power failure the old primary alone comes back: a learner, with another holding.
     let mut learner = node(RoleName::Learner, &record);
     learner.incarnation = Incarnation(2);
-    let told = Told::default().says("a", learner.clone()).is_down("b");
+    let told = Told::default().says("a", learner.clone()).down("b");
     assert_eq!(
         told.sentence(),
         "NOBODY RUNS IT: a waits for b ('understudy switchover shop --to a --accept-loss' goes on \
@@ -179,10 +181,10 @@ fn a_record_alone_runs_nothing() {
     );
     // The same without anything in its log: it has the disks.
     learner.stored = LogIndex(0);
-    let told = Told::default().says("a", learner.clone()).is_down("b");
+    let told = Told::default().says("a", learner.clone()).down("b");
     assert!(told.sentence().contains("a waits for b"));
     // The one that never ran it has nothing at all.
-    let told = Told::default().says("b", learner.clone()).is_down("a");
+    let told = Told::default().says("b", learner.clone()).down("a");
     assert_eq!(
         told.sentence(),
         "NOBODY RUNS IT: no host that answers has it; start a"
@@ -219,9 +221,9 @@ fn replicas_that_are_enough_need_no_order() {
     replica.primary_silence = Some(Span::from_millis(5_000));
     let told = |replica: &Status| {
         Told::default()
-            .is_down("a")
+            .down("a")
             .says("b", replica.clone())
-            .is_down("c")
+            .down("c")
     };
     // Every copy holds all that was acknowledged, so one is enough.
     assert_eq!(
@@ -253,7 +255,7 @@ fn a_primary_that_others_hear_runs_it() {
     let record = record(&["b"]);
     let mut replica = node(RoleName::Member, &record);
     replica.primary_silence = Some(Span::from_millis(20));
-    let told = Told::default().is_down("a").says("b", replica);
+    let told = Told::default().down("a").says("b", replica);
     assert_eq!(
         told.sentence(),
         "a runs it in term 3, as b says: it does not answer here"
@@ -325,20 +327,69 @@ fn what_an_order_costs_is_told_beforehand() {
     b.stored = LogIndex(97);
     let mut c = b.clone();
     c.stored = LogIndex(90);
-    let told = Told::default().is_down("a").says("b", b).says("c", c);
+    let told = Told::default().down("a").says("b", b).says("c", c);
     assert_eq!(
         told.cost("c"),
         "c would go on from entry 97 of the log, without 3 entries that are known to be committed; \
          whatever was acknowledged in the last 61.5 s, since c has heard a, may be lost; a cannot be \
          asked for more"
     );
+    let told = Told::default().says("a", node(RoleName::Learner, &record));
+    assert_eq!(
+        told.cost("a"),
+        "a would go on from entry 100 of the log, lacking nothing that is known to be committed; \
+         whatever it acknowledged as the primary and had in memory only is lost; b, c cannot be asked \
+         for more"
+    );
     let mut empty = node(RoleName::Learner, &record);
     empty.stored = LogIndex(0);
-    let told = Told::default().says("a", empty).is_down("b").is_down("c");
+    let told = Told::default().says("a", empty).down("b").down("c");
     assert!(
         told.cost("a").contains("it would boot from its disks"),
         "{}",
         told.cost("a")
     );
     assert_eq!(told.cost("b"), "b says nothing of shop");
+}
+
+/// A host that does not answer here may be known to its primary.
+#[test]
+fn a_full_disk_is_told_by_its_host_or_by_the_primary() {
+    let mut record = record(&["b", "c"]);
+    record.loss = true;
+    let mut primary = node(RoleName::Primary, &record);
+    primary.followers = vec![follower("c", 1_000_000, Span::ZERO)];
+    primary.followers[0].health = Health::Full;
+    let told = Told::default()
+        .says("a", primary)
+        .but("a", |vm| {
+            vm.node.full = Some("No space left on device".to_owned());
+        })
+        .says("b", node(RoleName::Member, &record))
+        .but("b", |vm| {
+            vm.node.health = Health::Full;
+            vm.node.full = Some("quota".to_owned());
+        })
+        .down("c");
+    assert_eq!(
+        told.sentence(),
+        "a runs it in term 3, rule all, b CANNOT SUCCEED: its disk takes nothing more (quota); c \
+         CANNOT SUCCEED: its disk takes nothing more; it began with less than was acknowledged \
+         before; THE DISK OF a TAKES NOTHING MORE: No space left on device"
+    );
+}
+
+#[test]
+fn a_witness_that_hosts_know_better_is_why_nobody_claims() {
+    let record = record(&["b"]);
+    let told = Told::default()
+        .down("a")
+        .says("b", node(RoleName::Member, &record))
+        .but("b", |vm| vm.node.keeper_set_back = Some(None));
+    assert_eq!(
+        told.sentence(),
+        format!(
+            "NOBODY RUNS IT: the witness has nothing of it, and b has seen term 3 epoch 5: {RECOVER}"
+        )
+    );
 }
