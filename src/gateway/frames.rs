@@ -54,15 +54,11 @@ pub fn incarnation_of(name: &Name, run: u32) -> GatewayIncarnation {
 
 /// Whether an incarnation is one of the gateway of this name.
 pub fn is_incarnation_of(incarnation: GatewayIncarnation, name: &Name) -> bool {
-    half(incarnation) == mark_of(name)
+    mark(incarnation) == mark_of(name)
 }
 
-/// Whether two incarnations are of gateways of the same name.
-pub const fn are_of_one_gateway(one: GatewayIncarnation, other: GatewayIncarnation) -> bool {
-    half(one) == half(other)
-}
-
-const fn half(incarnation: GatewayIncarnation) -> u32 {
+/// What all incarnations of one gateway have in common.
+pub const fn mark(incarnation: GatewayIncarnation) -> u32 {
     (incarnation.0 >> 32) as u32
 }
 

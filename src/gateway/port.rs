@@ -410,7 +410,8 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
             return self.history_lost("the new primary's log lacks committed frames", now);
         }
         if logged > self.last_number() {
-            return self.broken("it has frames that were never sent", now);
+            // An agent that gives a gateway up resets its connections in its name.
+            return self.history_lost("it was given up, and its connections were reset", now);
         }
         self.boot = Some(boot);
         self.last_refusal = None;

@@ -125,16 +125,18 @@ impl FramePort {
             gateway.stuck_since = stuck.then_some(self.now);
         }
         if let Some(last) = forgotten {
-            self.forgotten_for.insert(Mac::of(incarnation), last);
+            self.destinations.forget(Mac::of(incarnation), last);
         }
     }
 
     fn cannot_serve(&self, hello: &Hello) -> Option<Refusal> {
-        let forgotten = self.forgotten_for.get(&Mac::of(hello.gateway));
-        match self.gateways.get(&hello.gateway) {
-            _ if forgotten.is_some_and(|forgotten| hello.received < *forgotten) => {
-                Some(Refusal::TooLate)
-            }
+        let mac = Mac::of(hello.gateway);
+        let gateway = self.gateways.get(&hello.gateway);
+        let is_new = gateway.is_none_or(|gateway| gateway.accepted == FrameNumber(0));
+        let lacks = self.destinations.lacks(mac, hello.received, is_new);
+        match gateway {
+            _ if lacks => Some(Refusal::TooLate),
+            Some(gateway) if gateway.given_up => Some(Refusal::TooLate),
             Some(gateway) if gateway.session.is_some() => None,
             _ if self.served.len() >= self.limits.gateways => Some(Refusal::TooMany),
             _ => None,
@@ -159,6 +161,7 @@ impl FramePort {
                 what: "a frame is missing before this one",
             });
         }
+        self.destinations.hear(&bytes);
         gateway.accepted = source.number;
         gateway.arriving_bytes += bytes.len();
         self.counters.arrivals += 1;

@@ -474,3 +474,51 @@ fn all_gateways_together_have_a_bounded_number_of_sessions() {
     let alive = (1..=20).filter(|n| !port.is_over(SessionId(*n))).count();
     assert_eq!(alive, 12);
 }
+
+/// The guest chooses whom it speaks to: what is remembered about that is bounded, and does not push
+/// out what is known about gateways.
+#[test]
+fn a_guest_that_invents_addresses_costs_no_memory() {
+    let mut port = leading();
+    port.follow(Term(1));
+    port.output(FrameNumber(1), ethernet(gateway(0, 5)));
+    for number in 2..=100_000 {
+        let mut frame = ethernet(gateway(0, 5)).to_vec();
+        frame[2..6].copy_from_slice(&(number as u32).to_le_bytes());
+        port.output(FrameNumber(number), frame.into());
+        port.forget(FrameNumber(number));
+    }
+    assert_eq!(port.kept_bytes(), 0);
+    assert!(port.destinations.remembered() <= 8_192);
+    let logged = [(gateway(0, 5), FrameNumber(1))];
+    port.lead(Term(1), logged, START);
+    // It lacks the first output, and nobody knows that any more: it is not served.
+    join(&mut port, 1, gateway(0, 5), 0);
+    assert_eq!(refusal(&mut port, SessionId(1)), Some(Refusal::TooLate));
+    // One that has all of them goes on, and so does one that has just begun.
+    port.connected(SessionId(2), &name(0), START);
+    port.message(SessionId(2), hello(gateway(0, 5), 1, 100_000))
+        .expect("hello");
+    join(&mut port, 3, gateway(2, 7), 0);
+    assert_eq!(port.served(), 2);
+}
+
+/// One gateway with many runs does not make this agent forget how far another one is.
+#[test]
+fn a_gateway_that_restarts_without_end_has_only_its_own_runs_forgotten() {
+    let mut port = leading();
+    let mut events = 0;
+    for run in 100..6_000 {
+        join(&mut port, 1, gateway(2, run), 0);
+        port.disconnected(SessionId(1), START);
+        events += std::iter::from_fn(|| port.poll_event()).count();
+    }
+    assert_eq!(events, 5_900);
+    join(&mut port, 1, gateway(0, 5), 0);
+    let (messages, _) = written(&mut port, SessionId(1));
+    let logged = messages.iter().find_map(|message| match message {
+        ToGateway::Welcome { logged, .. } => Some(*logged),
+        _ => None,
+    });
+    assert_eq!(logged, Some(FrameNumber(1)));
+}

@@ -151,5 +151,7 @@ fn a_lie_about_what_was_sent_closes_the_session() {
     port.reign(Term(1), "a", START);
     let (session, ..) = opened(&mut port);
     let refused = port.handle(session, welcome(1, u64::MAX), START);
-    assert!(matches!(refused, Err(PortError::Broken { .. })));
+    // Somebody has spoken in its name: an agent that gave it up.
+    assert!(matches!(refused, Err(PortError::HistoryLost { .. })));
+    assert!(!port.is_welcomed());
 }

@@ -86,6 +86,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Stream for S {}
 
 pub(super) enum Order {
     Kill(oneshot::Sender<()>),
+    /// As soon as the primary has something in its log that nobody else has.
+    KillBusy(oneshot::Sender<()>),
     Totals(oneshot::Sender<(u64, u64, u64)>),
 }
 
@@ -98,6 +100,8 @@ pub(super) struct Cluster<S> {
     reigns: mpsc::Sender<Reign<usize>>,
     /// Ships after every arrival instead of every millisecond.
     at_once: bool,
+    /// The primary dies when it next has a log that nobody else has.
+    doomed: Option<oneshot::Sender<()>>,
 }
 
 impl<S: Stream> Cluster<S> {
@@ -109,6 +113,7 @@ impl<S: Stream> Cluster<S> {
             started: Instant::now(),
             reigns,
             at_once,
+            doomed: None,
         }
     }
 
@@ -134,6 +139,7 @@ impl<S: Stream> Cluster<S> {
                         self.kill().await;
                         let _ = done.send(());
                     }
+                    Some(Order::KillBusy(done)) => self.doomed = Some(done),
                     Some(Order::Totals(answer)) => {
                         let primary = &self.copies[self.primary];
                         let totals = (primary.guest.frames, primary.outputs, primary.guest.lines);
@@ -154,7 +160,12 @@ impl<S: Stream> Cluster<S> {
                     }
                     news
                 }) => {
-                    self.take_arrivals(now);
+                    if self.take_arrivals(now)
+                        && let Some(done) = self.doomed.take()
+                    {
+                        self.kill().await;
+                        let _ = done.send(());
+                    }
                     if self.at_once {
                         self.ship(now);
                     }
@@ -164,8 +175,10 @@ impl<S: Stream> Cluster<S> {
         }
     }
 
-    fn take_arrivals(&mut self, now: Time) {
+    /// Says whether there were any.
+    fn take_arrivals(&mut self, now: Time) -> bool {
         let primary = &mut self.copies[self.primary];
+        let before = primary.log.len();
         while let Some((source, frame)) = primary.streams.port.poll_arrival() {
             primary.log.push(Happened {
                 at: now,
@@ -175,6 +188,7 @@ impl<S: Stream> Cluster<S> {
             primary.streams.port.logged(source, end);
         }
         primary.execute();
+        primary.log.len() > before
     }
 
     fn ship(&mut self, now: Time) {
@@ -320,7 +334,8 @@ async fn clients_do_not_notice_that_primaries_die() {
             tokio::time::sleep(Duration::from_micros(300)).await;
         }
         let (done, killed) = oneshot::channel();
-        setup.orders.send(Order::Kill(done)).await.expect("sent");
+        let busy = Order::KillBusy(done);
+        setup.orders.send(busy).await.expect("sent");
         killed.await.expect("killed");
     }
     let mut highest = 0;
