@@ -22,6 +22,7 @@ mod sessions;
 mod words;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::net::Ipv4Addr;
 
 use bytes::Bytes;
 use replay_log::{FrameNumber, FrameSource, GatewayIncarnation, LogIndex, Term};
@@ -61,6 +62,8 @@ struct Gateway {
     /// Bytes handed in and not yet taken by the machine.
     arriving_bytes: usize,
     session: Option<SessionId>,
+    /// Its address in the guest's network, as it said.
+    address: Option<Ipv4Addr>,
     absent_since: Option<Time>,
     /// Since when it has had more to take than is kept for one that is away, and has taken nothing.
     stuck_since: Option<Time>,

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::Ipv4Addr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -60,8 +60,8 @@ pub(super) trait Carrier {
     /// When it wants to be polled at the latest.
     fn poll_timeout(&self) -> Option<Time>;
 
-    /// Begins, or begins anew, as this incarnation.
-    fn begin(&mut self, incarnation: GatewayIncarnation, now: Time);
+    /// Begins, or begins anew, as this incarnation with this address in the guest's network.
+    fn begin(&mut self, incarnation: GatewayIncarnation, address: Ipv4Addr, now: Time);
 
     /// Writes down what it counts.
     fn report(&self, metrics: &GatewayMetrics);
@@ -140,7 +140,7 @@ impl<C: Carrier> Pump<C> {
     ) -> Result<Self, GatewayError> {
         let incarnation = super::fresh_incarnation(&name);
         let stack = Stack::new(incarnation, config.clone(), Time::default())?;
-        carrier.begin(incarnation, Time::default());
+        carrier.begin(incarnation, stack.address().ip, Time::default());
         Ok(Self {
             carrier,
             name,
@@ -210,23 +210,32 @@ impl<C: Carrier> Pump<C> {
         taken
     }
 
-    /// Every client is reset, and a new incarnation begins.
+    /// Every client is reset, but for those whose connection to the guest does not stand yet, and a
+    /// new incarnation begins.
     fn start_afresh(&mut self, lost: &HistoryLost, now: Time) -> Result<(), GatewayError> {
         let incarnation = super::fresh_incarnation(&self.name);
         tracing::warn!(
             reason = lost.0,
             clients = self.clients.len(),
             incarnation = incarnation.0,
-            "the guest has lost this gateway's connections: every client is reset"
+            "this gateway's connections to the guest cannot go on: every client that has one is reset"
         );
-        for (_, client) in self.clients.drain() {
-            add(&self.metrics.clients_reset, 1);
-            let _ = client.socket.set_zero_linger();
-        }
         self.stopped.clear();
         add(&self.metrics.fresh_starts, 1);
-        self.stack = Stack::new(incarnation, self.config.clone(), now)?;
-        self.carrier.begin(incarnation, now);
+        let stack = Stack::new(incarnation, self.config.clone(), now)?;
+        let before = std::mem::replace(&mut self.stack, stack);
+        self.carrier
+            .begin(incarnation, self.stack.address().ip, now);
+        for (id, client) in std::mem::take(&mut self.clients) {
+            match before.connecting_to(id) {
+                // Nothing of it has reached the guest that matters now.
+                Some(guest_port) => self.connect(client.socket, guest_port, now),
+                None => {
+                    add(&self.metrics.clients_reset, 1);
+                    let _ = client.socket.set_zero_linger();
+                }
+            }
+        }
         Ok(())
     }
 
@@ -246,8 +255,8 @@ impl<C: Carrier> Pump<C> {
                 let published = &self.published[index];
                 let guest_port = published.guest_port;
                 match published.listener.poll_accept(cx) {
-                    Poll::Ready(Ok((socket, from))) => {
-                        self.welcome_client(socket, from, guest_port, now);
+                    Poll::Ready(Ok((socket, _))) => {
+                        self.welcome_client(socket, guest_port, now);
                     }
                     Poll::Ready(Err(error)) if is_of_one_client(&error) => {}
                     Poll::Ready(Err(error)) if is_shortage(&error) => {
@@ -265,17 +274,23 @@ impl<C: Carrier> Pump<C> {
         Ok(())
     }
 
-    fn welcome_client(&mut self, socket: TcpStream, from: SocketAddr, guest_port: u16, now: Time) {
+    fn welcome_client(&mut self, socket: TcpStream, guest_port: u16, now: Time) {
+        let _ = socket.set_nodelay(true);
+        add(&self.metrics.clients_accepted, 1);
+        self.connect(socket, guest_port, now);
+    }
+
+    /// Gives a client a connection to the guest.
+    fn connect(&mut self, socket: TcpStream, guest_port: u16, now: Time) {
         let id = match self.stack.connect(guest_port, now) {
             Ok(id) => id,
             Err(error) => {
-                tracing::warn!(%error, %from, "a client is turned away");
+                tracing::warn!(%error, "a client is turned away");
+                add(&self.metrics.clients_reset, 1);
                 let _ = socket.set_zero_linger();
                 return;
             }
         };
-        let _ = socket.set_nodelay(true);
-        add(&self.metrics.clients_accepted, 1);
         let waker = ReadyWaker::new(id, &self.ready);
         self.clients.insert(
             id,

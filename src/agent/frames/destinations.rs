@@ -32,6 +32,8 @@ const MOST_RESETS: usize = 4_096;
 #[derive(Debug, Default)]
 pub(super) struct Destinations {
     known: HashMap<Mac, Destination>,
+    /// Whom the guest has spoken to last by each address; none that is not in `known`.
+    owners: HashMap<Ipv4Addr, Mac>,
     /// The connections of all of them.
     connections: usize,
     /// For destinations that are not remembered any more, no output after this one was forgotten.
@@ -44,6 +46,8 @@ struct Destination {
     last: FrameNumber,
     /// The last output to it that is not kept any more.
     forgotten: FrameNumber,
+    /// Its address by the last output that had one.
+    address: Option<Ipv4Addr>,
     connections: HashMap<Ports, Connection>,
 }
 
@@ -108,6 +112,16 @@ impl Destinations {
         known.last = number;
         if let Some(segment) = Segment::read(frame) {
             let ports = (segment.to.2, segment.from.2);
+            let address = segment.to.1;
+            let address_before = known.address.replace(address);
+            if address_before != Some(address) {
+                if let Some(before) = address_before
+                    && self.owners.get(&before) == Some(&to)
+                {
+                    self.owners.remove(&before);
+                }
+                self.owners.insert(address, to);
+            }
             let before = known.connections.len();
             if segment.ends {
                 // What is left of it ends by the guest's own clock.
@@ -155,6 +169,11 @@ impl Destinations {
         }
     }
 
+    /// Whom the guest has spoken TCP to last by this address.
+    pub(super) fn owner(&self, address: Ipv4Addr) -> Option<Mac> {
+        self.owners.get(&address).copied()
+    }
+
     /// Whether one that has outputs through `received` lacks one that is forgotten. Of one that is
     /// not remembered it is not known; so it does, unless it `is_new`: the guest had no reason to
     /// speak to it yet.
@@ -169,6 +188,7 @@ impl Destinations {
     pub(super) fn remove(&mut self, mac: Mac) {
         if let Some(known) = self.known.remove(&mac) {
             self.connections -= known.connections.len();
+            self.owners.retain(|_, owner| *owner != mac);
         }
     }
 
@@ -191,7 +211,7 @@ impl Destinations {
     /// How many destinations and connections are remembered.
     #[cfg(test)]
     pub(super) fn remembered(&self) -> usize {
-        self.known.len() + self.connections
+        self.known.len() + self.owners.len() + self.connections
     }
 
     /// Forgets the half that was spoken to longest ago.
@@ -207,6 +227,8 @@ impl Destinations {
             }
             stays
         });
+        let known = &self.known;
+        self.owners.retain(|_, owner| known.contains_key(owner));
     }
 
     /// Forgets the half of the connections that has been silent longest.

@@ -10,7 +10,7 @@ use crate::agent::frames::{FrameLimits, FramePort};
 use crate::gateway::frames::{
     Boot, Hello, Message, NetworkPort, Refusal, SessionId, ToAgent, ToGateway, incarnation_of,
 };
-use crate::gateway::stack::{Progress, Stack};
+use crate::gateway::stack::{GuestSideAddress, Progress, Stack};
 use crate::protocol::{Span, Time};
 
 const SESSION: SessionId = SessionId(1);
@@ -55,9 +55,16 @@ impl Copy {
 }
 
 fn hello(term: u64) -> ToAgent {
+    hello_of(incarnation(), term)
+}
+
+/// All have the same address.
+fn hello_of(gateway: GatewayIncarnation, term: u64) -> ToAgent {
+    let address = GuestSideAddress::derive(incarnation(), &stack_config());
     ToAgent::Hello(Hello {
         vm: vm(),
-        gateway: incarnation(),
+        gateway,
+        address: address.expect("a network with room").ip,
         term: Term(term),
         received: FrameNumber(0),
     })
@@ -67,6 +74,13 @@ fn said(port: &mut FramePort, session: SessionId) -> Vec<ToGateway> {
     let mut out = BytesMut::new();
     port.transmit(session, &mut out, 1 << 20);
     std::iter::from_fn(|| ToGateway::decode(&mut out).expect("well formed")).collect()
+}
+
+fn refusal(port: &mut FramePort, session: SessionId) -> Option<Refusal> {
+    match said(port, session)[..] {
+        [ToGateway::Refused { why, .. }] => Some(why),
+        _ => None,
+    }
 }
 
 #[test]
@@ -139,21 +153,23 @@ fn the_connections_of_a_gateway_that_is_gone_are_reset_in_the_guest() {
     // It cannot come back as if nothing had happened.
     primary.port.connected(SessionId(2), &name(), later);
     primary.port.message(SessionId(2), hello(1)).expect("hello");
-    let refused = said(&mut primary.port, SessionId(2));
-    assert!(
-        matches!(
-            refused[..],
-            [ToGateway::Refused {
-                why: Refusal::TooLate,
-                ..
-            }]
-        ),
-        "{refused:?}"
+    assert_eq!(
+        refusal(&mut primary.port, SessionId(2)),
+        Some(Refusal::TooLate)
     );
 
     // A copy that begins to reign without having seen any of that does the same.
     let logged = FrameNumber(sent);
     replica.port.lead(Term(2), [(incarnation(), logged)], later);
+    // It knows the gateway's address from the guest, before the gateway is back.
+    let other = "other".parse().expect("a name");
+    replica.port.connected(SESSION, &other, later);
+    let same_address = hello_of(incarnation_of(&other, 1), 2);
+    replica.port.message(SESSION, same_address).expect("hello");
+    assert_eq!(
+        refusal(&mut replica.port, SESSION),
+        Some(Refusal::AddressTaken)
+    );
     later = later.plus(absence);
     replica.port.handle_timeout(later);
     let mut numbers = Vec::new();
