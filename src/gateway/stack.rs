@@ -269,6 +269,9 @@ impl Stack {
         // What a client writes at once arrives here at once, and clients that wait for an answer
         // gain nothing from waiting for an acknowledgement.
         socket.set_nagle_enabled(false);
+        // No keep-alive and no time-out: no frame to or from the guest gets lost, so a guest that is
+        // silent has nothing to say or stands still, and what it has lost, its reboot says. A guest
+        // that stands still for hours goes on with the connections it had.
         let ack_delay = self.config.ack_delay.map(|span| span.as_nanos() / 1_000);
         socket.set_ack_delay(ack_delay.map(smoltcp::time::Duration::from_micros));
         socket
