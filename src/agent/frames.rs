@@ -16,11 +16,13 @@
 //! ```
 
 mod absence;
+mod destinations;
 mod places;
 mod sessions;
 mod words;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::net::Ipv4Addr;
 
 use bytes::Bytes;
 use replay_log::{FrameNumber, FrameSource, GatewayIncarnation, LogIndex, Term};
@@ -28,6 +30,8 @@ use replay_log::{FrameNumber, FrameSource, GatewayIncarnation, LogIndex, Term};
 use crate::agent::certs::Name;
 use crate::gateway::frames::{Boot, Hello, Mac, Refusal, SessionId, ToGateway};
 use crate::protocol::{Span, Time, VmName};
+
+use destinations::Destinations;
 
 pub use words::{DropReason, FrameEvent, FrameLimits, FramePortCounters, GatewayError};
 
@@ -58,11 +62,15 @@ struct Gateway {
     /// Bytes handed in and not yet taken by the machine.
     arriving_bytes: usize,
     session: Option<SessionId>,
+    /// Its address in the guest's network, as it said.
+    address: Option<Ipv4Addr>,
     absent_since: Option<Time>,
     /// Since when it has had more to take than is kept for one that is away, and has taken nothing.
     stuck_since: Option<Time>,
     /// It was dropped: nothing is kept for it.
     dropped: bool,
+    /// This agent has sent the guest frames in its name: it cannot go on.
+    given_up: bool,
 }
 
 impl Gateway {
@@ -158,9 +166,7 @@ pub struct FramePort {
     kept: VecDeque<(FrameNumber, Bytes)>,
     /// What every gateway has, as the primary said.
     forgotten: FrameNumber,
-    /// The last output for each address that is not kept any more: a gateway that lacks it cannot
-    /// go on.
-    forgotten_for: HashMap<Mac, FrameNumber>,
+    destinations: Destinations,
     /// Something is committed that a gateway has not been told.
     tell_at: Option<Time>,
     events: VecDeque<FrameEvent>,
@@ -193,7 +199,7 @@ impl FramePort {
             last_output: FrameNumber(0),
             kept: VecDeque::new(),
             forgotten: FrameNumber(0),
-            forgotten_for: HashMap::new(),
+            destinations: Destinations::default(),
             tell_at: None,
             events: VecDeque::new(),
             fresh_event: false,
@@ -210,6 +216,9 @@ impl FramePort {
             return;
         }
         self.last_output = number;
+        let owners = &self.owners;
+        let protects = |mac: &Mac| owners.contains_key(mac);
+        self.destinations.note(number, &frame, protects);
         match self.role {
             Role::Leading(_) => self.route(number, frame),
             Role::Following if number <= self.forgotten => self.note_forgotten(number, &frame),
@@ -253,13 +262,10 @@ impl FramePort {
         }
     }
 
-    /// Remembers that an output is not kept any more. Copies differ about who was there for a
-    /// broadcast, so a forgotten one binds nobody.
+    /// Remembers that an output is not kept any more.
     fn note_forgotten(&mut self, number: FrameNumber, frame: &Bytes) {
-        if let Some(to) = Mac::destination(frame)
-            && !to.is_group()
-        {
-            self.forgotten_for.insert(to, number);
+        if let Some(to) = Mac::destination(frame) {
+            self.destinations.forget(to, number);
         }
     }
 
@@ -343,7 +349,7 @@ impl FramePort {
         for gateway in self.gateways.values_mut() {
             gateway.accepted = gateway.logged;
             gateway.committed = gateway.logged;
-            gateway.absent_since = (!gateway.dropped).then_some(now);
+            gateway.absent_since = Some(now);
         }
         self.watch(self.gateways.keys().copied().collect::<Vec<_>>());
         for (number, frame) in std::mem::take(&mut self.kept) {
@@ -376,6 +382,9 @@ impl FramePort {
             gateway.session = None;
             gateway.absent_since = None;
             gateway.stuck_since = None;
+            // The next primary may serve it yet: what was said in its name may be in no log.
+            gateway.dropped = false;
+            gateway.given_up = false;
             gateway.uncommitted.clear();
             gateway.arriving_bytes = 0;
         }

@@ -4,15 +4,20 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::str::FromStr;
 use std::sync::Arc;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
 use super::failure::{Exit, Failure, OrExit as _};
 use super::output;
 use super::process::{ConfigArgs, block_on_until_stopped};
 use super::run::publish;
 use crate::agent::certs::Role;
 use crate::agent::metrics::{self, ServeMetricsError};
-use crate::gateway::{Gateway, GatewayConfig, GatewayMetrics, Publish, StackConfig};
+use crate::gateway::{Gateway, GatewayConfig, GatewayMetrics, MOST_CLIENTS, Publish, StackConfig};
 use crate::images;
 use crate::protocol::VmName;
+
+/// How many files a gateway has open beside its clients' sockets, at most.
+const OTHER_DESCRIPTORS: u64 = 256;
 
 /// What `gateway` is told.
 #[derive(Debug, clap::Args)]
@@ -32,6 +37,13 @@ pub struct Args {
     /// The guest's address, where no image says it
     #[arg(long, value_name = "ADDRESS/PREFIX")]
     guest: Option<Subnet>,
+    /// How many clients are served at the same time; others wait to be accepted
+    #[arg(long, value_name = "NUMBER", default_value_t = MOST_CLIENTS)]
+    most_clients: usize,
+    /// How many of them may come from one address; more are reset. Every one of --most-clients when
+    /// it is left out
+    #[arg(long, value_name = "NUMBER")]
+    most_clients_per_address: Option<usize>,
     /// Serve Prometheus metrics on this TCP address
     #[arg(long, value_name = "ADDRESS:PORT")]
     metrics: Option<SocketAddr>,
@@ -79,10 +91,12 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             .or_exit(Exit::Usage);
     }
     let stack = StackConfig::new(subnet.address, subnet.prefix);
+    allow_descriptors(args.most_clients);
     block_on_until_stopped(&args.config, async |stop| {
-        let gateway = Gateway::bind(GatewayConfig::new(publish.clone(), stack))
-            .await
-            .or_fail()?;
+        let mut wanted = GatewayConfig::new(publish.clone(), stack);
+        wanted.most_clients = args.most_clients;
+        wanted.most_clients_each = args.most_clients_per_address.unwrap_or(args.most_clients);
+        let gateway = Gateway::bind(wanted).await.or_fail()?;
         for (address, publish) in gateway.addresses().iter().zip(&publish) {
             output::line(format_args!(
                 "port {} of {} is {address}",
@@ -96,6 +110,30 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             () = stop => Ok(()),
         }
     })
+}
+
+/// Every client has a file descriptor. Says so when this process may not have as many; those who
+/// find none wait to be accepted.
+fn allow_descriptors(clients: usize) {
+    let wanted = clients as u64 + OTHER_DESCRIPTORS;
+    let allowed = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(now, most)| {
+        if now >= wanted {
+            return Ok(now);
+        }
+        let allowed = wanted.min(most);
+        setrlimit(Resource::RLIMIT_NOFILE, allowed, most)?;
+        Ok(allowed)
+    });
+    match allowed {
+        Ok(allowed) if allowed >= wanted => {}
+        Ok(allowed) => tracing::warn!(
+            clients,
+            allowed,
+            "this process may not open as many files as clients are to be served: raise its limit \
+             (ulimit -Hn), or lower --most-clients"
+        ),
+        Err(error) => tracing::warn!(%error, "the limit of open files cannot be read or raised"),
+    }
 }
 
 /// Ends only with a failure.

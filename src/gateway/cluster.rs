@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
+use std::net::Ipv4Addr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -72,7 +73,12 @@ impl<D: Dial> ClusterCarrier<D> {
         reigns: mpsc::Receiver<Reign<D::Host>>,
     ) -> Self {
         Self {
-            port: GatewayPort::new(vm.clone(), GatewayIncarnation::default(), most_bytes),
+            port: GatewayPort::new(
+                vm.clone(),
+                GatewayIncarnation::default(),
+                Ipv4Addr::UNSPECIFIED,
+                most_bytes,
+            ),
             vm,
             most_bytes,
             dial,
@@ -251,13 +257,13 @@ impl<D: Dial> Carrier for ClusterCarrier<D> {
         self.port.poll_timeout()
     }
 
-    fn begin(&mut self, incarnation: GatewayIncarnation, now: Time) {
+    fn begin(&mut self, incarnation: GatewayIncarnation, address: Ipv4Addr, now: Time) {
         self.before = self.before.plus(self.port.counters());
         let reign = self.port.reigning().cloned();
         self.opening = None;
         self.current = None;
         self.lingering.clear();
-        self.port = GatewayPort::new(self.vm.clone(), incarnation, self.most_bytes);
+        self.port = GatewayPort::new(self.vm.clone(), incarnation, address, self.most_bytes);
         if let Some((term, primary)) = reign {
             self.port.reign(term, primary, now);
             self.act();

@@ -2,6 +2,7 @@
 //! machine, and anything that can go wrong between them, in an order that proptest chooses.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::net::Ipv4Addr;
 
 use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;
@@ -152,7 +153,12 @@ impl World {
             copies: (0..COPIES).map(|_| Some(Copy::new())).collect(),
             gateways: (1..=GATEWAYS)
                 .map(|gateway| Gateway {
-                    port: GatewayPort::new(vm(), incarnation(gateway), 1 << 20),
+                    port: GatewayPort::new(
+                        vm(),
+                        incarnation(gateway),
+                        Ipv4Addr::from(gateway as u32),
+                        1 << 20,
+                    ),
                     pipes: BTreeMap::new(),
                     sent: Vec::new(),
                     passed: Vec::new(),

@@ -7,7 +7,7 @@
 //!
 //! ```text
 //!   gateway                                              agent of the primary
-//!      │ Hello{vm, gateway, term, received}  ─────────────▶ │
+//!      │ Hello{vm, gateway, address, term, received} ─────▶ │
 //!      │ ◀─────────────────────── Welcome{term, boot, logged}
 //!      │ Frame{number = logged+1 …}          ─────────────▶ │   to the guest, then to the log
 //!      │ ◀──────────────────────────────  Committed{through}    may be forgotten by the gateway
@@ -16,6 +16,8 @@
 //! ```
 //!
 //! Numbers are LEB128 varints. Every length is checked before anything is allocated for it.
+
+use std::net::Ipv4Addr;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use replay_log::{FrameNumber, GatewayIncarnation, Term};
@@ -26,7 +28,7 @@ use crate::protocol::VmName;
 use crate::protocol::name::MAX_NAME;
 
 /// The version of what is written here. It is the first byte after the kind of a `Hello`.
-pub const FRAMES_VERSION: u8 = 1;
+pub const FRAMES_VERSION: u8 = 2;
 
 /// The longest frame that is accepted, in bytes: an Ethernet frame with tags to spare.
 pub const MAX_FRAME: usize = 2_048;
@@ -54,15 +56,11 @@ pub fn incarnation_of(name: &Name, run: u32) -> GatewayIncarnation {
 
 /// Whether an incarnation is one of the gateway of this name.
 pub fn is_incarnation_of(incarnation: GatewayIncarnation, name: &Name) -> bool {
-    half(incarnation) == mark_of(name)
+    mark(incarnation) == mark_of(name)
 }
 
-/// Whether two incarnations are of gateways of the same name.
-pub const fn are_of_one_gateway(one: GatewayIncarnation, other: GatewayIncarnation) -> bool {
-    half(one) == half(other)
-}
-
-const fn half(incarnation: GatewayIncarnation) -> u32 {
+/// What all incarnations of one gateway have in common.
+pub const fn mark(incarnation: GatewayIncarnation) -> u32 {
     (incarnation.0 >> 32) as u32
 }
 
@@ -118,6 +116,8 @@ pub struct Hello {
     pub vm: VmName,
     /// Which run of which gateway it is.
     pub gateway: GatewayIncarnation,
+    /// Its address in the guest's network, its own for as long as this incarnation lives.
+    pub address: Ipv4Addr,
     /// The term that the record's keeper told it.
     pub term: Term,
     /// The last output it has.
@@ -191,6 +191,8 @@ pub enum Refusal {
     TooLate,
     /// There are as many gateways as the agent takes.
     TooMany,
+    /// The guest knows another gateway by its address.
+    AddressTaken,
 }
 
 impl Refusal {
@@ -200,6 +202,7 @@ impl Refusal {
             Self::OtherTerm => 2,
             Self::TooLate => 3,
             Self::TooMany => 4,
+            Self::AddressTaken => 5,
         }
     }
 
@@ -209,6 +212,7 @@ impl Refusal {
             2 => Some(Self::OtherTerm),
             3 => Some(Self::TooLate),
             4 => Some(Self::TooMany),
+            5 => Some(Self::AddressTaken),
             _ => None,
         }
     }
@@ -220,6 +224,7 @@ impl Refusal {
             Self::OtherTerm => "it does not reign in that term",
             Self::TooLate => "the outputs this gateway lacks are forgotten",
             Self::TooMany => "it serves as many gateways as it can",
+            Self::AddressTaken => "the guest knows another gateway by its address",
         }
     }
 }
@@ -281,6 +286,7 @@ impl Message for ToAgent {
                 put_varint(out, hello.vm.as_str().len() as u64);
                 out.put_slice(hello.vm.as_str().as_bytes());
                 put_varint(out, hello.gateway.0);
+                out.put_slice(&hello.address.octets());
                 put_varint(out, hello.term.0);
                 put_varint(out, hello.received.0);
             }
@@ -316,9 +322,11 @@ impl Message for ToAgent {
                     .ok()
                     .and_then(|name| VmName::new(name).ok())
                     .ok_or(WireError::Name)?;
-                let (Some(gateway), Some(term), Some(received)) =
-                    (cursor.varint()?, cursor.varint()?, cursor.varint()?)
+                let (Some(gateway), Some(&[a, b, c, d])) = (cursor.varint()?, cursor.take(4))
                 else {
+                    return Ok(None);
+                };
+                let (Some(term), Some(received)) = (cursor.varint()?, cursor.varint()?) else {
                     return Ok(None);
                 };
                 let used = cursor.used();
@@ -326,6 +334,7 @@ impl Message for ToAgent {
                 Ok(Some(Self::Hello(Hello {
                     vm,
                     gateway: GatewayIncarnation(gateway),
+                    address: Ipv4Addr::new(a, b, c, d),
                     term: Term(term),
                     received: FrameNumber(received),
                 })))

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -167,7 +167,7 @@ impl Carrier for LocalCarrier {
         None
     }
 
-    fn begin(&mut self, incarnation: GatewayIncarnation, _now: Time) {
+    fn begin(&mut self, incarnation: GatewayIncarnation, _address: Ipv4Addr, _now: Time) {
         self.incarnation = incarnation;
         self.next = FrameNumber(1);
         self.waiting.clear();

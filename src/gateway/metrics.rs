@@ -43,6 +43,8 @@ counters! {
     clients_accepted,
     /// Clients whose connection was reset, by the guest or for want of it.
     clients_reset,
+    /// Clients that were turned away because too many came from their address.
+    clients_turned_away,
     /// Frames sent to the guest, each counted once.
     frames_to_guest,
     /// Their bytes.

@@ -9,6 +9,7 @@ pub mod frames;
 mod hosts;
 mod local;
 mod metrics;
+mod patience;
 pub mod port;
 mod pump;
 pub mod ready;
@@ -42,7 +43,7 @@ use crate::agent::certs::Name;
 use crate::agent::certs::proof::VerifierError;
 use crate::agent::link::BindError;
 use crate::config::ConfigError;
-use crate::protocol::VmName;
+use crate::protocol::{Span, VmName};
 
 /// One TCP port of the guest that is published on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +54,9 @@ pub struct Publish {
     pub guest_port: u16,
 }
 
+/// How many clients a gateway serves at the same time, unless it is told otherwise.
+pub const MOST_CLIENTS: usize = 4_096;
+
 /// What a gateway is to do.
 #[derive(Clone, Debug)]
 pub struct GatewayConfig {
@@ -62,6 +66,11 @@ pub struct GatewayConfig {
     pub stack: StackConfig,
     /// How many clients are served at the same time; others wait to be accepted.
     pub most_clients: usize,
+    /// How many of them may come from one address; more are reset.
+    pub most_clients_each: usize,
+    /// How often clients are looked at that nothing is heard of: a connection that the kernel has
+    /// given up must not keep its place.
+    pub look_after_every: Span,
     /// Bytes of frames that may be on their way to a committed log. Beyond it nothing is read from
     /// clients.
     pub most_uncommitted: usize,
@@ -73,7 +82,9 @@ impl GatewayConfig {
         Self {
             publish,
             stack,
-            most_clients: 4_096,
+            most_clients: MOST_CLIENTS,
+            most_clients_each: MOST_CLIENTS,
+            look_after_every: Span::from_millis(30_000),
             most_uncommitted: 16 << 20,
         }
     }
@@ -183,14 +194,7 @@ impl Gateway {
                 guest_port: publish.guest_port,
             })
             .collect();
-        let pump = Pump::new(
-            carrier,
-            name,
-            self.config.stack.clone(),
-            published,
-            self.config.most_clients,
-            self.metrics,
-        );
+        let pump = Pump::new(carrier, name, self.config, published, self.metrics);
         match pump {
             Ok(mut pump) => poll_fn(|cx| pump.poll(cx)).await,
             Err(error) => error,

@@ -15,6 +15,7 @@
 //! counted and dropped.
 
 use std::collections::VecDeque;
+use std::net::Ipv4Addr;
 
 use bytes::{Bytes, BytesMut};
 use replay_log::{FrameNumber, GatewayIncarnation, Term};
@@ -133,6 +134,7 @@ struct Session {
 pub struct GatewayPort<H> {
     vm: VmName,
     incarnation: GatewayIncarnation,
+    address: Ipv4Addr,
     /// Frames that may have to be sent again; the first one's number is one after `committed`.
     unforgotten: VecDeque<Bytes>,
     unforgotten_bytes: usize,
@@ -155,12 +157,18 @@ pub struct GatewayPort<H> {
 }
 
 impl<H: Clone + PartialEq> GatewayPort<H> {
-    /// A port that has sent and received nothing. Frames beyond `most_bytes` that are not
+    /// A port that has sent and received nothing, with its `address` in the guest's network. Frames beyond `most_bytes` that are not
     /// committed yet make [`GatewayPort::has_room`] false.
-    pub fn new(vm: VmName, incarnation: GatewayIncarnation, most_bytes: usize) -> Self {
+    pub fn new(
+        vm: VmName,
+        incarnation: GatewayIncarnation,
+        address: Ipv4Addr,
+        most_bytes: usize,
+    ) -> Self {
         Self {
             vm,
             incarnation,
+            address,
             unforgotten: VecDeque::new(),
             unforgotten_bytes: 0,
             most_bytes,
@@ -267,6 +275,7 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
             hello: Hello {
                 vm: self.vm.clone(),
                 gateway: self.incarnation,
+                address: self.address,
                 term,
                 received: self.received,
             },
@@ -362,6 +371,11 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
                         why: "it was away from the primary for too long",
                     });
                 }
+                if why == Refusal::AddressTaken {
+                    return Err(PortError::HistoryLost {
+                        why: "the guest knows another gateway by its address",
+                    });
+                }
                 Ok(None)
             }
             (Standing::Welcomed { .. }, ToGateway::Refused { .. }) => {
@@ -410,7 +424,8 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
             return self.history_lost("the new primary's log lacks committed frames", now);
         }
         if logged > self.last_number() {
-            return self.broken("it has frames that were never sent", now);
+            // An agent that gives a gateway up resets its connections in its name.
+            return self.history_lost("it was given up, and its connections were reset", now);
         }
         self.boot = Some(boot);
         self.last_refusal = None;

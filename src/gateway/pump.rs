@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -19,10 +19,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Sleep;
 
-use super::GatewayError;
 use super::metrics::{GatewayMetrics, add, set};
+use super::patience::watch_over;
 use super::ready::{Ready, ReadyWaker};
-use super::stack::{ConnectionId, Progress, Stack, StackConfig};
+use super::stack::{ConnectionId, Progress, Stack};
+use super::{GatewayConfig, GatewayError};
 use crate::agent::certs::Name;
 use crate::protocol::{Span, Time};
 
@@ -60,8 +61,8 @@ pub(super) trait Carrier {
     /// When it wants to be polled at the latest.
     fn poll_timeout(&self) -> Option<Time>;
 
-    /// Begins, or begins anew, as this incarnation.
-    fn begin(&mut self, incarnation: GatewayIncarnation, now: Time);
+    /// Begins, or begins anew, as this incarnation with this address in the guest's network.
+    fn begin(&mut self, incarnation: GatewayIncarnation, address: Ipv4Addr, now: Time);
 
     /// Writes down what it counts.
     fn report(&self, metrics: &GatewayMetrics);
@@ -74,6 +75,7 @@ pub(super) trait Carrier {
 
 struct Client {
     socket: TcpStream,
+    from: IpAddr,
     waker: Arc<ReadyWaker<ConnectionId>>,
     /// It will send nothing more, and the guest has been told.
     finished: bool,
@@ -106,10 +108,13 @@ pub(super) struct Pump<C> {
     /// The gateway's name: every incarnation is one of it.
     name: Name,
     stack: Stack,
-    config: StackConfig,
+    config: GatewayConfig,
     published: Vec<Published>,
     clients: HashMap<ConnectionId, Client>,
-    most_clients: usize,
+    /// How many clients there are from each address.
+    sources: HashMap<IpAddr, usize>,
+    /// When the clients are looked after next, if there are any.
+    look_after_at: Option<Time>,
     /// Clients may be waiting to be accepted that nothing will wake us for.
     accept_again: bool,
     accept_at: Option<Time>,
@@ -133,14 +138,13 @@ impl<C: Carrier> Pump<C> {
     pub(super) fn new(
         mut carrier: C,
         name: Name,
-        config: StackConfig,
+        config: GatewayConfig,
         published: Vec<Published>,
-        most_clients: usize,
         metrics: Arc<GatewayMetrics>,
     ) -> Result<Self, GatewayError> {
         let incarnation = super::fresh_incarnation(&name);
-        let stack = Stack::new(incarnation, config.clone(), Time::default())?;
-        carrier.begin(incarnation, Time::default());
+        let stack = Stack::new(incarnation, config.stack.clone(), Time::default())?;
+        carrier.begin(incarnation, stack.address().ip, Time::default());
         Ok(Self {
             carrier,
             name,
@@ -148,7 +152,8 @@ impl<C: Carrier> Pump<C> {
             config,
             published,
             clients: HashMap::new(),
-            most_clients,
+            sources: HashMap::new(),
+            look_after_at: None,
             accept_again: false,
             accept_at: None,
             ready: Arc::default(),
@@ -186,6 +191,9 @@ impl<C: Carrier> Pump<C> {
             if self.stack.poll_timeout().is_some_and(|due| due <= now) {
                 self.stack.handle_timeout(now);
             }
+            if self.look_after_at.is_some_and(|at| at <= now) {
+                self.look_after_clients(now);
+            }
             self.serve_clients(now);
             if self.lingers(cx, now) {
                 return Poll::Pending;
@@ -195,7 +203,7 @@ impl<C: Carrier> Pump<C> {
             if self.carrier.has_ended() {
                 return Poll::Ready(GatewayError::VmmGone);
             }
-            let room_for_more = self.accept_again && self.clients.len() < self.most_clients;
+            let room_for_more = self.accept_again && self.clients.len() < self.config.most_clients;
             if !room_for_more && !self.timer_is_due(cx) {
                 return Poll::Pending;
             }
@@ -210,23 +218,33 @@ impl<C: Carrier> Pump<C> {
         taken
     }
 
-    /// Every client is reset, and a new incarnation begins.
+    /// Every client is reset, but for those whose connection to the guest does not stand yet, and a
+    /// new incarnation begins.
     fn start_afresh(&mut self, lost: &HistoryLost, now: Time) -> Result<(), GatewayError> {
         let incarnation = super::fresh_incarnation(&self.name);
         tracing::warn!(
             reason = lost.0,
             clients = self.clients.len(),
             incarnation = incarnation.0,
-            "the guest has lost this gateway's connections: every client is reset"
+            "this gateway's connections to the guest cannot go on: every client that has one is reset"
         );
-        for (_, client) in self.clients.drain() {
-            add(&self.metrics.clients_reset, 1);
-            let _ = client.socket.set_zero_linger();
-        }
         self.stopped.clear();
         add(&self.metrics.fresh_starts, 1);
-        self.stack = Stack::new(incarnation, self.config.clone(), now)?;
-        self.carrier.begin(incarnation, now);
+        let stack = Stack::new(incarnation, self.config.stack.clone(), now)?;
+        let before = std::mem::replace(&mut self.stack, stack);
+        self.carrier
+            .begin(incarnation, self.stack.address().ip, now);
+        self.sources.clear();
+        for (id, client) in std::mem::take(&mut self.clients) {
+            match before.connecting_to(id) {
+                // Nothing of it has reached the guest that matters now.
+                Some(guest_port) => self.connect(client.socket, client.from, guest_port, now),
+                None => {
+                    add(&self.metrics.clients_reset, 1);
+                    let _ = client.socket.set_zero_linger();
+                }
+            }
+        }
         Ok(())
     }
 
@@ -238,7 +256,7 @@ impl<C: Carrier> Pump<C> {
         self.accept_again = false;
         for index in 0..self.published.len() {
             loop {
-                if self.clients.len() >= self.most_clients {
+                if self.clients.len() >= self.config.most_clients {
                     // The others wait in the listener's queue until one leaves.
                     self.accept_again = true;
                     return Ok(());
@@ -247,7 +265,7 @@ impl<C: Carrier> Pump<C> {
                 let guest_port = published.guest_port;
                 match published.listener.poll_accept(cx) {
                     Poll::Ready(Ok((socket, from))) => {
-                        self.welcome_client(socket, from, guest_port, now);
+                        self.welcome_client(socket, from.ip().to_canonical(), guest_port, now);
                     }
                     Poll::Ready(Err(error)) if is_of_one_client(&error) => {}
                     Poll::Ready(Err(error)) if is_shortage(&error) => {
@@ -265,28 +283,79 @@ impl<C: Carrier> Pump<C> {
         Ok(())
     }
 
-    fn welcome_client(&mut self, socket: TcpStream, from: SocketAddr, guest_port: u16, now: Time) {
+    fn welcome_client(&mut self, socket: TcpStream, from: IpAddr, guest_port: u16, now: Time) {
+        let theirs = self.sources.get(&from).copied().unwrap_or(0);
+        if theirs >= self.config.most_clients_each {
+            add(&self.metrics.clients_turned_away, 1);
+            tracing::debug!(%from, theirs, "a client is turned away: too many of one address");
+            let _ = socket.set_zero_linger();
+            return;
+        }
+        let _ = socket.set_nodelay(true);
+        if let Err(error) = watch_over(&socket) {
+            // It is gone already, or this kernel cannot; it is served for as long as it is there.
+            tracing::debug!(%error, %from, "the kernel does not watch over a client");
+        }
+        add(&self.metrics.clients_accepted, 1);
+        let every = self.config.look_after_every;
+        self.look_after_at.get_or_insert(now.plus(every));
+        self.connect(socket, from, guest_port, now);
+    }
+
+    /// Lets go of clients that the kernel has given up, where nothing is read or written that would
+    /// tell of it: they have said all they had to say, or the guest takes nothing.
+    fn look_after_clients(&mut self, now: Time) {
+        let gone = |client: &Client| !matches!(client.socket.take_error(), Ok(None));
+        let gone: Vec<_> = self
+            .clients
+            .iter()
+            .filter(|(_, client)| gone(client))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in gone {
+            self.stack.abort(id, now);
+            self.let_go(id);
+        }
+        let every = self.config.look_after_every;
+        self.look_after_at = (!self.clients.is_empty()).then(|| now.plus(every));
+    }
+
+    fn let_go(&mut self, id: ConnectionId) {
+        let Some(client) = self.clients.remove(&id) else {
+            return;
+        };
+        if let Some(theirs) = self.sources.get_mut(&client.from) {
+            *theirs -= 1;
+            if *theirs == 0 {
+                self.sources.remove(&client.from);
+            }
+        }
+    }
+
+    /// Gives a client a connection to the guest.
+    fn connect(&mut self, socket: TcpStream, from: IpAddr, guest_port: u16, now: Time) {
         let id = match self.stack.connect(guest_port, now) {
             Ok(id) => id,
             Err(error) => {
-                tracing::warn!(%error, %from, "a client is turned away");
+                tracing::warn!(%error, "a client is turned away");
+                add(&self.metrics.clients_reset, 1);
                 let _ = socket.set_zero_linger();
                 return;
             }
         };
-        let _ = socket.set_nodelay(true);
-        add(&self.metrics.clients_accepted, 1);
         let waker = ReadyWaker::new(id, &self.ready);
         self.clients.insert(
             id,
             Client {
                 socket,
+                from,
                 waker,
                 finished: false,
                 told_end: false,
                 stopped: false,
             },
         );
+        *self.sources.entry(from).or_default() += 1;
         self.turn.push(id);
     }
 
@@ -369,7 +438,7 @@ impl<C: Carrier> Pump<C> {
             }
             Fate::ResetByClient => self.stack.abort(id, now),
         }
-        self.clients.remove(&id);
+        self.let_go(id);
     }
 
     fn report(&self) {
@@ -383,6 +452,7 @@ impl<C: Carrier> Pump<C> {
             self.stack.poll_timeout(),
             self.carrier.poll_timeout(),
             self.accept_at,
+            self.look_after_at,
         ]
         .into_iter()
         .flatten()

@@ -72,8 +72,8 @@ pub struct GuestSideAddress {
 const LOWEST_PORT: u16 = 1_024;
 
 impl GuestSideAddress {
-    /// Derives the addresses from the incarnation: equal for equal incarnations, and hardly ever
-    /// equal for different ones, so that a guest never takes a new gateway for an old one.
+    /// Derives the addresses from the incarnation: equal for equal incarnations, and seldom equal for
+    /// different ones. An agent that knows of another gateway with this address refuses it.
     pub fn derive(
         incarnation: GatewayIncarnation,
         config: &StackConfig,
@@ -130,6 +130,7 @@ pub enum Progress {
 struct Connection {
     sockets: SocketSet<'static>,
     handle: SocketHandle,
+    guest_port: u16,
     opened: Time,
     progress: Progress,
     /// The guest's FIN has arrived.
@@ -268,6 +269,9 @@ impl Stack {
         // What a client writes at once arrives here at once, and clients that wait for an answer
         // gain nothing from waiting for an acknowledgement.
         socket.set_nagle_enabled(false);
+        // No keep-alive and no time-out: no frame to or from the guest gets lost, so a guest that is
+        // silent has nothing to say or stands still, and what it has lost, its reboot says. A guest
+        // that stands still for hours goes on with the connections it had.
         let ack_delay = self.config.ack_delay.map(|span| span.as_nanos() / 1_000);
         socket.set_ack_delay(ack_delay.map(smoltcp::time::Duration::from_micros));
         socket
@@ -284,6 +288,7 @@ impl Stack {
             Connection {
                 sockets,
                 handle,
+                guest_port: port,
                 opened: now,
                 progress: Progress::Connecting,
                 guest_finished: false,
@@ -465,6 +470,12 @@ impl Stack {
     /// Where a connection stands; `None` when there is none of that name.
     pub fn progress(&self, id: ConnectionId) -> Option<Progress> {
         Some(self.connections.get(&id)?.progress)
+    }
+
+    /// The guest's port of a connection that the guest has not answered yet.
+    pub fn connecting_to(&self, id: ConnectionId) -> Option<u16> {
+        let connection = self.connections.get(&id)?;
+        (connection.progress == Progress::Connecting).then_some(connection.guest_port)
     }
 
     /// Hands the bytes that have arrived to `take`, which says how many of them it took, until it

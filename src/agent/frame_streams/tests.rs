@@ -98,6 +98,7 @@ fn hello(who: &Name, term: u64) -> ToAgent {
     ToAgent::Hello(Hello {
         vm: vm(),
         gateway: incarnation_of(who, 1),
+        address: [10, 0, 0, who.as_str().len() as u8].into(),
         term: Term(term),
         received: FrameNumber(0),
     })

@@ -1,12 +1,12 @@
 //! Gateways that are away, or take nothing: how long what the guest says to them is kept, and when
 //! they are dropped.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
-use replay_log::{FrameNumber, GatewayIncarnation};
+use replay_log::{FrameNumber, FrameSource, GatewayIncarnation};
 
 use super::{DropReason, FrameEvent, FramePort, Gateway, Role, Standing};
-use crate::gateway::frames::{Mac, Refusal, are_of_one_gateway};
+use crate::gateway::frames::{Mac, Refusal, mark};
 use crate::protocol::Time;
 
 impl FramePort {
@@ -82,7 +82,7 @@ impl FramePort {
     /// Whether another run of the same gateway is served.
     fn has_successor(&self, incarnation: GatewayIncarnation) -> bool {
         let mut served = self.served.values();
-        served.any(|other| *other != incarnation && are_of_one_gateway(*other, incarnation))
+        served.any(|other| *other != incarnation && mark(*other) == mark(incarnation))
     }
 
     /// Bytes for the gateway that has most to take, when they are more than is kept for one that is
@@ -102,7 +102,7 @@ impl FramePort {
         };
         let outputs = gateway.outputs.len();
         if let Some(last) = gateway.forget_outputs(FrameNumber(u64::MAX)) {
-            self.forgotten_for.insert(Mac::of(incarnation), last);
+            self.destinations.forget(Mac::of(incarnation), last);
         }
         gateway.absent_since = None;
         gateway.stuck_since = None;
@@ -110,6 +110,7 @@ impl FramePort {
         if let Some(session) = gateway.session.take() {
             self.refuse(session, Refusal::TooLate);
         }
+        self.reset_connections(incarnation);
         self.tell(FrameEvent::Dropped {
             gateway: incarnation,
             why,
@@ -117,18 +118,43 @@ impl FramePort {
         });
     }
 
-    /// Forgets a gateway that is gone for good, or at least one that is not there.
+    /// Nobody will end the connections of a gateway that is gone, so the guest would keep them for
+    /// as long as its own patience lasts. They are reset in the gateway's name and with its next
+    /// numbers: if it came back, to this primary or another, it would learn that it was given up.
+    fn reset_connections(&mut self, incarnation: GatewayIncarnation) {
+        let resets = self.destinations.resets(Mac::of(incarnation));
+        let Some(gateway) = self.gateways.get_mut(&incarnation) else {
+            return;
+        };
+        for reset in resets {
+            gateway.given_up = true;
+            gateway.accepted.0 += 1;
+            gateway.arriving_bytes += reset.len();
+            let source = FrameSource {
+                gateway: incarnation,
+                number: gateway.accepted,
+            };
+            self.arrivals.push_back((source, reset));
+        }
+    }
+
+    /// Forgets an incarnation that is gone for good, or at least one that is not there: of the
+    /// gateway that has most of them, so that no gateway makes another one's forgotten.
     pub(super) fn forget_a_gateway(&mut self) {
-        let victim = self
-            .gateways
-            .iter()
-            .filter(|(_, gateway)| gateway.session.is_none())
+        let mut runs: HashMap<u32, usize> = HashMap::new();
+        let away = || self.gateways.iter().filter(|(_, g)| g.session.is_none());
+        for (incarnation, _) in away() {
+            *runs.entry(mark(*incarnation)).or_default() += 1;
+        }
+        let most = runs.values().max().copied().unwrap_or(0);
+        let victim = away()
+            .filter(|(incarnation, _)| runs.get(&mark(**incarnation)) == Some(&most))
             .min_by_key(|(_, gateway)| (!gateway.dropped, gateway.outputs.len()))
             .map(|(incarnation, _)| *incarnation);
         if let Some(victim) = victim {
             self.gateways.remove(&victim);
             self.owners.remove(&Mac::of(victim));
-            self.forgotten_for.remove(&Mac::of(victim));
+            self.destinations.remove(Mac::of(victim));
         }
     }
 

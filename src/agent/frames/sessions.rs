@@ -1,7 +1,10 @@
 //! What gateways say on their sessions, and what is said to them.
 
+use std::net::Ipv4Addr;
+
 use bytes::{Bytes, BytesMut};
 use replay_log::{FrameNumber, FrameSource, GatewayIncarnation};
+use smoltcp::wire::{ArpPacket, EthernetFrame, EthernetProtocol, Ipv4Packet};
 
 use super::{COMMITTED_AFTER, Flow, FrameEvent, FramePort, GatewayError, Role, Standing};
 use crate::gateway::frames::{
@@ -85,6 +88,7 @@ impl FramePort {
         gateway.absent_since = None;
         gateway.stuck_since = gateway.stuck_since.map(|_| now);
         gateway.dropped = false;
+        gateway.address = Some(hello.address);
         let (logged, resent) = (gateway.accepted, gateway.outputs.len());
         self.served.insert(id, hello.gateway);
         if let Some(session) = self.sessions.get_mut(&id) {
@@ -125,31 +129,47 @@ impl FramePort {
             gateway.stuck_since = stuck.then_some(self.now);
         }
         if let Some(last) = forgotten {
-            self.forgotten_for.insert(Mac::of(incarnation), last);
+            self.destinations.forget(Mac::of(incarnation), last);
         }
     }
 
     fn cannot_serve(&self, hello: &Hello) -> Option<Refusal> {
-        let forgotten = self.forgotten_for.get(&Mac::of(hello.gateway));
-        match self.gateways.get(&hello.gateway) {
-            _ if forgotten.is_some_and(|forgotten| hello.received < *forgotten) => {
-                Some(Refusal::TooLate)
-            }
+        let mac = Mac::of(hello.gateway);
+        let gateway = self.gateways.get(&hello.gateway);
+        let is_new = gateway.is_none_or(|gateway| gateway.accepted == FrameNumber(0));
+        let lacks = self.destinations.lacks(mac, hello.received, is_new);
+        match gateway {
+            _ if lacks => Some(Refusal::TooLate),
+            Some(gateway) if gateway.given_up => Some(Refusal::TooLate),
             Some(gateway) if gateway.session.is_some() => None,
+            _ if self.is_taken(hello) => Some(Refusal::AddressTaken),
             _ if self.served.len() >= self.limits.gateways => Some(Refusal::TooMany),
             _ => None,
         }
     }
 
+    /// Whether another gateway, one that is not dropped, has one of the addresses of this one. The
+    /// guest's outputs say so after a change of primary, before that gateway is back.
+    fn is_taken(&self, hello: &Hello) -> bool {
+        let mac = Mac::of(hello.gateway);
+        let known = self.destinations.owner(hello.address);
+        self.gateways.iter().any(|(other, gateway)| {
+            let theirs = Mac::of(*other);
+            let same =
+                theirs == mac || gateway.address == Some(hello.address) || known == Some(theirs);
+            *other != hello.gateway && !gateway.dropped && same
+        })
+    }
+
     fn arrival(&mut self, source: FrameSource, bytes: Bytes) -> Result<(), GatewayError> {
-        if Mac::source(&bytes) != Some(Mac::of(source.gateway)) {
+        let Some(gateway) = self.gateways.get_mut(&source.gateway) else {
+            return Ok(());
+        };
+        if !is_from(&bytes, Mac::of(source.gateway), gateway.address) {
             return Err(GatewayError {
                 what: "a frame is not from its address",
             });
         }
-        let Some(gateway) = self.gateways.get_mut(&source.gateway) else {
-            return Ok(());
-        };
         if source.number <= gateway.accepted {
             self.counters.duplicates += 1;
             return Ok(());
@@ -159,6 +179,7 @@ impl FramePort {
                 what: "a frame is missing before this one",
             });
         }
+        self.destinations.hear(&bytes);
         gateway.accepted = source.number;
         gateway.arriving_bytes += bytes.len();
         self.counters.arrivals += 1;
@@ -254,4 +275,33 @@ impl FramePort {
         }
         false
     }
+}
+
+/// Whether a frame is from these addresses. One that pretends to be from another gateway could end
+/// that one's connections, or draw them to itself.
+fn is_from(frame: &[u8], mac: Mac, address: Option<Ipv4Addr>) -> bool {
+    if Mac::source(frame) != Some(mac) {
+        return false;
+    }
+    let Ok(frame) = EthernetFrame::new_checked(frame) else {
+        return true;
+    };
+    let sender = match frame.ethertype() {
+        EthernetProtocol::Ipv4 => {
+            let packet = Ipv4Packet::new_checked(frame.payload());
+            packet.ok().map(|packet| packet.src_addr())
+        }
+        EthernetProtocol::Arp => {
+            let packet = ArpPacket::new_checked(frame.payload()).ok();
+            let packet = packet.filter(|packet| packet.source_hardware_addr() == mac.0);
+            packet.and_then(|packet| {
+                let [a, b, c, d] = *packet.source_protocol_addr() else {
+                    return None;
+                };
+                Some(Ipv4Addr::new(a, b, c, d))
+            })
+        }
+        _ => return true,
+    };
+    sender.is_some() && sender == address
 }

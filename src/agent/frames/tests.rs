@@ -26,6 +26,12 @@ fn gateway(index: usize, run: u32) -> GatewayIncarnation {
     incarnation_of(&name(index), run)
 }
 
+/// Its address in the guest's network: another one for each run in these tests.
+fn address(gateway: GatewayIncarnation) -> Ipv4Addr {
+    let [_, _, _, who, .., a, b] = gateway.0.to_be_bytes();
+    Ipv4Addr::new(10, who, a, b)
+}
+
 /// The name of the gateway whose incarnation this is.
 fn who(gateway: GatewayIncarnation) -> Name {
     let mut names = (0..NAMES.len()).map(name);
@@ -50,6 +56,7 @@ fn hello(gateway: GatewayIncarnation, term: u64, received: u64) -> ToAgent {
     ToAgent::Hello(Hello {
         vm: vm("vm"),
         gateway,
+        address: address(gateway),
         term: Term(term),
         received: FrameNumber(received),
     })
@@ -388,6 +395,7 @@ fn strangers_are_turned_away() {
     let wrong = ToAgent::Hello(Hello {
         vm: vm("another"),
         gateway: gateway(0, 5),
+        address: address(gateway(0, 5)),
         term: Term(1),
         received: FrameNumber(0),
     });
@@ -473,4 +481,103 @@ fn all_gateways_together_have_a_bounded_number_of_sessions() {
     }
     let alive = (1..=20).filter(|n| !port.is_over(SessionId(*n))).count();
     assert_eq!(alive, 12);
+}
+
+/// The guest chooses whom it speaks to: what is remembered about that is bounded, and does not push
+/// out what is known about gateways.
+#[test]
+fn a_guest_that_invents_addresses_costs_no_memory() {
+    let mut port = leading();
+    port.follow(Term(1));
+    port.output(FrameNumber(1), ethernet(gateway(0, 5)));
+    for number in 2..=100_000 {
+        let mut frame = ethernet(gateway(0, 5)).to_vec();
+        frame[2..6].copy_from_slice(&(number as u32).to_le_bytes());
+        port.output(FrameNumber(number), frame.into());
+        port.forget(FrameNumber(number));
+    }
+    assert_eq!(port.kept_bytes(), 0);
+    assert!(port.destinations.remembered() <= 8_192);
+    let logged = [(gateway(0, 5), FrameNumber(1))];
+    port.lead(Term(1), logged, START);
+    // It lacks the first output, and nobody knows that any more: it is not served.
+    join(&mut port, 1, gateway(0, 5), 0);
+    assert_eq!(refusal(&mut port, SessionId(1)), Some(Refusal::TooLate));
+    // One that has all of them goes on, and so does one that has just begun.
+    port.connected(SessionId(2), &name(0), START);
+    port.message(SessionId(2), hello(gateway(0, 5), 1, 100_000))
+        .expect("hello");
+    join(&mut port, 3, gateway(2, 7), 0);
+    assert_eq!(port.served(), 2);
+}
+
+/// One gateway with many runs does not make this agent forget how far another one is.
+#[test]
+fn a_gateway_that_restarts_without_end_has_only_its_own_runs_forgotten() {
+    let mut port = leading();
+    let mut events = 0;
+    let greatest = (0..NAMES.len()).max_by_key(|index| gateway(*index, 0));
+    let restless = greatest.expect("three");
+    let other = if restless == 0 {
+        gateway(1, 6)
+    } else {
+        gateway(0, 5)
+    };
+    for run in 100..6_000 {
+        join(&mut port, 1, gateway(restless, run), 0);
+        port.disconnected(SessionId(1), START);
+        events += std::iter::from_fn(|| port.poll_event()).count();
+    }
+    assert_eq!(events, 5_900);
+    join(&mut port, 1, other, 0);
+    let (messages, _) = written(&mut port, SessionId(1));
+    let logged = messages.iter().find_map(|message| match message {
+        ToGateway::Welcome { logged, .. } => Some(*logged),
+        _ => None,
+    });
+    assert_eq!(logged, Some(FrameNumber(1)));
+}
+
+#[test]
+fn two_gateways_never_share_an_address() {
+    let same = |run| {
+        ToAgent::Hello(Hello {
+            vm: vm("vm"),
+            gateway: gateway(1, run),
+            address: address(gateway(0, 5)),
+            term: Term(1),
+            received: FrameNumber(0),
+        })
+    };
+    let mut port = leading();
+    join(&mut port, 1, gateway(0, 5), 0);
+    port.connected(SessionId(2), &name(1), START);
+    port.message(SessionId(2), same(6)).expect("hello");
+    let refused = refusal(&mut port, SessionId(2));
+    assert_eq!(refused, Some(Refusal::AddressTaken));
+    // Nor does one speak under the other's address.
+    let spoof = |from: GatewayIncarnation| {
+        let mut frame = ethernet(from).to_vec();
+        frame[6..12].copy_from_slice(&Mac::of(gateway(1, 6)).0);
+        frame.truncate(12);
+        // The beginning of an IPv4 header of 20 bytes.
+        frame.extend([8, 0, 0x45, 0, 0, 20, 0, 0, 0, 0, 64, 6, 0, 0]);
+        frame.extend(address(from).octets());
+        frame.extend([10, 0, 0, 2]);
+        ToAgent::Frame {
+            port: NetworkPort::default(),
+            number: FrameNumber(2),
+            bytes: frame.into(),
+        }
+    };
+    join(&mut port, 3, gateway(1, 6), 0);
+    port.message(SessionId(3), spoof(gateway(1, 6)))
+        .expect("its own");
+    assert!(port.message(SessionId(3), spoof(gateway(0, 5))).is_err());
+    // An address is free again when who had it is dropped.
+    port.disconnected(SessionId(1), seconds(1));
+    port.handle_timeout(seconds(61));
+    port.connected(SessionId(4), &name(1), seconds(61));
+    port.message(SessionId(4), same(7)).expect("hello");
+    assert_eq!(refusal(&mut port, SessionId(4)), None);
 }

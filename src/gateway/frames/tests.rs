@@ -20,6 +20,7 @@ fn to_agent() -> impl Strategy<Value = ToAgent> {
             |(vm, gateway, term, received)| ToAgent::Hello(Hello {
                 vm: VmName::new(&vm).expect("a name"),
                 gateway: GatewayIncarnation(gateway),
+                address: Ipv4Addr::from(gateway as u32),
                 term: Term(term),
                 received,
             })

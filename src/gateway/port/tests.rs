@@ -27,7 +27,7 @@ fn welcome(term: u64, logged: u64) -> ToGateway {
 }
 
 fn port() -> GatewayPort<&'static str> {
-    GatewayPort::new(vm(), GatewayIncarnation(1), 20)
+    GatewayPort::new(vm(), GatewayIncarnation(1), Ipv4Addr::LOCALHOST, 20)
 }
 
 fn opened(port: &mut GatewayPort<&'static str>) -> (SessionId, &'static str, Hello) {
@@ -151,5 +151,20 @@ fn a_lie_about_what_was_sent_closes_the_session() {
     port.reign(Term(1), "a", START);
     let (session, ..) = opened(&mut port);
     let refused = port.handle(session, welcome(1, u64::MAX), START);
-    assert!(matches!(refused, Err(PortError::Broken { .. })));
+    // Somebody has spoken in its name: an agent that gave it up.
+    assert!(matches!(refused, Err(PortError::HistoryLost { .. })));
+    assert!(!port.is_welcomed());
+}
+
+#[test]
+fn an_address_that_is_taken_ends_the_incarnation() {
+    let mut port = port();
+    port.reign(Term(1), "a", START);
+    let (session, ..) = opened(&mut port);
+    let refused = ToGateway::Refused {
+        term: Term(1),
+        why: Refusal::AddressTaken,
+    };
+    let lost = port.handle(session, refused, START);
+    assert!(matches!(lost, Err(PortError::HistoryLost { .. })));
 }

@@ -18,7 +18,8 @@ use super::guest::{COUNT, Guest, stack_config};
 use crate::agent::certs::Name;
 use crate::agent::frame_streams::FrameStreams;
 use crate::agent::frames::{FrameLimits, FramePort};
-use crate::gateway::frames::Boot;
+use crate::gateway::frames::{Boot, Message as _, Refusal, ToGateway};
+use crate::gateway::stream::MessageStream;
 use crate::gateway::{Dial, Gateway, GatewayConfig, GatewayMetrics, Publish, Reign};
 use crate::protocol::{Time, VmName};
 
@@ -86,6 +87,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Stream for S {}
 
 pub(super) enum Order {
     Kill(oneshot::Sender<()>),
+    /// As soon as the primary has something in its log that nobody else has.
+    KillBusy(oneshot::Sender<()>),
     Totals(oneshot::Sender<(u64, u64, u64)>),
 }
 
@@ -98,6 +101,8 @@ pub(super) struct Cluster<S> {
     reigns: mpsc::Sender<Reign<usize>>,
     /// Ships after every arrival instead of every millisecond.
     at_once: bool,
+    /// The primary dies when it next has a log that nobody else has.
+    doomed: Option<oneshot::Sender<()>>,
 }
 
 impl<S: Stream> Cluster<S> {
@@ -109,6 +114,7 @@ impl<S: Stream> Cluster<S> {
             started: Instant::now(),
             reigns,
             at_once,
+            doomed: None,
         }
     }
 
@@ -134,6 +140,7 @@ impl<S: Stream> Cluster<S> {
                         self.kill().await;
                         let _ = done.send(());
                     }
+                    Some(Order::KillBusy(done)) => self.doomed = Some(done),
                     Some(Order::Totals(answer)) => {
                         let primary = &self.copies[self.primary];
                         let totals = (primary.guest.frames, primary.outputs, primary.guest.lines);
@@ -154,7 +161,12 @@ impl<S: Stream> Cluster<S> {
                     }
                     news
                 }) => {
-                    self.take_arrivals(now);
+                    if self.take_arrivals(now)
+                        && let Some(done) = self.doomed.take()
+                    {
+                        self.kill().await;
+                        let _ = done.send(());
+                    }
                     if self.at_once {
                         self.ship(now);
                     }
@@ -164,8 +176,10 @@ impl<S: Stream> Cluster<S> {
         }
     }
 
-    fn take_arrivals(&mut self, now: Time) {
+    /// Says whether there were any.
+    fn take_arrivals(&mut self, now: Time) -> bool {
         let primary = &mut self.copies[self.primary];
+        let before = primary.log.len();
         while let Some((source, frame)) = primary.streams.port.poll_arrival() {
             primary.log.push(Happened {
                 at: now,
@@ -175,6 +189,7 @@ impl<S: Stream> Cluster<S> {
             primary.streams.port.logged(source, end);
         }
         primary.execute();
+        primary.log.len() > before
     }
 
     fn ship(&mut self, now: Time) {
@@ -263,14 +278,19 @@ struct Setup {
     orders: mpsc::Sender<Order>,
 }
 
-async fn start() -> Setup {
+/// A gateway that has bound a port.
+async fn gateway() -> Gateway {
     let publish = vec![Publish {
         host: ([127, 0, 0, 1], 0).into(),
         guest_port: COUNT,
     }];
-    let gateway = Gateway::bind(GatewayConfig::new(publish, stack_config()))
+    Gateway::bind(GatewayConfig::new(publish, stack_config()))
         .await
-        .expect("a port");
+        .expect("a port")
+}
+
+async fn start() -> Setup {
+    let gateway = gateway().await;
     let (opened, streams) = mpsc::channel(4);
     let (reigns, news) = mpsc::channel(4);
     let (orders, received) = mpsc::channel(4);
@@ -320,7 +340,8 @@ async fn clients_do_not_notice_that_primaries_die() {
             tokio::time::sleep(Duration::from_micros(300)).await;
         }
         let (done, killed) = oneshot::channel();
-        setup.orders.send(Order::Kill(done)).await.expect("sent");
+        let busy = Order::KillBusy(done);
+        setup.orders.send(busy).await.expect("sent");
         killed.await.expect("killed");
     }
     let mut highest = 0;
@@ -363,4 +384,48 @@ async fn clients_do_not_notice_that_primaries_die() {
     assert_eq!(counts.fresh_starts, 0);
     assert!(counts.resent > 0, "no kill hit a frame on its way");
     println!("{frames} frames to the guest, {outputs} from it: {counts:?}");
+}
+
+/// The first primary that is asked says that another gateway has the address.
+#[tokio::test]
+async fn clients_that_are_connecting_do_not_notice_that_the_address_is_taken() {
+    let gateway = gateway().await;
+    let (address, metrics) = (gateway.addresses()[0], gateway.metrics());
+    let (opened, mut asked) = mpsc::channel::<(usize, DuplexStream)>(4);
+    let (forward, streams) = mpsc::channel(4);
+    let (reigns, news) = mpsc::channel(4);
+    let (_orders, received) = mpsc::channel(4);
+    tokio::spawn(Cluster::new(COPIES, false, reigns).run(streams, received));
+    tokio::spawn(gateway.run(vm(), name(), InProcess { opened }, news));
+
+    let (_, first) = asked.recv().await.expect("the gateway asks");
+    let clients: Vec<_> = (0..10).map(|_| tokio::spawn(count(address, 3))).collect();
+    let accepted = async {
+        while metrics.read().clients_accepted < 10 {
+            tokio::task::yield_now().await;
+        }
+    };
+    let accepted = tokio::time::timeout(Duration::from_secs(10), accepted).await;
+    accepted.expect("ten clients connect");
+    let mut first = MessageStream::new(first);
+    let refused = ToGateway::Refused {
+        term: Term(1),
+        why: Refusal::AddressTaken,
+    };
+    refused.encode(&mut first.outgoing);
+    let flushed = poll_fn(|cx| first.poll_flush(cx)).await;
+    flushed.expect("written");
+    tokio::spawn(async move {
+        while let Some(stream) = asked.recv().await {
+            if forward.send(stream).await.is_err() {
+                return;
+            }
+        }
+    });
+    for client in clients {
+        let counted = tokio::time::timeout(Duration::from_mins(1), client).await;
+        counted.expect("it does not hang").expect("a client");
+    }
+    let counts = metrics.read();
+    assert_eq!((counts.fresh_starts, counts.clients_reset), (1, 0));
 }

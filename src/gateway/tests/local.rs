@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::guest::{BYE, DEAF, ECHO, Guest, NOBODY, RESET, stack_config};
 use crate::gateway::{Gateway, GatewayConfig, GatewayMetrics, LocalGateway, Publish};
-use crate::protocol::Time;
+use crate::protocol::{Span, Time};
 
 /// Runs a guest on channels until they close.
 async fn run_guest(
@@ -61,6 +61,10 @@ struct Setup {
 }
 
 async fn start(ports: &[u16], most_clients: usize) -> Setup {
+    start_with(ports, |config| config.most_clients = most_clients).await
+}
+
+async fn start_with(ports: &[u16], change: impl FnOnce(&mut GatewayConfig)) -> Setup {
     let publish = ports
         .iter()
         .map(|port| Publish {
@@ -69,7 +73,7 @@ async fn start(ports: &[u16], most_clients: usize) -> Setup {
         })
         .collect();
     let mut config = GatewayConfig::new(publish, stack_config());
-    config.most_clients = most_clients;
+    change(&mut config);
     let gateway = Gateway::bind(config).await.expect("ports");
     let (to_vmm, frames) = mpsc::channel(16);
     let (outputs, from_vmm) = mpsc::channel(16);
@@ -224,4 +228,60 @@ async fn a_guest_that_stands_still_stops_reading_from_clients_and_loses_nothing(
         assert!(back.iter().all(|byte| *byte == 1));
     }
     assert_eq!(setup.metrics.read().clients_reset, 0);
+}
+
+#[tokio::test]
+async fn clients_that_are_too_many_of_one_address_are_turned_away() {
+    let setup = start_with(&[ECHO], |config| config.most_clients_each = 2).await;
+    let connect = || TcpStream::connect(setup.addresses[0]);
+    let mut clients = Vec::new();
+    for _ in 0..2 {
+        let mut client = connect().await.expect("a connection");
+        client.write_all(b"x").await.expect("written");
+        within(client.read_u8()).await.expect("echo");
+        clients.push(client);
+    }
+    let mut third = connect().await.expect("the kernel accepts");
+    within(third.read_u8()).await.expect_err("a reset");
+    assert_eq!(setup.metrics.read().clients_turned_away, 1);
+    // The place of one who leaves is free again.
+    clients.pop();
+    let again = async {
+        loop {
+            let mut next = connect().await.expect("the kernel accepts");
+            let said = next.write_all(b"y").await;
+            if said.is_ok() && next.read_u8().await.is_ok() {
+                return;
+            }
+        }
+    };
+    within(again).await;
+}
+
+/// It has half closed its connection, so nothing is read of it; the guest says nothing, so nothing
+/// is written to it either.
+#[tokio::test]
+async fn a_client_that_is_gone_is_let_go_although_nothing_is_read_or_written() {
+    let every = Span::from_millis(20);
+    let setup = start_with(&[DEAF], |config| config.look_after_every = every).await;
+    let mut client = TcpStream::connect(setup.addresses[0])
+        .await
+        .expect("a connection");
+    client.write_all(b"last words").await.expect("written");
+    client.shutdown().await.expect("half closed");
+    let carried = async {
+        // A question for the guest's address, a SYN, its acknowledgement, and the words with a FIN.
+        while setup.metrics.read().frames_to_guest < 4 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    within(carried).await;
+    client.set_zero_linger().expect("an option");
+    drop(client);
+    let gone = async {
+        while setup.metrics.read().clients > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    within(gone).await;
 }

@@ -206,6 +206,45 @@ fn a_full_device_holds_frames_and_lets_them_go_later() {
     assert_eq!(wire.received(id), b"patience");
 }
 
+/// Nobody's frames pass for hours: output that waits for its commit, a host that was stopped.
+#[test]
+fn a_stall_resets_no_connection_whose_ends_live() {
+    let mut wire = Wire::new();
+    let (idle, busy) = (wire.connect(ECHO), wire.connect(ECHO));
+    assert_eq!(wire.send(busy, b"before"), 6);
+    assert_eq!(wire.received(busy), b"before");
+    // What the busy one says when the stall has begun is on its way.
+    let mut word = Some(b'x');
+    wire.stack.send(busy, |room| {
+        word.take().map_or(0, |word| {
+            room[0] = word;
+            1
+        })
+    });
+    let mut held = Vec::new();
+    let end = wire.now.plus(Span::from_millis(3_600_000));
+    while wire.now < end {
+        wire.stack.egress(wire.now);
+        held.extend(std::iter::from_fn(|| wire.stack.poll_transmit()));
+        wire.now = wire.stack.poll_timeout().map_or(end, |due| due.min(end));
+        wire.stack.handle_timeout(wire.now);
+    }
+    for frame in held {
+        for answer in wire.guest.step(Some(frame), wire.now) {
+            wire.stack.handle_frame(answer, wire.now);
+        }
+    }
+    wire.pass(Span::from_millis(20));
+    for id in [idle, busy] {
+        assert_eq!(wire.stack.progress(id), Some(Progress::Open));
+        assert_eq!(wire.send(id, b"after"), 5);
+        wire.pass(Span::from_millis(20));
+    }
+    assert_eq!(wire.received(idle), b"after");
+    wire.pass(Span::from_millis(1_000));
+    assert_eq!(wire.received(busy), b"xafter");
+}
+
 #[test]
 fn a_guest_that_is_not_there_yet_is_waited_for_and_then_given_up() {
     let mut wire = Wire::new();
