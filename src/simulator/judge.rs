@@ -130,15 +130,11 @@ impl World {
         if missing > 0 || !self.witness.set_back {
             return;
         }
-        let seen = self
-            .hosts
-            .iter()
-            .filter_map(|host| host.durable.seen.clone());
-        let newest = seen
-            .filter(|seen| self.witness.vouches(seen))
-            .map(|seen| seen.record)
-            .max_by_key(Record::version);
+        let newest = self.hosts.iter().filter_map(Host::known);
+        let newest = newest.max_by_key(Record::version);
+        let version = newest.as_ref().map(Record::version).unwrap_or_default();
         self.witness.recover(newest);
+        self.facts.push(Fact::Recovered { version });
         self.facts.push(Fact::Disturbed);
     }
 
@@ -211,7 +207,7 @@ impl World {
         }
         let views: Vec<HostView> = self.hosts.iter().map(Host::view).collect();
         for fact in std::mem::take(&mut self.facts) {
-            let record = self.witness.record.as_ref();
+            let record = self.witness.truth.as_ref();
             if let Err(violation) = self.checker.check(self.now, &fact, &views, record) {
                 self.trace.say(self.now, &violation.to_string());
                 self.violation = Some(violation);
