@@ -130,7 +130,9 @@ impl World {
         if missing > 0 || !self.witness.set_back {
             return;
         }
+        // Gateways have read it, too.
         let newest = self.hosts.iter().filter_map(Host::known);
+        let newest = newest.chain(self.gateway.record.clone());
         let newest = newest.max_by_key(Record::version);
         let version = newest.as_ref().map(Record::version).unwrap_or_default();
         self.witness.recover(newest);

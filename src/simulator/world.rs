@@ -24,7 +24,7 @@ const CALM: Moment = SECOND;
 /// How often the whole is looked at.
 pub(super) const WATCH: Moment = 50 * MILLI;
 /// After everything is repaired, progress must come within this.
-const PATIENCE: Moment = 20 * SECOND;
+const PATIENCE: Moment = 30 * SECOND;
 
 /// Something that is going to happen.
 #[derive(Debug)]
