@@ -59,7 +59,7 @@ impl World {
             rule && copies >= record.seals()
         };
         let far = self.setup.is_far() && policy.min_copies > 1;
-        quiet && !far && self.witness.is_well() && self.together(record, serve)
+        quiet && !far && !self.stopped && self.witness.is_well() && self.together(record, serve)
     }
 
     /// Whether there are hosts, all well and all connected with one another, of which this holds:
