@@ -119,7 +119,9 @@ impl World {
             Journal::Claimed { term, .. } if self.claim_can_succeed() => {
                 self.facts.push(Fact::Claimed { term: *term });
             }
+            Journal::GuestStopsHosts { .. } => self.stopped = true,
             Journal::WentLive { .. } => {
+                self.stopped = false;
                 self.facts.push(Fact::WentLive);
                 for host in &mut self.hosts {
                     host.named.clear();

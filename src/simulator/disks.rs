@@ -147,8 +147,12 @@ impl World {
         if !self.lives(host, life) {
             return;
         }
-        if self.hosts[host].storage.hung > 0 {
-            self.hangs(host);
+        let storage = &self.hosts[host].storage;
+        // What waits for room was asked for before.
+        if storage.hung > 0 || !storage.waiting.is_empty() {
+            if storage.hung > 0 {
+                self.hangs(host);
+            }
             let at = self.now + LOOK;
             self.queue.plan(
                 at,

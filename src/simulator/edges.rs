@@ -10,6 +10,11 @@ use super::witness::{Answer, Ask};
 use super::world::{Event, World, content};
 use crate::protocol::{HostName, Input, Member, Record, Swapped};
 
+/// What is lost on the way to the keeper is sent again after this long.
+const AGAIN: Moment = 100 * MILLI;
+/// Of a thousand losses, those with which the whole connection breaks.
+const BREAKS: u64 = 50;
+
 impl World {
     pub(super) fn ask(&mut self, host: usize, ask: Ask) {
         self.next_ask += 1;
@@ -28,9 +33,6 @@ impl World {
             asked,
         };
         self.queue.plan(self.now + patience, timeout);
-        if self.witness_blocks[host] > 0 || self.network.lost() {
-            return;
-        }
         // Now and then a question is carried out long after its asker has given it up.
         let late = if self.random.chance(20) {
             self.random.below(600 * MILLI)
@@ -54,7 +56,20 @@ impl World {
     }
 
     pub(super) fn asked(&mut self, host: usize, life: u32, id: u64, ask: Ask, asked: Moment) {
-        if self.witness.down > 0 || self.witness_blocks[host] > 0 {
+        let unheard = self.witness.down > 0 || self.witness_blocks[host] > 0;
+        if unheard || self.network.lost() {
+            // What is lost is sent again, unless the connection has broken.
+            if self.hosts[host].asked.contains(&id) && !self.random.chance(BREAKS) {
+                let at = self.now + AGAIN;
+                let event = Event::Asked {
+                    host,
+                    life,
+                    id,
+                    ask,
+                    asked,
+                };
+                self.queue.plan(at, event);
+            }
             return;
         }
         let swap = ask.is_swap();
@@ -83,10 +98,13 @@ impl World {
                 answer
             }
         };
+        let mut at = self.now + self.network.flight();
         if self.network.lost() {
-            return;
+            if self.random.chance(10 * BREAKS) {
+                return;
+            }
+            at += AGAIN;
         }
-        let at = self.now + self.network.flight();
         let answer = Some(answer);
         self.queue.plan(
             at,
@@ -155,7 +173,7 @@ impl World {
             return;
         }
         match &answer {
-            Some(_) => here.keeper.answered(swap, self.now - asked),
+            Some(_) => here.keeper.answered(self.now - asked),
             None => here.keeper.unanswered(),
         }
         let reason = match &answer {
@@ -190,6 +208,9 @@ impl World {
             && let Some(primary) = self.number_of(&record.primary.host)
         {
             self.gateway.learn(record.term, primary);
+            if self.gateway.record.as_ref().map(Record::version) < Some(record.version()) {
+                self.gateway.record = Some(record.clone());
+            }
         }
     }
 

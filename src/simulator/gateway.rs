@@ -10,6 +10,7 @@ use vmm::model::Model;
 
 use super::queue::{MILLI, Moment};
 use super::random::Random;
+use crate::protocol::Record;
 
 /// How many clients there are.
 pub(super) const CLIENTS: usize = 3;
@@ -104,6 +105,8 @@ pub(super) struct Gateway {
     pub(super) incarnation: GatewayIncarnation,
     pub(super) term: Term,
     pub(super) primary: Option<usize>,
+    /// The newest record that it has read.
+    pub(super) record: Option<Record>,
     session: Option<Session>,
     sessions: u64,
     welcomed: bool,
@@ -127,6 +130,7 @@ impl Gateway {
             incarnation: GatewayIncarnation(1),
             term: Term(0),
             primary: None,
+            record: None,
             session: None,
             sessions: 0,
             welcomed: false,

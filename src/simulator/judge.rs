@@ -10,7 +10,7 @@ use super::facts::{Fact, HostView};
 use super::host::Host;
 use super::queue::SECOND;
 use super::world::{Event, World};
-use crate::protocol::{Input, Operator, Record, RoleName, Stumble};
+use crate::protocol::{Input, Operator, Record, RoleName};
 
 impl World {
     pub(super) fn heal(&mut self) {
@@ -87,10 +87,7 @@ impl World {
                 .filter(|host| !self.is_gone(*host));
             host.is_some_and(|host| self.hosts[host].durable.incarnation == copy.incarnation)
         });
-        let stumbled = record
-            .failed
-            .as_ref()
-            .is_some_and(|f| f.reigns >= Stumble::LIMIT);
+        let stumbled = self.stopped;
         if reigns || (intact.count() >= record.seals() && !stumbled) {
             return;
         }
@@ -102,6 +99,7 @@ impl World {
         });
         if let Some(best) = best {
             self.told(ACCEPT_LOSS);
+            self.stopped = false;
             self.hosts[best].accepts_loss = true;
             self.plan_input(0, best, Input::Operator(Operator::AcceptLoss));
         }
@@ -130,15 +128,17 @@ impl World {
         if missing > 0 || !self.witness.set_back {
             return;
         }
-        let seen = self
-            .hosts
-            .iter()
-            .filter_map(|host| host.durable.seen.clone());
-        let newest = seen
-            .filter(|seen| self.witness.vouches(seen))
-            .map(|seen| seen.record)
-            .max_by_key(Record::version);
+        // Gateways have read it, too.
+        let newest = self.hosts.iter().filter_map(Host::known);
+        let newest = newest.chain(self.gateway.record.clone());
+        let newest = newest.max_by_key(Record::version);
+        let version = newest.as_ref().map(Record::version).unwrap_or_default();
+        if self.options.trace {
+            let what = format!("*** the keeper gets {version} again");
+            self.trace.say(self.now, &what);
+        }
         self.witness.recover(newest);
+        self.facts.push(Fact::Recovered { version });
         self.facts.push(Fact::Disturbed);
     }
 
@@ -211,9 +211,11 @@ impl World {
         }
         let views: Vec<HostView> = self.hosts.iter().map(Host::view).collect();
         for fact in std::mem::take(&mut self.facts) {
-            let record = self.witness.record.as_ref();
+            let record = self.witness.truth.as_ref();
             if let Err(violation) = self.checker.check(self.now, &fact, &views, record) {
                 self.trace.say(self.now, &violation.to_string());
+                let stuck = self.stuck();
+                self.trace.say(self.now, &stuck);
                 self.violation = Some(violation);
                 return;
             }

@@ -1,5 +1,5 @@
-//! How long a simulated host waits for an answer of the keeper: as long as its answers have taken
-//! before, several times over.
+//! How long a simulated host waits for an answer of the keeper: as in production, several times as
+//! long as its slowest answers have taken lately.
 
 use super::queue::{Moment, SECOND};
 
@@ -7,35 +7,29 @@ use super::queue::{Moment, SECOND};
 const LEAST: Moment = SECOND;
 /// And none is waited for longer.
 const MOST: Moment = 10 * SECOND;
-/// So many times the worst of the smoothed round trips.
+/// So many times the slowest answer.
 const TIMES: u64 = 4;
 
 /// What a host has measured of its questions to the keeper.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct KeeperPatience {
-    read: Option<Moment>,
-    swap: Option<Moment>,
-    /// How many questions in a row had no answer.
-    unanswered: u32,
+    slowest: Moment,
 }
 
 impl KeeperPatience {
     /// How long the next answer is waited for.
-    pub(super) fn span(&self) -> Moment {
-        let worst = self.read.max(self.swap).unwrap_or(0);
-        let span = (TIMES * worst).max(LEAST) << self.unanswered.min(4);
-        span.min(MOST)
+    pub(super) fn span(self) -> Moment {
+        (TIMES * self.slowest).clamp(LEAST, MOST)
     }
 
     /// An answer took so long.
-    pub(super) fn answered(&mut self, swap: bool, took: Moment) {
-        self.unanswered = 0;
-        let smoothed = if swap { &mut self.swap } else { &mut self.read };
-        *smoothed = Some(smoothed.map_or(took, |before| before - before / 8 + took / 8));
+    pub(super) fn answered(&mut self, took: Moment) {
+        let faded = self.slowest * 7 / 8 + took / 8;
+        self.slowest = took.max(faded).min(MOST);
     }
 
-    /// No answer came in time.
+    /// No answer came in time: it would have taken longer.
     pub(super) fn unanswered(&mut self) {
-        self.unanswered += 1;
+        self.slowest = (self.span() / 2).min(MOST);
     }
 }

@@ -10,7 +10,7 @@ use super::world::{Event, WATCH, World};
 use crate::protocol::{HostName, OnLoss, Record};
 
 /// Who can serve has to within this, and longer where everything takes long.
-const SERVE: Moment = 8 * SECOND;
+const SERVE: Moment = 12 * SECOND;
 /// No guest stands paused for longer: a switchover's patience, and some.
 const PAUSE: Moment = 5 * SECOND;
 /// More datagrams lost than this, of a thousand, and nothing is expected of anybody.
@@ -59,7 +59,7 @@ impl World {
             rule && copies >= record.seals()
         };
         let far = self.setup.is_far() && policy.min_copies > 1;
-        quiet && !far && self.witness.is_well() && self.together(record, serve)
+        quiet && !far && !self.stopped && self.witness.is_well() && self.together(record, serve)
     }
 
     /// Whether there are hosts, all well and all connected with one another, of which this holds:
@@ -113,9 +113,6 @@ impl World {
         if !here.runs(self.now) || here.slow_vm > 0 || !here.storage.is_well() {
             return true;
         }
-        if self.witness.is_well() && self.witness_blocks[number] == 0 {
-            return false;
-        }
         let promise = here.durable.promise.as_ref();
         let Some(promise) = promise.filter(|promise| promise.claimant != here.name) else {
             return false;
@@ -124,8 +121,10 @@ impl World {
             return false;
         };
         let there = &self.hosts[target];
+        let keeper = self.witness.is_well() && self.witness_blocks[number] == 0;
         let reached = self.network.hears(number, target) && self.network.hears(target, number);
-        there.swapping || !reached || !there.runs(self.now) || !there.storage.is_well()
+        let lively = reached && there.runs(self.now) && there.storage.is_well();
+        there.swapping || !(lively || keeper)
     }
 
     fn queues(&self) -> Vec<Queued> {

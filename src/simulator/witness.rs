@@ -13,6 +13,10 @@ use crate::protocol::{Committed, Proof, Record, Seen, Swapped, Version};
 /// What a slow keeper takes for one question, at most.
 const SLOW: Moment = 3 * SECOND;
 
+/// What it says once it knows that it has less than it had.
+const SET_BACK: &str = "the witness has less than a host has seen: 'understudy witness recover' \
+                        gives it the newest record";
+
 /// What a host asks of it.
 #[derive(Clone, Debug)]
 pub(super) enum Ask {
@@ -52,6 +56,8 @@ pub(super) enum Answer {
 pub(super) struct Witness {
     /// Survives its crashes.
     pub(super) record: Option<Record>,
+    /// What it would have if it had never been set back.
+    pub(super) truth: Option<Record>,
     /// Everything that it has ever committed.
     history: Vec<Record>,
     pub(super) down: u32,
@@ -82,7 +88,7 @@ impl Witness {
             self.set_back = true;
         }
         if self.set_back {
-            return (Answer::Refused("the witness has been set back"), false);
+            return (Answer::Refused(SET_BACK), false);
         }
         match ask {
             Ask::Read { .. } => (Answer::Read(self.committed()), false),
@@ -91,6 +97,7 @@ impl Witness {
                 if current == expect && new.may_follow(self.record.as_ref()).is_ok() {
                     self.history.push(new.as_ref().clone());
                     self.record = Some(*new);
+                    self.truth.clone_from(&self.record);
                     let committed = self.committed().expect("a record was kept just now");
                     (Answer::Swapped(Swapped::Done(committed)), true)
                 } else {
@@ -147,6 +154,7 @@ impl Witness {
     /// An operator gives it the newest record that is known.
     pub(super) fn recover(&mut self, newest: Option<Record>) {
         self.record = newest;
+        self.truth.clone_from(&self.record);
         self.set_back = false;
     }
 }

@@ -24,7 +24,7 @@ const CALM: Moment = SECOND;
 /// How often the whole is looked at.
 pub(super) const WATCH: Moment = 50 * MILLI;
 /// After everything is repaired, progress must come within this.
-const PATIENCE: Moment = 20 * SECOND;
+const PATIENCE: Moment = 30 * SECOND;
 
 /// Something that is going to happen.
 #[derive(Debug)]
@@ -143,6 +143,8 @@ pub(super) struct World {
     pub(super) gray: Option<Gray>,
     /// An order that only the simulation knew of.
     pub(super) untold: Option<&'static str>,
+    /// Reigns have failed at one place, and nobody claims any more.
+    pub(super) stopped: bool,
 }
 
 impl World {
@@ -182,6 +184,7 @@ impl World {
             next_machine: 0,
             gray: None,
             untold: None,
+            stopped: false,
             hosts,
             setup,
         }

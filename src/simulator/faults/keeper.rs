@@ -29,7 +29,8 @@ impl World {
     }
 
     /// Its folder is put back, which it notices by itself; or its whole disk, which it can only be
-    /// told by somebody who has seen more. So the latter happens only where all have.
+    /// told by somebody who has seen more. So the latter happens only where all have, and nobody
+    /// has asked for a change before.
     fn set_keeper_back(&mut self, changes: usize) {
         let Some(record) = &self.witness.record else {
             return;
@@ -37,7 +38,7 @@ impl World {
         let version = record.version();
         let knows = |seen: Version| seen >= version;
         let all = self.hosts.iter().all(|host| {
-            let seen = host.durable.seen.as_ref();
+            let seen = host.durable.seen.as_ref().filter(|_| !host.swapping);
             seen.is_some_and(|seen| knows(seen.record.version()))
         });
         let found_out = !all || self.random.chance(500);

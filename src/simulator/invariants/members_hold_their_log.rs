@@ -1,8 +1,9 @@
 //! No member without the log it claims.
 //!
-//! Three things are checked: when a record is committed, every member that is still the holding
-//! named in it holds everything that had been released when it was first proposed; at every release and every commit no set of copies
-//! that would be enough for a promotion consists of copies that lack it. And nobody starts the
+//! When a record is committed, every new member that is still the holding named in it holds
+//! everything that had been released when it was first proposed. At every release and every commit
+//! no set of copies that would be enough for a promotion consists of copies that lack it. A disk
+//! that lied counts as one that lacks everything once a primary could know. And nobody starts the
 //! machine anew while a copy has its log.
 
 use replay_log::LogIndex;
@@ -40,9 +41,12 @@ impl Invariant for MembersHoldTheirLog {
                 self.proposed
                     .retain(|(proposed, _)| proposed.epoch > record.epoch);
                 let before = self.before.replace(record.clone());
-                // Confirming the copies there are promises nothing new of any of them.
-                let same = before.is_some_and(|b| b.all_copies().eq(record.all_copies()));
-                let mut members = record.members.iter().filter(|_| !same);
+                // A copy that stays promises nothing new.
+                let stays = |member: &&Member| {
+                    let mut copies = before.iter().flat_map(Record::all_copies);
+                    copies.any(|copy| copy == *member)
+                };
+                let mut members = record.members.iter().filter(|member| !stays(member));
                 let lacking = members.find(|m| lacks(m, released, view));
                 if let Some(member) = lacking {
                     return Err(format!(

@@ -38,12 +38,10 @@ impl Invariant for NumbersRise {
             }
             Fact::Persisted { host, durable } => {
                 let (promised, heard) = self.promises.entry(*host).or_default();
-                // A promise may end, when its claim is renounced. It is never taken back for a
-                // lower one.
-                let term = durable
-                    .promise
-                    .as_ref()
-                    .map_or(*promised, |claim| claim.term);
+                // A promise may end, when its claim is renounced: then it is none. It is never
+                // taken back for one of a lower term.
+                let promise = durable.promise.as_ref();
+                let term = promise.map_or(Term(u64::MAX), |claim| claim.term);
                 if term < *promised || durable.highest < *heard {
                     return Err(format!(
                         "host {host} persisted a promise of term {term}, having heard of {}, after \
@@ -51,7 +49,8 @@ impl Invariant for NumbersRise {
                         durable.highest
                     ));
                 }
-                (*promised, *heard) = (term, durable.highest);
+                *promised = promise.map_or(Term(0), |claim| claim.term);
+                *heard = durable.highest;
             }
             // A new disk, or an old copy of one, knows of nothing that came later.
             Fact::Replaced { host } => {
