@@ -396,7 +396,7 @@ impl Agent {
                         }
                     });
                 }
-                Some((vm, who, stream)) = gateways.recv() => self.gateway(&vm, who, stream),
+                Some((vm, who, stream)) = gateways.recv() => self.gateway(&vm, &who, stream),
                 Some(asked) = orders.recv() => {
                     if let Some(asked) = self.asked(asked) {
                         self.order(asked);
@@ -462,7 +462,7 @@ impl Agent {
         }
     }
 
-    fn gateway(&self, vm: &VmName, who: Name, stream: GatewayStream) {
+    fn gateway(&self, vm: &VmName, who: &Name, stream: GatewayStream) {
         // For a VM that is not looked after here the stream is dropped, and the gateway asks again
         // when the record's keeper names another host.
         if let Some(running) = self.drivers.get(vm) {

@@ -9,6 +9,8 @@ use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
@@ -22,6 +24,8 @@ use crate::protocol::{Event, HostName, Span, VmName};
 const FILE_BYTES: u64 = 4 << 20;
 /// How many files are kept, the one that is written included.
 const FILES: u32 = 4;
+/// So many lines wait for the disk at most.
+const LINES_WAITING: usize = 8_192;
 /// The longest line.
 const LINE_MAX: u64 = 256 * 1024;
 
@@ -285,8 +289,17 @@ pub struct ReadJournalError {
     pub reason: String,
 }
 
+/// A place among the lines that wait for the disk; given back when the line is written.
+struct Place(Arc<AtomicUsize>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 enum Task {
-    Write(Box<Line>),
+    Write(Box<Line>, Place),
     Read {
         after: u64,
         limit: usize,
@@ -300,6 +313,10 @@ pub struct Journal {
     tasks: Option<Sender<Task>>,
     thread: Option<JoinHandle<()>>,
     written: watch::Receiver<u64>,
+    /// So many lines wait for the disk.
+    waiting: Arc<AtomicUsize>,
+    /// So many found no place among them.
+    lost: AtomicU64,
 }
 
 impl Journal {
@@ -321,10 +338,13 @@ impl Journal {
             tasks: Some(tasks),
             thread: Some(thread),
             written,
+            waiting: Arc::default(),
+            lost: AtomicU64::new(0),
         })
     }
 
-    /// Writes a line, about a VM or about the host.
+    /// Writes a line, about a VM or about the host. One for which there is no room, because the disk
+    /// is that busy, is counted, and said so by a later one.
     pub fn write(&self, vm: Option<&VmName>, what: impl Into<What>) {
         let what = what.into();
         let text = what.to_string();
@@ -333,6 +353,20 @@ impl Journal {
         } else {
             tracing::info!("{text}");
         }
+        if self.waiting.load(Ordering::Relaxed) >= LINES_WAITING {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        let count = self.lost.swap(0, Ordering::Relaxed);
+        if count > 0 {
+            let reason = "its disk is busy".to_owned();
+            let lost = What::Incident(Incident::LinesLost { count, reason });
+            self.hand_on(None, lost.to_string(), lost);
+        }
+        self.hand_on(vm, text, what);
+    }
+
+    fn hand_on(&self, vm: Option<&VmName>, text: String, what: What) {
         let line = Line {
             number: 0,
             at: jiff::Timestamp::now().to_string(),
@@ -342,7 +376,9 @@ impl Journal {
             what,
             text,
         };
-        self.ask(Task::Write(Box::new(line)));
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let place = Place(Arc::clone(&self.waiting));
+        self.ask(Task::Write(Box::new(line), place));
     }
 
     /// The lines after this number that are kept, at most so many, in order. Everything written
@@ -438,7 +474,7 @@ impl Files {
     fn work(&mut self, tasks: &Receiver<Task>, tell: &watch::Sender<u64>) {
         while let Ok(task) = tasks.recv() {
             match task {
-                Task::Write(line) => {
+                Task::Write(line, _place) => {
                     self.write(*line);
                     tell.send_replace(self.last);
                 }

@@ -68,6 +68,10 @@ const EARLY_ORDERS: usize = 64;
 const CONSOLE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A message between the agents of two hosts.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "all but the first message of a connection are about a VM"
+)]
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub enum HostMessage {
     /// Who they are: the first that each says.

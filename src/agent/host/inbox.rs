@@ -109,7 +109,7 @@ impl Running {
     }
 
     /// Hands it a gateway's stream. One that it has no room for is closed: the gateway asks again.
-    pub fn gateway(&self, who: Name, stream: GatewayStream) {
+    pub fn gateway(&self, who: &Name, stream: GatewayStream) {
         let opened = ToDriver::Gateway(who.clone(), stream);
         if self.inbox.try_send(opened).is_err() {
             tracing::warn!(%who, "a gateway is turned away: the driver of its VM takes nothing");

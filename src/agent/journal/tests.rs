@@ -128,3 +128,37 @@ fn codes_are_words_that_tools_can_match() {
     let back: What = serde_json::from_str(&text).expect("JSON");
     assert_eq!(back, claim.into());
 }
+
+/// A disk that takes nothing costs lines, and no memory without end.
+#[test]
+fn lines_that_find_no_room_are_counted() {
+    let (tasks, received) = channel();
+    let (_tell, written) = watch::channel(0);
+    let journal = Journal {
+        host: HostName::new("a").expect("a name"),
+        tasks: Some(tasks),
+        thread: None,
+        written,
+        waiting: Arc::default(),
+        lost: AtomicU64::new(0),
+    };
+    let write = || journal.write(None, Incident::DriverDeaf);
+    (0..LINES_WAITING + 5).for_each(|_| write());
+    assert_eq!(received.try_iter().count(), LINES_WAITING);
+    write();
+    let lines: Vec<_> = received
+        .try_iter()
+        .filter_map(|task| match task {
+            Task::Write(line, _) => Some(line.what),
+            Task::Read { .. } => None,
+        })
+        .collect();
+    let [
+        What::Incident(Incident::LinesLost { count, .. }),
+        What::Incident(Incident::DriverDeaf),
+    ] = &lines[..]
+    else {
+        panic!("{lines:?}");
+    };
+    assert_eq!(*count, 5);
+}
