@@ -105,6 +105,12 @@ fn unreached(told: &[(&HostName, &WitnessHealth)], records: &Records) -> Vec<Str
 }
 
 impl WitnessState {
+    /// Why no order about this VM can come to anything: whoever shall reign has to be recorded.
+    pub fn in_the_way(&self, vm: &VmName) -> Option<String> {
+        let stands = !self.reachable || self.set_back.contains(vm);
+        stands.then(|| format!("the witness {}", self.trouble.join("; ")))
+    }
+
     /// Says something once, whoever has noticed it.
     fn say(&mut self, trouble: String) {
         if !self.trouble.contains(&trouble) {
@@ -146,6 +152,7 @@ mod tests {
         assert!(well.reachable && well.trouble.is_empty(), "{well:?}");
         let newer = compare(|kept| kept.epoch = Epoch(6));
         assert_eq!(newer, well, "hosts hear of changes later");
+        assert_eq!(well.in_the_way(&shop()), None);
         for (older, what) in [
             (
                 compare(|kept| kept.epoch = Epoch(4)),
@@ -161,6 +168,8 @@ mod tests {
             ),
         ] {
             assert_eq!(older.set_back, [shop()]);
+            assert!(older.in_the_way(&shop()).is_some());
+            assert_eq!(older.in_the_way(&VmName::new("x").expect("a name")), None);
             let said = &older.trouble[0];
             assert!(said.contains(what) && said.contains(RECOVER), "{said}");
         }
@@ -169,7 +178,7 @@ mod tests {
     #[test]
     fn a_witness_that_does_not_answer_is_told_of() {
         let state = compare(&Look::new(), &Err("no route".to_owned()));
-        assert!(!state.reachable);
+        assert!(!state.reachable && state.in_the_way(&shop()).is_some());
         assert!(state.trouble[0].contains("no route"), "{state:?}");
     }
 
