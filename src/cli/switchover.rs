@@ -10,7 +10,7 @@ use super::events::events_after;
 use super::failure::{Exit, Failure, OrExit as _};
 use super::operator::{ClusterArgs, known_host, known_vm, last_word, refusal};
 use super::standing::Standing;
-use super::{block_on, output};
+use super::{block_on, output, records};
 use crate::agent::journal::What;
 use crate::agent::operator::{Client, HostStatus, Request, VmStatus};
 use crate::protocol::{Event, HostName, Record, RoleName, VmName};
@@ -171,6 +171,10 @@ async fn accept_loss(client: &Client, args: &Args, to: &HostName) -> Result<(), 
     }
     output::line(format_args!("{}.", standing.cost(to)))?;
     if let Some(why) = standing.runs_elsewhere(to) {
+        return Err(why).or_fail();
+    }
+    let witness = records::compare(&look, &records::ask(client).await);
+    if let Some(why) = witness.in_the_way(vm) {
         return Err(why).or_fail();
     }
     if args.dry_run {
