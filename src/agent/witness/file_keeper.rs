@@ -45,8 +45,8 @@ struct Shared {
 #[cfg(test)]
 #[derive(Default)]
 pub(super) struct TestDisk {
-    /// Nothing is written while this is locked.
-    pub(super) gate: Mutex<()>,
+    /// The next write waits until the other end of this is dropped.
+    pub(super) gate: Mutex<Option<Receiver<()>>>,
     /// How writes fail.
     pub(super) broken: Mutex<Option<super::store::Broken>>,
     /// How often something was written.
@@ -378,7 +378,11 @@ impl Worker {
         #[cfg(test)]
         {
             let disk = &self.shared.disk;
-            drop(lock(&disk.gate));
+            let gate = lock(&disk.gate).take();
+            if let Some(gate) = gate {
+                // It ends with an error: nothing is sent.
+                let _ = gate.recv();
+            }
             self.store.broken = *lock(&disk.broken);
             disk.writes
                 .fetch_add(1, std::sync::atomic::Ordering::SeqCst);

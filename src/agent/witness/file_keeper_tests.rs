@@ -101,7 +101,8 @@ async fn changes_of_many_vms_share_a_write_and_reads_wait_for_none() {
     const VMS: usize = 200;
     let folder = tempfile::tempdir().expect("a folder");
     let keeper = Arc::new(open(folder.path()));
-    let gate = lock(&keeper.disk().gate);
+    let (opener, gate) = channel();
+    *lock(&keeper.disk().gate) = Some(gate);
     let mut asked = tokio::task::JoinSet::new();
     for number in 0..VMS {
         let vm = VmName::new(&format!("vm{number}")).expect("a name");
@@ -117,7 +118,7 @@ async fn changes_of_many_vms_share_a_write_and_reads_wait_for_none() {
         tokio::task::yield_now().await;
     }
     assert_eq!(kept(&keeper).await, None, "and reading goes on");
-    drop(gate);
+    drop(opener);
     while let Some(swap) = asked.join_next().await {
         assert!(matches!(swap.expect("no panic"), Ok(Swap::Done(_))));
     }
