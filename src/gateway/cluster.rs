@@ -265,8 +265,7 @@ impl<D: Dial> Carrier for ClusterCarrier<D> {
         self.lingering.clear();
         self.port = GatewayPort::new(self.vm.clone(), incarnation, address, self.most_bytes);
         if let Some((term, primary)) = reign {
-            self.port.reign(term, primary, now);
-            self.act();
+            self.port.go_on_with(term, primary, now);
         }
     }
 

@@ -247,6 +247,13 @@ impl<H: Clone + PartialEq> GatewayPort<H> {
         self.dial(now);
     }
 
+    /// As the incarnation before this one knew it. The primary is asked soon and not at once: what
+    /// ended that incarnation may end this one as well.
+    pub fn go_on_with(&mut self, term: Term, primary: H, now: Time) {
+        self.reign = Some((term, primary));
+        self.retry_at = Some(now.plus(RETRY_AFTER));
+    }
+
     fn drop_session(&mut self) {
         if let Some(session) = self.session.take() {
             self.actions.push_back(PortAction::Close {

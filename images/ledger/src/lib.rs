@@ -25,3 +25,4 @@ pub mod record;
 pub mod reply;
 pub mod resp;
 pub mod service;
+pub mod slot;

@@ -101,6 +101,8 @@ impl FramePort {
             return;
         };
         let outputs = gateway.outputs.len();
+        // Of one that the log names and that never came there is nothing to tell.
+        let was_here = gateway.address.is_some();
         if let Some(last) = gateway.forget_outputs(FrameNumber(u64::MAX)) {
             self.destinations.forget(Mac::of(incarnation), last);
         }
@@ -110,21 +112,25 @@ impl FramePort {
         if let Some(session) = gateway.session.take() {
             self.refuse(session, Refusal::TooLate);
         }
-        self.reset_connections(incarnation);
-        self.tell(FrameEvent::Dropped {
-            gateway: incarnation,
-            why,
-            outputs,
-        });
+        let resets = self.reset_connections(incarnation);
+        if was_here || outputs > 0 || resets > 0 {
+            self.tell(FrameEvent::Dropped {
+                gateway: incarnation,
+                why,
+                outputs,
+            });
+        }
     }
 
     /// Nobody will end the connections of a gateway that is gone, so the guest would keep them for
     /// as long as its own patience lasts. They are reset in the gateway's name and with its next
     /// numbers: if it came back, to this primary or another, it would learn that it was given up.
-    fn reset_connections(&mut self, incarnation: GatewayIncarnation) {
+    /// Says how many they are.
+    fn reset_connections(&mut self, incarnation: GatewayIncarnation) -> usize {
         let resets = self.destinations.resets(Mac::of(incarnation));
+        let count = resets.len();
         let Some(gateway) = self.gateways.get_mut(&incarnation) else {
-            return;
+            return 0;
         };
         for reset in resets {
             gateway.given_up = true;
@@ -136,6 +142,7 @@ impl FramePort {
             };
             self.arrivals.push_back((source, reset));
         }
+        count
     }
 
     /// Forgets an incarnation that is gone for good, or at least one that is not there: of the

@@ -13,9 +13,8 @@ use ledger::command_line;
 use ledger::connection::Connection;
 use ledger::limits::OUTPUT_BUDGET;
 use ledger::service::Service;
-use smoltcp::iface::{
-    Config, Interface, PollIngressSingleResult, PollResult, SocketHandle, SocketSet,
-};
+use ledger::slot::{Slot, keep_listening};
+use smoltcp::iface::{Config, Interface, PollIngressSingleResult, PollResult, SocketSet};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::{EthernetAddress, IpCidr, Ipv4Address};
@@ -30,9 +29,12 @@ const SOCKETS: usize = 128;
 const BUFFER: usize = 16 * 1024;
 /// Acknowledgements wait this long for an answer to travel with: longer than a disk flush.
 const ACK_DELAY: Duration = Duration::from_millis(40);
-/// A peer that is silent is asked whether it lives this often, and given up after that long.
+/// A peer that is silent is asked whether it lives this often.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
-const GIVE_UP: Duration = Duration::from_secs(300);
+/// A peer is given up after that long. Output may wait for its commit, or this machine stand still,
+/// for much longer than a peer takes to answer; and a gateway that is gone has its connections reset
+/// by the host. So this is for what nobody has thought of.
+const GIVE_UP: Duration = Duration::from_secs(2 * 60 * 60);
 
 /// The buffers of all sockets. They lie in zeroed memory that nobody has touched: touching 4
 /// MiB would be most of the time it takes to boot.
@@ -40,17 +42,10 @@ pub type Buffers = [u8; SOCKETS * 2 * BUFFER];
 
 /// A connection that we have closed is reset when its client has not closed it after that long.
 const LINGER: Duration = Duration::from_secs(10);
-/// When both sides are closed, a socket waits so long for stray segments: the next client comes from
-/// another port, so it is enough that the last acknowledgement has left.
+/// When both sides are closed, a socket waits so long for stray segments, unless it is needed before
+/// that ([`keep_listening`]): the next client comes from another port, so it is enough that the last
+/// acknowledgement has left.
 const TIME_WAIT: Duration = Duration::from_secs(1);
-
-/// A socket, and the client that has it.
-struct Slot {
-    handle: SocketHandle,
-    connection: Option<Connection>,
-    /// Since when we have said all we had to say.
-    closed_since: Option<Instant>,
-}
 
 /// The network.
 pub struct Network {
@@ -58,6 +53,8 @@ pub struct Network {
     interface: Interface,
     sockets: SocketSet<'static>,
     slots: Vec<Slot>,
+    /// So many sockets listen, or more.
+    listening: usize,
 }
 
 impl Network {
@@ -103,6 +100,7 @@ impl Network {
             interface,
             sockets,
             slots,
+            listening: SOCKETS,
         }
     }
 
@@ -112,14 +110,20 @@ impl Network {
         self.take_back(now);
         self.interface.poll_maintenance(now);
         let mut any = false;
-        while self
-            .interface
-            .poll_ingress_single(now, &mut self.device, &mut self.sockets)
-            != PollIngressSingleResult::None
-        {
+        loop {
+            if self.listening == 0 {
+                self.listening = keep_listening(&mut self.slots, &mut self.sockets, PORT);
+            }
+            let taken =
+                self.interface
+                    .poll_ingress_single(now, &mut self.device, &mut self.sockets);
+            if taken == PollIngressSingleResult::None {
+                return any;
+            }
             any = true;
+            // A frame brings one client at most.
+            self.listening = self.listening.saturating_sub(1);
         }
-        any
     }
 
     /// Takes sockets back that we have closed some time ago.
@@ -145,7 +149,7 @@ impl Network {
     pub fn serve(&mut self, service: &mut Service) {
         for slot in &mut self.slots {
             let socket = self.sockets.get_mut::<Socket<'_>>(slot.handle);
-            slot.open_or_listen(socket, service);
+            open_or_listen(slot, socket, service);
             if let Some(connection) = &mut slot.connection {
                 take_requests(socket, connection, service);
             }
@@ -205,21 +209,19 @@ impl Network {
     }
 }
 
-impl Slot {
-    fn open_or_listen(&mut self, socket: &mut Socket<'_>, service: &mut Service) {
-        match socket.state() {
-            State::Closed => {
-                if let Some(connection) = self.connection.take() {
-                    service.disconnect(&connection);
-                }
-                self.closed_since = None;
-                listen(socket);
+fn open_or_listen(slot: &mut Slot, socket: &mut Socket<'_>, service: &mut Service) {
+    match socket.state() {
+        State::Closed => {
+            if let Some(connection) = slot.connection.take() {
+                service.disconnect(&connection);
             }
-            State::Established | State::CloseWait if self.connection.is_none() => {
-                self.connection = Some(service.connect());
-            }
-            _ => {}
+            slot.closed_since = None;
+            listen(socket);
         }
+        State::Established | State::CloseWait if slot.connection.is_none() => {
+            slot.connection = Some(service.connect());
+        }
+        _ => {}
     }
 }
 
