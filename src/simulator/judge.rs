@@ -39,7 +39,8 @@ impl World {
                 self.start_host(host);
             }
         }
-        self.queue.plan(self.now + 3 * SECOND, Event::Rescue);
+        // First they are given the time to say what they wait for.
+        self.queue.plan(self.now + 6 * SECOND, Event::Rescue);
     }
 
     pub(super) fn is_healed(&self) -> bool {
