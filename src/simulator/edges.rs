@@ -15,6 +15,9 @@ const AGAIN: Moment = 100 * MILLI;
 /// Of a thousand losses, those with which the whole connection breaks.
 const BREAKS: u64 = 50;
 
+/// So long after it last heard anybody, no primary removes a member.
+const REMOVAL: Moment = 500 * MILLI;
+
 impl World {
     pub(super) fn ask(&mut self, host: usize, ask: Ask) {
         self.next_ask += 1;
@@ -82,6 +85,7 @@ impl World {
             let seen = ask.seen();
             let (answer, changed) = self.witness.ask(ask);
             if let Some(seen) = seen
+                && !self.witness.blind
                 && !matches!(answer, Answer::Refused(_))
             {
                 let has = self.witness.record.as_ref().map(Record::seen);
@@ -89,6 +93,7 @@ impl World {
             }
             if changed && let Some(record) = self.witness.record.clone() {
                 self.counts.records += 1;
+                self.removed(host, before.as_ref(), &record, asked);
                 self.history_ends(host, before, &record);
                 self.facts.push(Fact::Recorded(record));
             }
@@ -99,6 +104,9 @@ impl World {
             }
         };
         let mut at = self.now + self.network.flight();
+        if self.hosts[host].deaf > 0 {
+            return;
+        }
         if self.network.lost() {
             if self.random.chance(10 * BREAKS) {
                 return;
@@ -117,6 +125,21 @@ impl World {
                 asked,
             },
         );
+    }
+
+    /// Whoever hears nobody, the keeper neither, does not know who is lost.
+    fn removed(&mut self, host: usize, before: Option<&Record>, record: &Record, asked: Moment) {
+        let deaf = self.hosts[host].deaf_since;
+        let fewer = before.is_some_and(|before| {
+            let mut members = before.members.iter();
+            before.term == record.term && members.any(|m| record.member_on(&m.host).is_none())
+        });
+        if let Some(since) = deaf.filter(|_| fewer)
+            && asked > since + REMOVAL
+        {
+            let for_ms = (asked - since) / MILLI;
+            self.facts.push(Fact::Removed { host, for_ms });
+        }
     }
 
     /// A new reign does not always go on with the history of the last one.

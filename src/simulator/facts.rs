@@ -65,6 +65,8 @@ pub(super) enum Fact {
     Claimed { term: Term },
     /// The guest runs live by a new term.
     WentLive,
+    /// A primary that had heard nobody for so long had a member removed.
+    Removed { host: usize, for_ms: u64 },
     /// The state of the whole, looked at now and then.
     Watched(Watched),
     /// Somebody whom no record concerns is told what only copies may know.

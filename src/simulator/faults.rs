@@ -19,6 +19,7 @@ pub(super) enum Fault {
     Crash(usize),
     Block(usize, usize),
     Isolation(usize),
+    Deaf(usize),
     WitnessDown,
     WitnessSlow,
     WitnessRefuses,
@@ -62,6 +63,8 @@ enum Kind {
     NoFiles,
     PutBack,
     LostTail,
+    StoresFail,
+    Deaf,
     WitnessSlow,
     WitnessRefuses,
     WitnessSetBack,
@@ -111,6 +114,7 @@ const FAMILIES: [&[Kind]; 5] = [
         Kind::NoFiles,
         Kind::PutBack,
         Kind::LostTail,
+        Kind::StoresFail,
     ],
     &[
         Kind::WitnessSlow,
@@ -126,7 +130,7 @@ const FAMILIES: [&[Kind]; 5] = [
         Kind::AcceptLoss,
         Kind::Switchover,
     ],
-    &[Kind::CloseLink, Kind::OneWay, Kind::Loss],
+    &[Kind::CloseLink, Kind::OneWay, Kind::Loss, Kind::Deaf],
     &[Kind::Stranger, Kind::Usurper],
 ];
 
@@ -314,7 +318,8 @@ impl World {
             | Kind::FullDisks
             | Kind::NoFiles
             | Kind::PutBack
-            | Kind::LostTail => self.break_disk(kind, host, long),
+            | Kind::LostTail
+            | Kind::StoresFail => self.break_disk(kind, host, long),
             Kind::WitnessSlow
             | Kind::WitnessRefuses
             | Kind::WitnessSetBack
@@ -326,6 +331,16 @@ impl World {
                 if other != host {
                     self.network.close(host, other);
                 }
+            }
+            Kind::Deaf => {
+                let host = self.primary().unwrap_or(host);
+                for other in (0..self.hosts.len()).filter(|other| *other != host) {
+                    self.network.block(other, host);
+                }
+                self.gateway_blocks[host] += 1;
+                self.hosts[host].deaf_since.get_or_insert(self.now);
+                self.hosts[host].deaf += 1;
+                self.repair_after(2 * long, Fault::Deaf(host));
             }
             Kind::Stranger | Kind::Usurper => self.forge(kind, host),
         }
@@ -415,6 +430,13 @@ impl World {
                 }
                 self.gateway_blocks[host] -= 1;
                 self.witness_blocks[host] -= 1;
+            }
+            Fault::Deaf(host) => {
+                for other in (0..self.hosts.len()).filter(|other| *other != host) {
+                    self.network.unblock(other, host);
+                }
+                self.gateway_blocks[host] -= 1;
+                self.hosts[host].hears_again();
             }
             Fault::WitnessDown => self.witness.down -= 1,
             Fault::WitnessBlocked(host) => self.witness_blocks[host] -= 1,

@@ -100,6 +100,9 @@ pub(super) struct Host {
     pub(super) named: BTreeSet<&'static str>,
     // Faults.
     pub(super) slow_vm: u32,
+    /// Nothing reaches it, and what it sends does.
+    pub(super) deaf: u32,
+    pub(super) deaf_since: Option<Moment>,
     pub(super) accepts_loss: bool,
 }
 
@@ -138,6 +141,8 @@ impl Host {
             paused: None,
             named: BTreeSet::new(),
             slow_vm: 0,
+            deaf: 0,
+            deaf_since: None,
             accepts_loss: false,
         }
     }
@@ -153,11 +158,11 @@ impl Host {
     /// Starts its processes with what is on its disk.
     pub(super) fn start(&mut self, now: Moment, mutation: Option<Mutation>) {
         self.damaged |= self.store.restart().is_err();
-        let log = if self.damaged {
-            LogTip::default()
-        } else {
-            self.store.tip()
-        };
+        if self.damaged {
+            // Set aside, as evidence.
+            self.store = MemoryStore::new();
+        }
+        let log = self.store.tip();
         let vm = VmName::new("vm").expect("a name made of letters");
         let mut config = Config::new(self.name.clone(), vm).with_mutation(mutation);
         config.bounds = BOUNDS;
@@ -221,6 +226,12 @@ impl Host {
         } else {
             self.random.between(200, 3_000) * MICRO
         }
+    }
+
+    /// One reason less that nothing reaches it.
+    pub(super) fn hears_again(&mut self) {
+        self.deaf -= 1;
+        self.deaf_since.take_if(|_| self.deaf == 0);
     }
 
     /// Whether the process runs and is not frozen.

@@ -26,6 +26,8 @@ impl World {
         for host in 0..self.hosts.len() {
             let here = &mut self.hosts[host];
             here.slow_vm = 0;
+            here.deaf = 0;
+            here.deaf_since = None;
             here.storage.heal();
             self.make_room(host);
         }
@@ -37,7 +39,8 @@ impl World {
                 self.start_host(host);
             }
         }
-        self.queue.plan(self.now + 3 * SECOND, Event::Rescue);
+        // First they are given the time to say what they wait for.
+        self.queue.plan(self.now + 6 * SECOND, Event::Rescue);
     }
 
     pub(super) fn is_healed(&self) -> bool {
@@ -125,7 +128,7 @@ impl World {
         let missing = all
             .filter(|(n, host)| !host.is_up() && !self.is_gone(*n))
             .count();
-        if missing > 0 || !self.witness.set_back {
+        if missing > 0 || !(self.witness.set_back || self.keeper_is_behind()) {
             return;
         }
         // Gateways have read it, too.

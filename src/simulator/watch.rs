@@ -65,7 +65,9 @@ impl World {
     /// Whether there are hosts, all well and all connected with one another, of which this holds:
     /// how many they are that the record wants, and how many of its copies are among them.
     fn together(&self, record: &Record, enough: impl Fn(usize, usize) -> bool) -> bool {
-        let well = |host: &Host| host.runs(self.now) && host.storage.is_well() && !host.damaged;
+        let well = |host: &Host| {
+            host.runs(self.now) && host.storage.is_well() && !host.damaged && host.deaf == 0
+        };
         let all = 1_u32 << self.hosts.len();
         (1..all).any(|chosen| {
             let chosen: Vec<_> = (0..self.hosts.len())

@@ -65,6 +65,8 @@ pub(super) struct Witness {
     pub(super) refuses: u32,
     /// It knows that it has less than it had.
     pub(super) set_back: bool,
+    /// It has less than it had, and heeds nobody who says so: only hosts can know.
+    pub(super) blind: bool,
     key: [u8; 32],
 }
 
@@ -84,7 +86,7 @@ impl Witness {
         let below = |seen: Seen| {
             had.is_none_or(|had| had.lineage != seen.lineage || had.version < seen.version)
         };
-        if ask.seen().is_some_and(below) {
+        if !self.blind && ask.seen().is_some_and(below) {
             self.set_back = true;
         }
         if self.set_back {
@@ -121,7 +123,7 @@ impl Witness {
 
     /// Whether it answers everybody, and soon.
     pub(super) fn is_well(&self) -> bool {
-        self.down == 0 && self.slow == 0 && self.refuses == 0 && !self.set_back
+        self.down == 0 && self.slow == 0 && self.refuses == 0 && !self.set_back && !self.blind
     }
 
     fn committed(&self) -> Option<Committed> {
@@ -145,10 +147,11 @@ impl Witness {
     }
 
     /// Its disk is as it was so many changes ago. `found_out` says whether it notices by itself.
-    pub(super) fn turn_back(&mut self, changes: usize, found_out: bool) {
+    pub(super) fn turn_back(&mut self, changes: usize, found_out: bool, blind: bool) {
         let keep = self.history.len().saturating_sub(changes);
         self.record = self.history[..keep].last().cloned();
-        self.set_back |= found_out;
+        self.set_back |= found_out && !blind;
+        self.blind |= blind;
     }
 
     /// An operator gives it the newest record that is known.
@@ -156,5 +159,6 @@ impl Witness {
         self.record = newest;
         self.truth.clone_from(&self.record);
         self.set_back = false;
+        self.blind = false;
     }
 }

@@ -6,7 +6,7 @@ use super::super::facts::Fact;
 use super::super::queue::{MILLI, Moment, SECOND};
 use super::super::world::{Event, World};
 use super::{Fault, Kind};
-use crate::protocol::{Acks, DiskId};
+use crate::protocol::{Acks, DiskId, Input};
 
 impl World {
     pub(super) fn break_disk(&mut self, kind: Kind, host: usize, long: Moment) {
@@ -35,6 +35,16 @@ impl World {
                     }
                 }
             }
+            // What is held is doubtful everywhere: more than the rule survives, and all is kept.
+            Kind::StoresFail => {
+                for host in 0..self.hosts.len() {
+                    if self.hosts[host].runs(self.now) {
+                        let after = self.random.below(SECOND);
+                        let reason = "the simulator broke all of them".to_owned();
+                        self.plan_input(after, host, Input::StoreFailed { reason });
+                    }
+                }
+            }
             Kind::PutBack => self.put_back(host, long),
             _ => self.lose_tail(host, long),
         }
@@ -42,9 +52,10 @@ impl World {
 
     /// A host gets the VM's folder back from a backup; or a backup is made.
     fn put_back(&mut self, host: usize, down: Moment) {
-        let here = &mut self.hosts[host];
-        if here.storage.backup.is_none() {
-            here.back_up();
+        if self.hosts[host].storage.backup.is_none() {
+            for here in &mut self.hosts {
+                here.back_up();
+            }
             return;
         }
         if !self.can_spare(host) || !self.hosts[host].is_up() {

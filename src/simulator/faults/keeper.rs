@@ -42,7 +42,8 @@ impl World {
             seen.is_some_and(|seen| knows(seen.record.version()))
         });
         let found_out = !all || self.random.chance(500);
-        self.witness.turn_back(changes, found_out);
+        let blind = all && self.random.chance(400);
+        self.witness.turn_back(changes, found_out, blind);
         let after = self.random.between(200, 2_000) * MILLI + SECOND / 2;
         self.queue.plan(self.now + after, Event::Recover);
     }

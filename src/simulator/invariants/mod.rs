@@ -15,6 +15,7 @@ mod queues_are_bounded;
 mod released_is_kept;
 mod strangers_learn_nothing;
 mod terms_come_to_life;
+mod the_deaf_remove_nobody;
 
 use super::facts::Invariant;
 
@@ -35,6 +36,7 @@ pub(super) fn all() -> Vec<Box<dyn Invariant>> {
         Box::<paused_guests_go_on::PausedGuestsGoOn>::default(),
         Box::<queues_are_bounded::QueuesAreBounded>::default(),
         Box::<output_resumes::OutputResumes>::default(),
+        Box::<the_deaf_remove_nobody::TheDeafRemoveNobody>::default(),
         Box::<operators_are_told::OperatorsAreTold>::default(),
     ]
 }
