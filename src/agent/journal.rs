@@ -100,6 +100,13 @@ pub enum Incident {
         /// The same in a few words.
         detail: String,
     },
+    /// Another host has not been connected for some seconds.
+    HostUnreachable {
+        /// Which.
+        peer: HostName,
+        /// Where it was looked for and what came of it.
+        why: String,
+    },
     /// What was kept of a log is damaged: it is set aside, and this copy begins anew.
     LogSetAside {
         /// What is wrong with it, and where.
@@ -213,6 +220,7 @@ impl fmt::Display for Incident {
             Self::AgentStarted { version } => write!(f, "the agent has started, version {version}"),
             Self::HostConnected { peer } => write!(f, "is connected with {peer}"),
             Self::HostLost { peer, detail, .. } => write!(f, "has lost {peer}: {detail}"),
+            Self::HostUnreachable { peer, why } => write!(f, "cannot reach {peer}: {why}"),
             Self::LogSetAside { why } => {
                 write!(
                     f,

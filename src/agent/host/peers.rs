@@ -35,6 +35,11 @@ impl Agent {
                     self.tell_all(&peer, &Input::PeerDown(peer.clone()));
                 }
             }
+            LinkEvent::Unreachable { peer, why } => {
+                let peer = HostName::from(&peer);
+                let incident = Incident::HostUnreachable { peer, why };
+                self.env.journal.write(None, incident);
+            }
             LinkEvent::Message {
                 peer,
                 message: HostMessage::Introduction(theirs),
