@@ -199,6 +199,11 @@ pub enum Incident {
     },
     /// The witness has what hosts have seen of a VM again.
     RecordRecovered,
+    /// The address for metrics cannot be had.
+    MetricsUnserved {
+        /// Why.
+        why: String,
+    },
     /// Lines before this one could not be written.
     LinesLost {
         /// How many.
@@ -261,6 +266,7 @@ impl fmt::Display for Incident {
             Self::WitnessWell => f.write_str("has a witness that changes records again"),
             Self::RecordSetBack { why } => write!(f, "cannot have this VM's record changed: {why}"),
             Self::RecordRecovered => f.write_str("can have this VM's record changed again"),
+            Self::MetricsUnserved { why } => f.write_str(why),
             Self::LinesLost { count, reason } => {
                 write!(f, "could not write {count} lines of the journal: {reason}")
             }
