@@ -23,7 +23,7 @@ const MOST_OF_ONE: usize = 8;
 /// How long a connection may say nothing.
 const SILENCE: Duration = Duration::from_secs(5);
 /// How long a connection may be there.
-const LIFE: Duration = Duration::from_secs(60);
+const LIFE: Duration = Duration::from_mins(1);
 
 /// Accepts as many connections as there are places for, and closes the others.
 pub(super) struct Bounded {
