@@ -64,7 +64,7 @@ async fn echo(credentials: Credentials, other: Identity, tell: oneshot::Sender<P
                 let _ = link.send(other.name.as_str(), &answer);
             }
             LinkEvent::PeerDown { .. } => return,
-            LinkEvent::PeerUp { .. } => {}
+            LinkEvent::PeerUp { .. } | LinkEvent::Unreachable { .. } => {}
         }
     }
 }
@@ -75,7 +75,7 @@ async fn answered(events: &mut Events) {
     loop {
         match events.recv().await.expect("the link lives") {
             LinkEvent::Message { .. } => return,
-            LinkEvent::PeerUp { .. } => {}
+            LinkEvent::PeerUp { .. } | LinkEvent::Unreachable { .. } => {}
             LinkEvent::PeerDown { ended, .. } => panic!("the link ended: {ended}"),
         }
     }

@@ -224,6 +224,16 @@ impl Config {
             role,
         };
         let (role, hosts) = (config.role, config.hosts.len());
+        for (name, address) in config.dialled() {
+            if let Some(fault) = address.fault() {
+                return Err(ConfigError::Undialable {
+                    file: file.to_owned(),
+                    name: name.clone(),
+                    address: address.clone(),
+                    fault,
+                });
+            }
+        }
         match role {
             Role::Host | Role::Witness if config.listen.is_none() => Err(missing("listen", role)),
             Role::Host | Role::Gateway | Role::Operator if hosts == 0 => {
@@ -232,6 +242,15 @@ impl Config {
             Role::Host | Role::Gateway if config.witness.is_none() => Err(missing("witness", role)),
             _ => Ok(config),
         }
+    }
+
+    /// Every address that this process may dial.
+    fn dialled(&self) -> impl Iterator<Item = (&Name, &Address)> {
+        let witness = self.witness.iter();
+        let witness = witness.map(|witness| (&witness.name, &witness.address));
+        let ours = move |name: &Name| self.role == Role::Host && *name == self.name;
+        let others = self.hosts.iter().filter(move |(name, _)| !ours(name));
+        others.chain(witness)
     }
 
     /// The text of the file, as `init` writes it.
@@ -342,6 +361,20 @@ pub enum ConfigError {
         key: &'static str,
         /// The role.
         role: Role,
+    },
+    /// An address that cannot be reached from anywhere.
+    #[error(
+        "{file}: {name} cannot be dialled at {address}: {fault}; write where this process reaches it"
+    )]
+    Undialable {
+        /// The file.
+        file: PathBuf,
+        /// Whose address it is.
+        name: Name,
+        /// The address.
+        address: Address,
+        /// What is wrong with it.
+        fault: &'static str,
     },
     /// The certificate is of another name.
     #[error(
@@ -489,6 +522,20 @@ retention = "2GiB"
                 .to_string();
             assert!(said.contains(&format!("needs '{key}'")), "{said}");
         }
+    }
+
+    #[test]
+    fn addresses_that_nobody_can_dial_are_refused_but_in_ones_own_place() {
+        for (good, bad) in [
+            ("b = \"other.example:7001\"", "b = \"other.example\""),
+            ("b = \"other.example:7001\"", "b = \"0.0.0.0:7001\""),
+            ("address = \"127.0.0.1:7100\"", "address = \"127.0.0.1:0\""),
+        ] {
+            let said = parse(&GOOD.replace(good, bad)).expect_err(bad).to_string();
+            assert!(said.contains("cannot be dialled"), "{said}");
+        }
+        let own = GOOD.replace("a = \"127.0.0.1:7001\"", "a = \"0.0.0.0:7001\"");
+        assert!(parse(&own).is_ok());
     }
 
     #[test]

@@ -88,6 +88,7 @@ impl Cluster {
             hosts: hosts.iter().map(|host| (name(host), free_udp())).collect(),
             metrics: [(name(hosts[0]), metrics)].into(),
             witness: (name("w"), free_udp()),
+            advertise: BTreeMap::new(),
             gateways: vec![name("g")],
             operator: name("ann"),
         };

@@ -7,6 +7,7 @@ mod peers;
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -63,9 +64,6 @@ pub enum AgentError {
     /// No journal.
     #[error(transparent)]
     Journal(#[from] OpenJournalError),
-    /// The address for metrics is taken.
-    #[error(transparent)]
-    Metrics(#[from] ServeMetricsError),
     /// Records' signatures cannot be checked.
     #[error(transparent)]
     Verifier(#[from] VerifierError),
@@ -116,6 +114,8 @@ enum Wish {
         asked: Asked,
         found: Result<(), String>,
     },
+    /// Metrics cannot be served, or can again.
+    Trouble { why: Option<String> },
     /// Somebody reads the metrics.
     Status(oneshot::Sender<HostStatus>),
 }
@@ -136,6 +136,8 @@ struct Agent {
     unreadable: BTreeMap<VmName, (Time, String)>,
     /// VMs whose folders are being removed: nobody may begin with them anew meanwhile.
     removing: BTreeSet<VmName>,
+    /// What of the host itself does not work: about what, and a sentence.
+    troubles: BTreeMap<String, String>,
     wishes: mpsc::Sender<Wish>,
 }
 
@@ -205,6 +207,7 @@ async fn run_here(
         wishes.clone(),
     )?;
     agent.take_known().await;
+    let journal = Arc::clone(&agent.env.journal);
     let reporting = agent.report();
     let relaying = reporter::relay(&endpoint, Arc::clone(&agent.env.reports));
     let outcome = tokio::select! {
@@ -212,7 +215,7 @@ async fn run_here(
         () = bulk::serve_bases(&endpoint, bases) => Ok(()),
         () = reporting => Ok(()),
         () = relaying => Ok(()),
-        failed = serve_metrics(metrics_at, wishes) => failed.map_err(AgentError::from),
+        never = serve_metrics(metrics_at, wishes, &journal) => match never {},
         () = stop => Ok(()),
     };
     agent.end().await;
@@ -220,15 +223,25 @@ async fn run_here(
     outcome
 }
 
-/// Ends only with a failure.
+/// Serves metrics where they are wanted. Where they cannot be had, the journal and the status say so.
 async fn serve_metrics(
     address: Option<SocketAddr>,
     wishes: mpsc::Sender<Wish>,
-) -> Result<(), ServeMetricsError> {
+    journal: &Journal,
+) -> Infallible {
     let Some(address) = address else {
         return std::future::pending().await;
     };
-    metrics::serve(address, move || {
+    let trouble = wishes.clone();
+    let tell = |error: Option<&ServeMetricsError>| {
+        let why = error.map(|error| sentence(error));
+        if let Some(why) = why.clone() {
+            journal.write(None, Incident::MetricsUnserved { why });
+        }
+        // Fails when the agent is busy or ends: the journal has it.
+        let _ = trouble.try_send(Wish::Trouble { why });
+    };
+    metrics::serve(address, metrics::TRY_AGAIN, tell, move || {
         let wishes = wishes.clone();
         async move {
             let (reply, status) = oneshot::channel();
@@ -287,6 +300,7 @@ impl Agent {
             asked: BTreeMap::new(),
             unreadable: BTreeMap::new(),
             removing: BTreeSet::new(),
+            troubles: BTreeMap::new(),
             wishes,
         };
         Ok((agent, events))
@@ -455,6 +469,10 @@ impl Agent {
                 Ok(()) => self.order(asked),
                 Err(why) => drop(asked.reply.send(Answer::Refused { why })),
             },
+            Wish::Trouble { why: Some(why) } => {
+                self.troubles.insert("metrics".to_owned(), why);
+            }
+            Wish::Trouble { why: None } => drop(self.troubles.remove("metrics")),
             Wish::Status(reply) => {
                 let status = self.status();
                 tokio::spawn(async move { reply.send(status.await) });

@@ -30,6 +30,9 @@ pub struct Plan {
     pub metrics: BTreeMap<Name, SocketAddr>,
     /// The witness with the address it listens on.
     pub witness: (Name, SocketAddr),
+    /// What others dial to reach a host or the witness, where that is another address than it listens
+    /// on: a name, the outside of a NAT, one address of a machine that listens on all of its own.
+    pub advertise: BTreeMap<Name, Address>,
     /// The gateways.
     pub gateways: Vec<Name>,
     /// The operator.
@@ -54,6 +57,18 @@ pub enum InitError {
         #[source]
         source: io::Error,
     },
+    /// Others could not reach it.
+    #[error(
+        "nobody can dial {name} at {address}: {fault}; give it another address, or say with --advertise {name}=HOST:PORT where others reach it"
+    )]
+    Undialable {
+        /// Who.
+        name: Name,
+        /// What others would dial.
+        address: Address,
+        /// What is wrong with it.
+        fault: &'static str,
+    },
     /// A cluster needs a host.
     #[error("a cluster needs at least one host: add --host NAME=ADDRESS")]
     NoHost,
@@ -64,6 +79,7 @@ pub fn init(dir: &Path, plan: &Plan) -> Result<Folders, InitError> {
     if plan.hosts.is_empty() {
         return Err(InitError::NoHost);
     }
+    plan.check()?;
     let authority = Authority::create(dir)?;
     let mut folders = Folders::new();
     let mut write = |role: Role, name: &Name, folder: PathBuf| -> Result<(), InitError> {
@@ -100,6 +116,30 @@ pub fn init(dir: &Path, plan: &Plan) -> Result<Folders, InitError> {
 }
 
 impl Plan {
+    /// What others dial to reach a host or the witness.
+    pub fn dialled(&self, name: &Name, listen: SocketAddr) -> Address {
+        let advertised = self.advertise.get(name).cloned();
+        advertised.unwrap_or_else(|| listen.into())
+    }
+
+    /// Refuses addresses that nobody can dial.
+    fn check(&self) -> Result<(), InitError> {
+        let (witness, witness_address) = &self.witness;
+        for (name, listen) in self.hosts.iter().chain([(witness, witness_address)]) {
+            let listens = Address::from(SocketAddr::new([127, 0, 0, 1].into(), listen.port()));
+            let address = self.dialled(name, *listen);
+            if let Some(fault) = address.fault().or_else(|| listens.fault()) {
+                let name = name.clone();
+                return Err(InitError::Undialable {
+                    name,
+                    address,
+                    fault,
+                });
+            }
+        }
+        Ok(())
+    }
+
     fn config(&self, identity: &Identity) -> Config {
         let (witness, witness_address) = &self.witness;
         let addresses = self.hosts.iter();
@@ -115,11 +155,11 @@ impl Plan {
             listen: listen.copied(),
             metrics: metrics.copied(),
             hosts: addresses
-                .map(|(name, address)| (name.clone(), Address::from(*address)))
+                .map(|(name, listen)| (name.clone(), self.dialled(name, *listen)))
                 .collect(),
             witness: Some(Witness {
                 name: witness.clone(),
-                address: (*witness_address).into(),
+                address: self.dialled(witness, *witness_address),
             }),
             ..Config::new(identity.role, identity.name.clone())
         }
@@ -139,6 +179,7 @@ mod tests {
             hosts: [(name("a"), at(7001)), (name("b"), at(7002))].into(),
             metrics: [(name("b"), at(9002))].into(),
             witness: (name("w"), at(7100)),
+            advertise: BTreeMap::new(),
             gateways: vec![name("g")],
             operator: name("operator"),
         };
@@ -158,5 +199,46 @@ mod tests {
             init(dir.path(), &plan),
             Err(InitError::Authority(AuthorityError::Exists { .. }))
         ));
+    }
+
+    #[test]
+    fn what_others_dial_need_not_be_where_a_process_listens_but_must_be_dialable() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let name = |text: &str| text.parse::<Name>().expect("a name");
+        let all = |port| SocketAddr::from(([0, 0, 0, 0], port));
+        let mut plan = Plan {
+            hosts: [(name("a"), all(7001)), (name("b"), all(7001))].into(),
+            metrics: BTreeMap::new(),
+            witness: (name("w"), all(7100)),
+            advertise: [
+                (name("a"), Address("a.example:7001".to_owned())),
+                (name("b"), Address("203.0.113.7:17001".to_owned())),
+            ]
+            .into(),
+            gateways: Vec::new(),
+            operator: name("operator"),
+        };
+        let folder = dir.path().join("cluster");
+        let error = init(&folder, &plan).expect_err("nobody can dial the witness");
+        let said = error.to_string();
+        assert!(said.contains("nobody can dial w at 0.0.0.0:7100"), "{said}");
+        assert!(!folder.exists(), "and nothing is written");
+        let witness = Address("[2001:db8::7]:7100".to_owned());
+        plan.advertise.insert(name("w"), witness.clone());
+        let no_port = Plan {
+            hosts: [(name("a"), all(0))].into(),
+            ..plan.clone()
+        };
+        assert!(matches!(
+            init(&folder, &no_port),
+            Err(InitError::Undialable { .. })
+        ));
+        init(&folder, &plan).expect("written");
+        let a = Config::load(&folder.join("hosts/a")).expect("readable");
+        assert_eq!(a.listen, Some(all(7001)));
+        let dialled = |name: &str| a.hosts.get(name).expect("a host").0.clone();
+        assert_eq!(dialled("a"), "a.example:7001");
+        assert_eq!(dialled("b"), "203.0.113.7:17001");
+        assert_eq!(a.witness().expect("a witness").address, witness);
     }
 }

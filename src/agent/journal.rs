@@ -4,30 +4,25 @@
 //! A thread of its own writes, so that a slow disk never holds up a decision. Lines are numbered
 //! without gaps; a line that could not be written is counted and said so by a later one.
 
-use std::collections::VecDeque;
+mod files;
+
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::sync::{oneshot, watch};
 
+use self::files::Files;
 use crate::protocol::{Event, HostName, Span, VmName};
 
-/// A file of this size is put aside and a new one begun.
-const FILE_BYTES: u64 = 4 << 20;
-/// How many files are kept, the one that is written included.
-const FILES: u32 = 4;
 /// So many lines wait for the disk at most.
 const LINES_WAITING: usize = 8_192;
-/// The longest line.
-const LINE_MAX: u64 = 256 * 1024;
 
 /// One line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,6 +98,13 @@ pub enum Incident {
         reason: String,
         /// The same in a few words.
         detail: String,
+    },
+    /// Another host has not been connected for some seconds.
+    HostUnreachable {
+        /// Which.
+        peer: HostName,
+        /// Where it was looked for and what came of it.
+        why: String,
     },
     /// What was kept of a log is damaged: it is set aside, and this copy begins anew.
     LogSetAside {
@@ -202,6 +204,11 @@ pub enum Incident {
     },
     /// The witness has what hosts have seen of a VM again.
     RecordRecovered,
+    /// The address for metrics cannot be had.
+    MetricsUnserved {
+        /// Why.
+        why: String,
+    },
     /// Lines before this one could not be written.
     LinesLost {
         /// How many.
@@ -217,6 +224,7 @@ impl fmt::Display for Incident {
             Self::AgentStarted { version } => write!(f, "the agent has started, version {version}"),
             Self::HostConnected { peer } => write!(f, "is connected with {peer}"),
             Self::HostLost { peer, detail, .. } => write!(f, "has lost {peer}: {detail}"),
+            Self::HostUnreachable { peer, why } => write!(f, "cannot reach {peer}: {why}"),
             Self::LogSetAside { why } => {
                 write!(
                     f,
@@ -263,6 +271,7 @@ impl fmt::Display for Incident {
             Self::WitnessWell => f.write_str("has a witness that changes records again"),
             Self::RecordSetBack { why } => write!(f, "cannot have this VM's record changed: {why}"),
             Self::RecordRecovered => f.write_str("can have this VM's record changed again"),
+            Self::MetricsUnserved { why } => f.write_str(why),
             Self::LinesLost { count, reason } => {
                 write!(f, "could not write {count} lines of the journal: {reason}")
             }
@@ -420,167 +429,6 @@ impl Drop for Journal {
         if let Some(thread) = self.thread.take() {
             // What was asked for is written first.
             let _ = thread.join();
-        }
-    }
-}
-
-/// The files, owned by the thread.
-struct Files {
-    folder: PathBuf,
-    current: File,
-    bytes: u64,
-    last: u64,
-    lost: u64,
-    reason: String,
-}
-
-impl Files {
-    fn path(folder: &Path, age: u32) -> PathBuf {
-        match age {
-            0 => folder.join("journal.jsonl"),
-            age => folder.join(format!("journal.{age}.jsonl")),
-        }
-    }
-
-    fn open(folder: &Path) -> io::Result<Self> {
-        fs::create_dir_all(folder)?;
-        let mut last = 0;
-        for age in (0..FILES).rev() {
-            for line in read_file(&Self::path(folder, age))? {
-                last = last.max(line.number);
-            }
-        }
-        let mut current = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .read(true)
-            .open(Self::path(folder, 0))?;
-        let mut bytes = current.metadata()?.len();
-        if bytes > 0 && !ends_with_newline(&Self::path(folder, 0))? {
-            // The process died within a line: what follows begins on the next.
-            current.write_all(b"\n")?;
-            bytes += 1;
-        }
-        Ok(Self {
-            folder: folder.to_owned(),
-            current,
-            bytes,
-            last,
-            lost: 0,
-            reason: String::new(),
-        })
-    }
-
-    fn work(&mut self, tasks: &Receiver<Task>, tell: &watch::Sender<u64>) {
-        while let Ok(task) = tasks.recv() {
-            match task {
-                Task::Write(line, _place) => {
-                    self.write(*line);
-                    tell.send_replace(self.last);
-                }
-                Task::Read {
-                    after,
-                    limit,
-                    reply,
-                } => {
-                    // Whoever asked may have gone.
-                    let _ = reply.send(self.read(after, limit));
-                }
-            }
-        }
-    }
-
-    fn write(&mut self, line: Line) {
-        if self.lost > 0 {
-            let what = What::Incident(Incident::LinesLost {
-                count: self.lost,
-                reason: self.reason.clone(),
-            });
-            let lost = Line {
-                text: what.to_string(),
-                what,
-                vm: None,
-                ..line.clone()
-            };
-            if self.try_write(lost).is_ok() {
-                self.lost = 0;
-            }
-        }
-        if let Err(error) = self.try_write(line) {
-            self.lost += 1;
-            self.reason = error.to_string();
-        }
-    }
-
-    fn try_write(&mut self, mut line: Line) -> io::Result<()> {
-        line.number = self.last + 1;
-        let mut text = serde_json::to_vec(&line)?;
-        text.push(b'\n');
-        if text.len() as u64 > LINE_MAX {
-            return Err(io::Error::other("a line was too long"));
-        }
-        if self.bytes + text.len() as u64 > FILE_BYTES {
-            self.rotate()?;
-        }
-        self.current.write_all(&text)?;
-        self.bytes += text.len() as u64;
-        self.last = line.number;
-        Ok(())
-    }
-
-    fn rotate(&mut self) -> io::Result<()> {
-        for age in (0..FILES - 1).rev() {
-            let from = Self::path(&self.folder, age);
-            if from.exists() {
-                fs::rename(from, Self::path(&self.folder, age + 1))?;
-            }
-        }
-        self.current = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(Self::path(&self.folder, 0))?;
-        self.bytes = 0;
-        Ok(())
-    }
-
-    fn read(&self, after: u64, limit: usize) -> io::Result<Vec<Line>> {
-        let mut lines = VecDeque::new();
-        for age in (0..FILES).rev() {
-            for line in read_file(&Self::path(&self.folder, age))? {
-                if line.number > after && lines.len() < limit {
-                    lines.push_back(line);
-                }
-            }
-        }
-        Ok(lines.into())
-    }
-}
-
-fn ends_with_newline(path: &Path) -> io::Result<bool> {
-    let mut file = File::open(path)?;
-    io::Seek::seek(&mut file, io::SeekFrom::End(-1))?;
-    let mut last = [0];
-    file.read_exact(&mut last)?;
-    Ok(last == *b"\n")
-}
-
-/// The lines of a file that can be read; one that the process died within is left out.
-fn read_file(path: &Path) -> io::Result<Vec<Line>> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error),
-    };
-    let mut reader = BufReader::new(file);
-    let (mut lines, mut text) = (Vec::new(), Vec::new());
-    loop {
-        text.clear();
-        let read = (&mut reader).take(LINE_MAX).read_until(b'\n', &mut text)?;
-        if read == 0 {
-            return Ok(lines);
-        }
-        if let Ok(line) = serde_json::from_slice(&text) {
-            lines.push(line);
         }
     }
 }

@@ -3,9 +3,13 @@
 //! The recorder is the process's one: any part may count with the macros of crate `metrics`. What
 //! the agent knows anyway (statuses, the link's counters) is set when somebody reads.
 
+mod listener;
+
+use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use axum::Router;
 use axum::http::header::CONTENT_TYPE;
@@ -15,6 +19,7 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use thiserror::Error;
 use tokio::net::TcpListener;
 
+use self::listener::Bounded;
 use super::operator::{HostStatus, VmStatus};
 use crate::protocol::RoleName;
 
@@ -23,7 +28,9 @@ const FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Why metrics cannot be served.
 #[derive(Debug, Error)]
-#[error("cannot serve metrics on TCP {address}: choose another address under 'metrics'")]
+#[error(
+    "cannot serve metrics on TCP {address}, and tries again: stop what has it, or choose another address under 'metrics'"
+)]
 pub struct ServeMetricsError {
     /// Which address.
     pub address: SocketAddr,
@@ -46,21 +53,47 @@ pub fn recorder() -> &'static PrometheusHandle {
     })
 }
 
-/// Serves `/metrics` until the task ends; `text` makes what is served.
-pub async fn serve<T, F>(address: SocketAddr, text: T) -> Result<(), ServeMetricsError>
+/// When an address that is taken is tried again.
+pub const TRY_AGAIN: Duration = Duration::from_secs(10);
+
+/// Serves `/metrics` until the task ends; `text` makes what is served. An address that cannot be had
+/// is tried `again` and again: figures are worth less than what they are of. `tell` hears of it once,
+/// and when it is over.
+pub async fn serve<T, F>(
+    address: SocketAddr,
+    again: Duration,
+    tell: impl Fn(Option<&ServeMetricsError>),
+    text: T,
+) -> Infallible
 where
     T: Fn() -> F + Clone + Send + Sync + 'static,
     F: Future<Output = String> + Send + 'static,
 {
-    let failed = |source| ServeMetricsError { address, source };
-    let listener = TcpListener::bind(address).await.map_err(failed)?;
     let text = Arc::new(text);
     let handler = move || {
         let text = Arc::clone(&text);
         async move { ([(CONTENT_TYPE, FORMAT)], text().await) }
     };
     let router = Router::new().route("/metrics", get(handler));
-    axum::serve(listener, router).await.map_err(failed)
+    let mut told = false;
+    loop {
+        let failed = match TcpListener::bind(address).await {
+            Ok(listener) => {
+                if std::mem::take(&mut told) {
+                    tell(None);
+                }
+                let served = axum::serve(Bounded::new(listener), router.clone()).await;
+                served.err()
+            }
+            Err(error) => Some(error),
+        };
+        if let Some(source) = failed
+            && !std::mem::replace(&mut told, true)
+        {
+            tell(Some(&ServeMetricsError { address, source }));
+        }
+        tokio::time::sleep(again).await;
+    }
 }
 
 /// Everything as Prometheus reads it, with a host's status set in it.

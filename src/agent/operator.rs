@@ -138,6 +138,8 @@ pub struct HostStatus {
     /// VMs that it can tell nothing of, and why: what is kept of them cannot be used, or their drivers
     /// do not answer.
     pub silent: BTreeMap<VmName, String>,
+    /// What of the host itself does not work, and what to do, in sentences.
+    pub troubles: Vec<String>,
     /// What the link has counted.
     pub link: LinkFigures,
 }

@@ -1,5 +1,6 @@
 //! `gateway`: publishes TCP ports of a VM beside its clients.
 
+use std::convert::Infallible;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use crate::agent::metrics::{self, ServeMetricsError};
 use crate::gateway::{Gateway, GatewayConfig, GatewayMetrics, MOST_CLIENTS, Publish, StackConfig};
 use crate::images;
 use crate::protocol::VmName;
+use crate::sentence::sentence;
 
 /// How many files a gateway has open beside its clients' sockets, at most.
 const OTHER_DESCRIPTORS: u64 = 256;
@@ -105,7 +107,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         }
         let counted = gateway.metrics();
         tokio::select! {
-            failed = serve_metrics(args.metrics, counted) => failed.or_fail(),
+            never = serve_metrics(args.metrics, counted) => match never {},
             error = gateway.run_in_cluster(&config, args.vm.clone()) => Err(error).or_fail(),
             () = stop => Ok(()),
         }
@@ -136,11 +138,7 @@ fn allow_descriptors(clients: usize) {
     }
 }
 
-/// Ends only with a failure.
-async fn serve_metrics(
-    address: Option<SocketAddr>,
-    counted: Arc<GatewayMetrics>,
-) -> Result<(), ServeMetricsError> {
+async fn serve_metrics(address: Option<SocketAddr>, counted: Arc<GatewayMetrics>) -> Infallible {
     let Some(address) = address else {
         return std::future::pending().await;
     };
@@ -149,7 +147,12 @@ async fn serve_metrics(
         let line = |(name, value)| format!("understudy_gateway_{name} {value}\n");
         std::future::ready(counts.each().map(line).collect::<String>())
     };
-    metrics::serve(address, text).await
+    let tell = |trouble: Option<&ServeMetricsError>| {
+        if let Some(error) = trouble {
+            tracing::warn!("{}", sentence(error));
+        }
+    };
+    metrics::serve(address, metrics::TRY_AGAIN, tell, text).await
 }
 
 /// Where the guest is, and its ports as far as they are known.

@@ -9,6 +9,7 @@ use super::failure::{Exit, Failure, OrExit as _};
 use super::output;
 use crate::agent::certs::{Identity, Name, Role};
 use crate::agent::init::{Plan, init};
+use crate::agent::link::Address;
 
 /// What `init` is told.
 #[derive(Debug, clap::Args)]
@@ -21,6 +22,10 @@ pub struct Args {
     /// The witness with the UDP address it listens on
     #[arg(long, value_name = "NAME=ADDRESS:PORT")]
     witness: Named,
+    /// Where others reach this host or the witness, if that is not where it listens: a host name, the
+    /// outside of a NAT, or one address of a machine where it listens on all (0.0.0.0 or [::])
+    #[arg(long, value_name = "NAME=HOST:PORT", value_parser = advertised)]
+    advertise: Vec<(Name, Address)>,
     /// A gateway, which runs beside the clients
     #[arg(long = "gateway", value_name = "NAME", default_value = "gateway")]
     gateways: Vec<Name>,
@@ -43,6 +48,15 @@ fn metrics_beside(listen: SocketAddr) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], beside))
 }
 
+/// `NAME=HOST:PORT`.
+fn advertised(text: &str) -> Result<(Name, Address), String> {
+    let (name, address) = text
+        .split_once('=')
+        .ok_or("write a name, '=', and a host with a port, as in a=a.example:7400")?;
+    let name = name.parse::<Name>().map_err(|error| error.to_string())?;
+    Ok((name, Address(address.to_owned())))
+}
+
 /// Names with addresses, each named once.
 fn once(what: &str, named: &[Named]) -> Result<BTreeMap<Name, SocketAddr>, Failure> {
     let mut all = BTreeMap::new();
@@ -57,11 +71,16 @@ fn once(what: &str, named: &[Named]) -> Result<BTreeMap<Name, SocketAddr>, Failu
 
 /// Refuses what cannot all listen.
 fn check_addresses(plan: &Plan) -> Result<(), Failure> {
-    let mut taken: BTreeMap<SocketAddr, &Name> = BTreeMap::new();
+    let mut taken: BTreeMap<String, &Name> = BTreeMap::new();
     let witness = (&plan.witness.0, &plan.witness.1);
     for (name, address) in plan.hosts.iter().chain([witness]) {
-        if let Some(other) = taken.insert(*address, name) {
-            let both = format!("{other} and {name} are both to listen on {address}");
+        let dialled = plan.dialled(name, *address).0;
+        if let Some(other) = taken.insert(dialled.clone(), name) {
+            let both = if plan.advertise.contains_key(name) {
+                format!("{other} and {name} are both to be reached at {dialled}")
+            } else {
+                format!("{other} and {name} are both to listen on {address}")
+            };
             return Err(format!("{both}: give each an address of its own")).or_exit(Exit::Usage);
         }
     }
@@ -105,10 +124,20 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         hosts,
         metrics,
         witness: (args.witness.name.clone(), args.witness.address),
+        advertise: args.advertise.iter().cloned().collect(),
         gateways: args.gateways.clone(),
         operator: "operator".parse().or_fail()?,
     };
     check_addresses(&plan)?;
+    let known = |name: &Name| plan.hosts.contains_key(name) || *name == plan.witness.0;
+    if let Some(name) = plan.advertise.keys().find(|name| !known(name)) {
+        return Err(super::suggest::unknown(
+            "host",
+            name.as_str(),
+            plan.hosts.keys(),
+        ))
+        .or_fail();
+    }
     if let Some(host) = plan
         .metrics
         .keys()

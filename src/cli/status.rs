@@ -159,6 +159,9 @@ fn text(look: &Look, witness: &WitnessState) -> String {
                 for (vm, why) in &status.silent {
                     let _ = writeln!(text, "host {host}: can tell nothing of {vm}: {why}");
                 }
+                for trouble in &status.troubles {
+                    let _ = writeln!(text, "host {host}: {trouble}");
+                }
             }
             Err(error) => {
                 let _ = writeln!(text, "host {host}: {}", sentence(error));

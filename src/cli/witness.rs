@@ -197,6 +197,7 @@ mod tests {
             hosts: [(name("a"), free_port()), (name("b"), free_port())].into(),
             metrics: BTreeMap::new(),
             witness: (name("w"), free_port()),
+            advertise: BTreeMap::new(),
             gateways: vec![],
             operator: name("ann"),
         };

@@ -140,6 +140,7 @@ impl Cluster {
             hosts: addresses,
             metrics: metrics.map_err(ClusterError::Port)?,
             witness,
+            advertise: BTreeMap::new(),
             gateways: vec![name(GATEWAY)],
             operator: name("operator"),
         };

@@ -174,6 +174,7 @@ impl Agent {
             witness: self.env.witness.as_ref().map(|_| self.env.reports.health()),
             vms: Vec::new(),
             silent: self.unreadable(),
+            troubles: self.troubles.values().cloned().collect(),
             link: LinkFigures {
                 log_bytes_raw: counters.log_bytes_raw.get(),
                 log_bytes_sent: counters.log_bytes_sent.get(),

@@ -14,6 +14,7 @@ impl Agent {
         match event {
             LinkEvent::PeerUp { peer, .. } => {
                 let peer = HostName::from(&peer);
+                self.troubles.remove(&format!("reaching {peer}"));
                 let connected = Incident::HostConnected { peer: peer.clone() };
                 self.env.journal.write(None, connected);
                 let introduction = Box::new(self.introduction.clone());
@@ -34,6 +35,13 @@ impl Agent {
                 if self.up.remove(&peer) {
                     self.tell_all(&peer, &Input::PeerDown(peer.clone()));
                 }
+            }
+            LinkEvent::Unreachable { peer, why } => {
+                let peer = HostName::from(&peer);
+                let trouble = format!("cannot reach {peer}: {why}");
+                self.troubles.insert(format!("reaching {peer}"), trouble);
+                let incident = Incident::HostUnreachable { peer, why };
+                self.env.journal.write(None, incident);
             }
             LinkEvent::Message {
                 peer,

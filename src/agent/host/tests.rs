@@ -57,6 +57,7 @@ impl Stage {
             hosts: [(name("a"), at(1)), (name("b"), at(1))].into(),
             metrics: BTreeMap::new(),
             witness: (name("w"), free_port()),
+            advertise: BTreeMap::new(),
             gateways: vec![],
             operator: name("ann"),
         };

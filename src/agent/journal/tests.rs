@@ -1,7 +1,10 @@
 //! Tests of the journal: numbers, restarts, lines that cannot be written, names of fields.
 
+use std::fs;
+
 use replay_log::Term;
 
+use super::files::{FILE_BYTES, FILES};
 use super::*;
 
 fn host() -> HostName {

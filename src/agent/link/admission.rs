@@ -50,19 +50,19 @@ struct State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Prefix {
     V4([u8; 3]),
-    V6([u8; 6]),
+    V6([u16; 3]),
 }
 
 impl Prefix {
     fn of(address: SocketAddr) -> Self {
         match address.ip().to_canonical() {
             IpAddr::V4(ip) => {
-                let [a, b, c, _] = ip.octets();
-                Self::V4([a, b, c])
+                let octets = ip.octets();
+                Self::V4([octets[0], octets[1], octets[2]])
             }
             IpAddr::V6(ip) => {
-                let [a, b, c, d, e, f, ..] = ip.octets();
-                Self::V6([a, b, c, d, e, f])
+                let groups = ip.segments();
+                Self::V6([groups[0], groups[1], groups[2]])
             }
         }
     }

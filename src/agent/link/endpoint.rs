@@ -13,10 +13,11 @@ use quinn::{
 use ring::rand::SecureRandom as _;
 use thiserror::Error;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::accept::{Acceptor, IncomingLanes, IncomingStream, accept_all};
-use super::address::{Address, Peer};
+use super::address::{Address, AddressBook, Peer, Tried};
 use super::admission::Admission;
 use super::close::{CloseReason, Ended};
 use super::counters::LinkCounters;
@@ -33,6 +34,8 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(3);
 const KEEP_ALIVE: Duration = Duration::from_millis(700);
 /// How long a handshake may take.
 pub(super) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
+/// A peer's next address is dialled while this one has not answered for so long.
+const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(250);
 /// QUIC's own acknowledgements: after so many packets, or after so long.
 const ACKNOWLEDGE_AFTER: u32 = 16;
 const ACKNOWLEDGE_WITHIN: Duration = Duration::from_millis(5);
@@ -58,6 +61,60 @@ struct Shared {
     acceptor: Arc<Acceptor>,
     /// Where the kernel keeps strangers' packets apart from connections'.
     door: Mutex<Option<Door>>,
+    addresses: AddressBook,
+    /// Dials addresses of the family that the socket is not of, when there is one to be dialled.
+    other_family: Mutex<Option<quinn::Endpoint>>,
+    credentials: Credentials,
+}
+
+impl Shared {
+    /// The socket that can dial this address.
+    fn socket_for(&self, address: SocketAddr) -> io::Result<quinn::Endpoint> {
+        let own = self.socket.local_addr()?;
+        let both = own.ip().is_unspecified() || own.ip().to_canonical().is_ipv4();
+        if own.is_ipv4() == address.is_ipv4() || own.is_ipv6() && both {
+            return Ok(self.socket.clone());
+        }
+        let mut other = lock(&self.other_family);
+        if let Some(other) = &*other {
+            return Ok(other.clone());
+        }
+        let any = match address {
+            SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+            SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+        };
+        let socket = dialler(&self.credentials, any)?;
+        Ok(other.insert(socket).clone())
+    }
+}
+
+async fn dial_one(
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    peer: Identity,
+    purpose: Purpose,
+) -> Result<quinn::Connection, Attempt> {
+    let config = match purpose {
+        Purpose::Lanes => &shared.lanes_client,
+        Purpose::Services => &shared.services_client,
+    };
+    let undialable = |reason: String| Attempt::Undialable(reason);
+    let socket = shared.socket_for(address);
+    let socket = socket.map_err(|error| undialable(error.to_string()))?;
+    let connecting = socket
+        .connect_with(config.clone(), address, &peer.dns_name())
+        .map_err(|error| undialable(error.to_string()))?;
+    match timeout(HANDSHAKE_TIMEOUT, connecting).await {
+        Ok(Ok(connection)) => Ok(connection),
+        Ok(Err(quinn::ConnectionError::TimedOut)) | Err(_) => Err(Attempt::NoAnswer),
+        Ok(Err(error)) => {
+            let ended = Ended::from(&error);
+            if ended == Ended::Certificate {
+                shared.acceptor.counters.refused_certificates.add(1);
+            }
+            Err(Attempt::Refused(ended))
+        }
+    }
 }
 
 /// One UDP socket with our certificate. Cheap to clone; clones are the same endpoint.
@@ -98,24 +155,44 @@ pub enum DialError {
         /// What came of it.
         reason: String,
     },
+    /// An address that cannot be dialled from here.
+    #[error(
+        "{peer} cannot be dialled at {at}: correct the address in the configuration ({reason})"
+    )]
+    Undialable {
+        /// Who was dialled.
+        peer: Identity,
+        /// Where.
+        at: Tried,
+        /// What the system said.
+        reason: String,
+    },
     /// Nothing answered in time.
-    #[error("{peer} does not answer at {address}: start it, or correct the address")]
+    #[error("{peer} does not answer at {at}: start it, or correct the address")]
     NoAnswer {
         /// Who was dialled.
         peer: Identity,
         /// Where.
-        address: Address,
+        at: Tried,
     },
     /// It answered, and the connection was refused by one side.
-    #[error("{peer} at {address} and we do not accept each other: {ended}")]
+    #[error("{peer} at {at} and we do not accept each other: {ended}")]
     Refused {
         /// Who was dialled.
         peer: Identity,
         /// Where.
-        address: Address,
+        at: Tried,
         /// How it ended.
         ended: Ended,
     },
+}
+
+/// What came of dialling one address.
+#[derive(Debug)]
+pub(super) enum Attempt {
+    Undialable(String),
+    NoAnswer,
+    Refused(Ended),
 }
 
 impl Endpoint {
@@ -196,6 +273,9 @@ impl Endpoint {
             services_client,
             acceptor: Arc::new(acceptor),
             door: Mutex::new(door),
+            addresses: AddressBook::default(),
+            other_family: Mutex::default(),
+            credentials: credentials.clone(),
         });
         Ok(Self { shared })
     }
@@ -230,47 +310,69 @@ impl Endpoint {
         receiver
     }
 
-    /// Connects, once.
+    /// Connects, once, by whatever address of the peer answers first.
     pub async fn dial(
         &self,
         peer: &Peer,
         purpose: Purpose,
     ) -> Result<quinn::Connection, DialError> {
         let Peer { identity, address } = peer;
-        let lookup = |reason: String| DialError::Lookup {
+        let found = self.shared.addresses.find(address).await;
+        let found = found.map_err(|error| DialError::Lookup {
             address: address.clone(),
-            reason,
-        };
-        let mut target = address.resolve().await.map_err(|e| lookup(e.to_string()))?;
-        if let (Ok(SocketAddr::V6(_)), SocketAddr::V4(v4)) = (self.local_address(), target) {
-            target = (v4.ip().to_ipv6_mapped(), v4.port()).into();
+            reason: error.to_string(),
+        })?;
+        if purpose == Purpose::Lanes {
+            let admission = &self.shared.acceptor.admission;
+            admission.peer_is_at(&identity.name, &found);
         }
-        let config = match purpose {
-            Purpose::Lanes => &self.shared.lanes_client,
-            Purpose::Services => &self.shared.services_client,
+        let failed = match self.dial_first(&found, identity, purpose).await {
+            Ok(connection) => return Ok(connection),
+            Err(failed) => failed,
         };
-        let connecting = self
-            .shared
-            .socket
-            .connect_with(config.clone(), target, &identity.dns_name())
-            .map_err(|e| lookup(e.to_string()))?;
-        let no_answer = || DialError::NoAnswer {
-            peer: identity.clone(),
-            address: address.clone(),
-        };
-        match timeout(HANDSHAKE_TIMEOUT, connecting).await {
-            Ok(Ok(connection)) => Ok(connection),
-            Ok(Err(quinn::ConnectionError::TimedOut)) | Err(_) => Err(no_answer()),
-            Ok(Err(error)) => {
-                let ended = Ended::from(&error);
-                if ended == Ended::Certificate {
-                    self.shared.acceptor.counters.refused_certificates.add(1);
+        let (peer, address) = (identity.clone(), address.clone());
+        let at = Tried { address, found };
+        Err(match failed {
+            Attempt::Undialable(reason) => DialError::Undialable { peer, at, reason },
+            Attempt::NoAnswer => DialError::NoAnswer { peer, at },
+            Attempt::Refused(ended) => DialError::Refused { peer, at, ended },
+        })
+    }
+
+    /// Dials one address after the other, each a little later than the one before, and takes the first
+    /// that answers. Of the failures it returns the one that says most.
+    pub(super) async fn dial_first(
+        &self,
+        addresses: &[SocketAddr],
+        peer: &Identity,
+        purpose: Purpose,
+    ) -> Result<quinn::Connection, Attempt> {
+        let mut attempts = JoinSet::new();
+        let mut waiting = addresses.iter();
+        let mut worst = Attempt::NoAnswer;
+        loop {
+            let more = match waiting.next() {
+                Some(address) => {
+                    attempts.spawn(dial_one(
+                        Arc::clone(&self.shared),
+                        *address,
+                        peer.clone(),
+                        purpose,
+                    ));
+                    true
                 }
-                Err(DialError::Refused {
-                    peer: identity.clone(),
-                    address: address.clone(),
-                    ended,
-                })
+                None if attempts.is_empty() => return Err(worst),
+                None => false,
+            };
+            tokio::select! {
+                Some(outcome) = attempts.join_next() => match outcome {
+                    Ok(Ok(connection)) => return Ok(connection),
+                    Ok(Err(refused @ Attempt::Refused(_))) => worst = refused,
+                    Ok(Err(failed)) if matches!(worst, Attempt::NoAnswer) => worst = failed,
+                    // Only a runtime that ends aborts an attempt.
+                    Ok(Err(_)) | Err(_) => {}
+                },
+                () = tokio::time::sleep(NEXT_ADDRESS_AFTER), if more => {}
             }
         }
     }
@@ -281,6 +383,11 @@ impl Endpoint {
         self.shared
             .socket
             .close(done.code(), done.word().as_bytes());
+        let other = lock(&self.shared.other_family).take();
+        if let Some(other) = other {
+            other.close(done.code(), done.word().as_bytes());
+            other.wait_idle().await;
+        }
         self.shared.socket.wait_idle().await;
         // The port is free when this is done.
         drop(lock(&self.shared.door).take());

@@ -29,7 +29,7 @@ use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 pub use accept::IncomingStream;
-pub use address::{Address, Peer};
+pub use address::{Address, Peer, Tried};
 pub use close::{CloseReason, Ended};
 pub use counters::{Counter, LinkCounters};
 pub(crate) use endpoint::lock;
@@ -83,6 +83,13 @@ pub enum LinkEvent<M> {
         session: SessionId,
         /// How.
         ended: Ended,
+    },
+    /// A peer has not been connected for some seconds. Said again for another reason.
+    Unreachable {
+        /// Which.
+        peer: Name,
+        /// Where it was looked for and what came of it, in a sentence.
+        why: String,
     },
     /// A peer said something.
     Message {

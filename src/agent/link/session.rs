@@ -168,6 +168,12 @@ pub(super) struct Greeted {
     log_send: SendStream,
 }
 
+impl Greeted {
+    pub(super) const fn connection(&self) -> &Connection {
+        &self.connection
+    }
+}
+
 /// Exchanges hellos, or closes the connection.
 pub(super) async fn greet(
     connection: Connection,

@@ -1,5 +1,6 @@
 //! The link over real QUIC on loopback.
 
+mod addresses;
 mod strangers;
 
 use std::net::{Ipv4Addr, SocketAddr};
@@ -71,7 +72,7 @@ async fn next_message(events: &mut Events) -> Said {
     loop {
         match next(events).await {
             LinkEvent::Message { message, .. } => return message,
-            LinkEvent::PeerUp { .. } => {}
+            LinkEvent::PeerUp { .. } | LinkEvent::Unreachable { .. } => {}
             down @ LinkEvent::PeerDown { .. } => panic!("unexpected {down:?}"),
         }
     }

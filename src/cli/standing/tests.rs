@@ -106,6 +106,7 @@ impl Told {
             vms: vec![vm],
             link: LinkFigures::default(),
             silent: BTreeMap::new(),
+            troubles: Vec::new(),
         };
         self.0.insert(host(name), Ok(status));
         self
