@@ -4,7 +4,7 @@
 //! ```ignore
 //! loop {
 //!     tokio::select! {
-//!         (stream, who) = incoming.recv() => frames.accept(stream, who, now()),
+//!         (stream, who) = incoming.recv() => frames.accept(stream, &who, now()),
 //!         () = poll_fn(|cx| frames.poll(cx, now())) => {}
 //!         output = vmm.recv() => frames.port.output(number, bytes),
 //!     }
@@ -114,10 +114,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> FrameStreams<S> {
     }
 
     /// The gateway of this name, by its certificate, has opened a stream.
-    pub fn accept(&mut self, stream: S, who: Name, now: Time) {
+    pub fn accept(&mut self, stream: S, who: &Name, now: Time) {
         let session = SessionId(self.next_session);
         self.next_session += 1;
-        self.port.connected(session, &who, now);
+        self.port.connected(session, who, now);
         let waker = ReadyWaker::new(session, &self.ready);
         // It is looked at for the first time in the next turn.
         waker.wake_by_ref();

@@ -236,13 +236,12 @@ impl<C: Carrier> Pump<C> {
             .begin(incarnation, self.stack.address().ip, now);
         self.sources.clear();
         for (id, client) in std::mem::take(&mut self.clients) {
-            match before.connecting_to(id) {
+            if let Some(guest_port) = before.connecting_to(id) {
                 // Nothing of it has reached the guest that matters now.
-                Some(guest_port) => self.connect(client.socket, client.from, guest_port, now),
-                None => {
-                    add(&self.metrics.clients_reset, 1);
-                    let _ = client.socket.set_zero_linger();
-                }
+                self.connect(client.socket, client.from, guest_port, now);
+            } else {
+                add(&self.metrics.clients_reset, 1);
+                let _ = client.socket.set_zero_linger();
             }
         }
         Ok(())

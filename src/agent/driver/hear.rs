@@ -35,7 +35,7 @@ impl VmDriver {
                 let believed = self.believed(input);
                 self.inputs.extend(believed);
             }
-            ToDriver::Gateway(who, stream) => self.gateways.accept(stream, who, now()),
+            ToDriver::Gateway(who, stream) => self.gateways.accept(stream, &who, now()),
             ToDriver::Operator(question, reply) => {
                 if let Some(answer) = self.answer(question) {
                     // An operator who does not wait any more needs no answer.

@@ -78,7 +78,7 @@ impl Setup {
         let (near, far) = tokio::io::duplex(1_024);
         let reads = Arc::clone(&self.reads);
         let stream = Counted { stream: far, reads };
-        self.streams.accept(stream, who.clone(), START);
+        self.streams.accept(stream, who, START);
         MessageStream::new(near)
     }
 

@@ -149,7 +149,7 @@ impl<S: Stream> Cluster<S> {
                 },
                 stream = opened.recv() => {
                     let (host, stream) = stream.expect("the gateway outlives the cluster");
-                    self.copies[host].streams.accept(stream, name(), now);
+                    self.copies[host].streams.accept(stream, &name(), now);
                 }
                 () = poll_fn(|cx| {
                     let mut news = Poll::Pending;
