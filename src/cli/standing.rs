@@ -11,7 +11,8 @@ use std::time::Duration;
 use super::output;
 use crate::agent::operator::{HostStatus, OperatorError, VmStatus};
 use crate::protocol::{
-    FollowerStatus, Health, HostName, Record, RoleName, Span, Status, Stumble, Time, VmName,
+    FollowerStatus, Health, HostName, Record, RoleName, SetBack, Span, Status, Stumble, Time,
+    VmName,
 };
 
 /// The order that gives a witness back what it has lost.
@@ -301,7 +302,10 @@ impl<'a> Standing<'a> {
     fn set_back(&self) -> Option<(&'a HostName, String)> {
         self.seen.iter().find_map(|(host, (_, seen))| {
             let kept = seen.node.keeper_set_back?;
-            let kept = kept.map_or_else(|| "nothing".to_owned(), |kept| kept.to_string());
+            let kept = match kept {
+                SetBack::Emptied => "nothing".to_owned(),
+                SetBack::To(kept) => kept.to_string(),
+            };
             Some((*host, kept))
         })
     }

@@ -190,6 +190,9 @@ pub enum Operator {
         /// Which; the first member that can when none is named.
         to: Option<HostName>,
     },
+    /// Boot the guest from its image, though the VM has run before: everything it had is lost. Only
+    /// where no reachable host has a log or disks of it.
+    StartOver,
     /// Go live with what this host holds, though it may not be all that was acknowledged. The
     /// exposure goes into the journal. Everything else must have failed.
     AcceptLoss,

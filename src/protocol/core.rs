@@ -15,6 +15,7 @@ use super::name::{DiskId, HostName, Incarnation, VmRun};
 use super::record::{
     Acks, Committed, Lineage, Member, Proof, Record, Seen, Stumble, TERM_LEAP, Version,
 };
+use super::status::SetBack;
 use super::time::{Span, Time};
 
 /// A reign that has come no further than so many landmarks beyond the place where the last one
@@ -105,8 +106,8 @@ pub(super) struct Core {
     reading: Option<Time>,
     /// When the keeper last answered with a record that is not below what this host has seen.
     pub(super) keeper_heard: Option<Time>,
-    /// The keeper has less than this host has seen; `None` in it: it does not know the VM.
-    pub(super) keeper_set_back: Option<Option<Version>>,
+    /// The keeper has less than this host has seen.
+    pub(super) keeper_set_back: Option<SetBack>,
     /// What was last said of a keeper that could not be asked.
     keeper_silence: Option<String>,
     /// Whose stream was not taken, because the record that names it was not known.
@@ -123,6 +124,10 @@ pub(super) struct Core {
     pub(super) unfit_before: LogIndex,
     /// How often the VMM has failed here without having come beyond that place.
     failures: u32,
+    /// When somebody last ran the guest, or was said to, as far as this host knows.
+    run_at: Time,
+    /// An operator has been told what it takes since then.
+    pub(super) waiting_said: bool,
     /// Where and why the VMM of the last reign failed, if that ended it.
     pub(super) stumble: Option<Stumble>,
     /// The highest term that anybody reigned by or claimed, as far as is known.
@@ -182,6 +187,8 @@ impl Core {
             let_out: LogIndex::START,
             unfit_before: LogIndex::START,
             failures: 0,
+            run_at: now,
+            waiting_said: false,
             stumble: None,
             highest: highest.max(log.term),
             actions: VecDeque::new(),
@@ -328,7 +335,8 @@ impl Core {
         let through = self.record.as_ref().map(|record| record.through);
         let own = self.log.appended.index;
         let lacks = through.is_some_and(|through| own < through);
-        if lacks && self.is_copy() && self.settled() && !self.mutated(Mutation::Amnesia) {
+        let believed = self.mutated(Mutation::Amnesia) || self.mutated(Mutation::Restored);
+        if lacks && self.is_copy() && self.settled() && !believed {
             let through = through.unwrap_or_default();
             let why = format!(
                 "its log ends at {own}, and the record says that it held {through}: the disk has lost \
@@ -406,6 +414,29 @@ impl Core {
     /// The last term by which this host has, or may have, the disks of the guest.
     pub(super) fn has_disks_of(&self) -> Term {
         self.durable.live.max(self.durable.booting)
+    }
+
+    /// Whether this host has anything of the VM that it could go on from.
+    pub(super) fn has_something(&self) -> bool {
+        self.log.appended.index > LogIndex::START || self.has_disks_of() > Term(0)
+    }
+
+    /// Whether any host that can be reached has a log of the VM, or this one disks.
+    pub(super) fn somebody_has_something(&self) -> bool {
+        let greetings = self.peers.values().filter(|peer| peer.up);
+        let mut tips = greetings.filter_map(|peer| peer.greeting.map(|greeting| greeting.tip));
+        self.has_something() || tips.any(|tip| tip.index > LogIndex::START)
+    }
+
+    /// Somebody runs the guest.
+    pub(super) fn somebody_runs_it(&mut self) {
+        self.run_at = self.now;
+        self.waiting_said = false;
+    }
+
+    /// For how long nobody has, as far as this host knows.
+    pub(super) fn nobody_for(&self) -> Span {
+        self.now.since(self.run_at)
     }
 
     /// Whether an earlier promise forbids to promise this.
@@ -572,6 +603,8 @@ impl Core {
         self.highest = self.highest.max(record.term);
         if record.term > self.version().term {
             self.stumble = None;
+            self.run_at = self.now;
+            self.waiting_said = false;
         }
         self.journal(Event::RecordCommitted {
             version: record.version(),
@@ -604,7 +637,8 @@ impl Core {
             return true;
         }
         let kept = theirs.map(|theirs| theirs.version);
-        if self.keeper_set_back.replace(kept) != Some(kept) {
+        let set_back = kept.map_or(SetBack::Emptied, SetBack::To);
+        if self.keeper_set_back.replace(set_back) != Some(set_back) {
             self.journal(Event::KeeperSetBack {
                 kept,
                 seen: ours.map(|ours| ours.version).unwrap_or_default(),

@@ -31,7 +31,7 @@ pub use record::{
     Acks, Committed, Lineage, LogFull, Member, OnLoss, Policy, Proof, Record, RecordError, Rule,
     RuleError, Seen, Stumble, Version,
 };
-pub use status::{FollowerStatus, RoleName, Status};
+pub use status::{FollowerStatus, RoleName, SetBack, Status};
 pub use time::{Span, Time};
 pub use wire::WireError;
 

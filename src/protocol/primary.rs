@@ -360,6 +360,7 @@ impl Primary {
                 Err(why) => why,
             },
             Operator::Create { .. } => "the VM exists: use pair to change its copies",
+            Operator::StartOver => "this host runs the VM: nothing needs to start over",
             Operator::AcceptLoss => "this host is the primary: nothing is lost",
         };
         core.journal(Event::OperatorRefused {
@@ -484,6 +485,7 @@ impl Primary {
     }
 
     pub(super) fn tick(&mut self, core: &mut Core) -> Turn {
+        core.somebody_runs_it();
         if core.now >= self.beat_at {
             self.announce(core);
         }
@@ -576,14 +578,14 @@ impl Primary {
     pub(super) fn vm_failed(&mut self, core: &mut Core, reason: String, at: Position) -> Turn {
         let failed = core.stumbles(at, &reason);
         core.stumble = Some(failed.clone());
-        self.abdicate(core, reason, Some(failed))
+        self.abdicate(core, reason, Some(&failed))
     }
 
     pub(super) fn abdicate(
         &mut self,
         core: &mut Core,
         reason: String,
-        failed: Option<Stumble>,
+        failed: Option<&Stumble>,
     ) -> Turn {
         core.journal(Event::Abdicated {
             term: self.term,
@@ -591,7 +593,7 @@ impl Primary {
         });
         let version = core.version();
         for host in core.up_peers() {
-            let failed = failed.clone();
+            let failed = failed.cloned();
             core.send(&host, Message::Abdicated { version, failed });
         }
         core.stop_vm(StopReason::Failed);

@@ -399,8 +399,12 @@ pub struct Proof(pub Bytes);
 impl Serialize for Proof {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         if to.is_human_readable() {
-            let hex: String = self.0.iter().map(|byte| format!("{byte:02x}")).collect();
-            to.serialize_str(&hex)
+            let digit = |nibble: u8| char::from(b"0123456789abcdef"[usize::from(nibble)]);
+            let hex = self
+                .0
+                .iter()
+                .flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]);
+            to.serialize_str(&hex.collect::<String>())
         } else {
             self.0.serialize(to)
         }

@@ -51,6 +51,10 @@ struct Inquiry {
 
 /// The state of a host that does not reign.
 #[derive(Debug)]
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "each is a thing that was seen or said, and they are independent"
+)]
 pub(super) struct Replica {
     source: Option<Source>,
     detector: Detector,
@@ -77,13 +81,10 @@ pub(super) struct Replica {
     holdings_for: Version,
     /// When they are asked again.
     ask_at: Time,
-    /// When somebody last said that the primary is alive.
-    vouched: Option<Time>,
     report_at: Time,
     hello_at: Time,
     read_at: Time,
     replay_at: Option<Time>,
-    waiting_said: bool,
 }
 
 impl Replica {
@@ -107,12 +108,10 @@ impl Replica {
             holdings: BTreeMap::new(),
             holdings_for: Version::default(),
             ask_at: core.now,
-            vouched: None,
             report_at: core.now,
             hello_at: core.now,
             read_at: core.now.plus(core.config.timing.retry),
             replay_at: unfit.then_some(retry),
-            waiting_said: false,
         }
     }
 
@@ -154,7 +153,10 @@ impl Replica {
                 self.compare_tail(core, from, tail);
                 core.let_out = core.let_out.max(committed);
                 core.committed = core.committed.max(committed.min(core.log.appended.index));
-                core.forget(forget);
+                if committed <= core.log.appended.index {
+                    // What is beyond this log has made no output here that could be forgotten.
+                    core.forget(forget);
+                }
             }
             Message::Diverged { authority, tip } => self.diverged(core, from, &authority, tip),
             Message::Inquire { base } => self.inquired(core, from, base),
@@ -249,7 +251,8 @@ impl Replica {
     }
 
     /// The primary was heard: no doubt about it any more.
-    fn alive(&mut self, core: &Core) {
+    fn alive(&mut self, core: &mut Core) {
+        core.somebody_runs_it();
         self.detector.heard(core.awake());
         self.heard = Some(core.awake());
         self.suspected = false;
@@ -509,7 +512,6 @@ impl Replica {
     /// A newer record is known.
     pub(super) fn record_changed(&mut self, core: &mut Core, new_term: bool) {
         self.inquiry = None;
-        self.waiting_said = false;
         if new_term {
             self.abdicated = false;
             self.stopped_said = false;
@@ -588,6 +590,27 @@ impl Replica {
                     };
                 }
             }
+            Operator::StartOver => match core.record.clone() {
+                _ if !core.settled() => "this host is starting: try again",
+                _ if self.hears(core) => "the primary is heard: nothing needs to start over",
+                None => "this VM is not known here: 'understudy pair' creates it",
+                Some(_) if core.keeper_set_back.is_some() => {
+                    "the witness was set back: 'understudy witness recover' comes first"
+                }
+                Some(_) if core.somebody_has_something() => {
+                    "a reachable host has a log or disks of this VM: 'understudy switchover --to \
+                     HOST --accept-loss' goes on with that"
+                }
+                Some(base) => {
+                    return Turn::Claim {
+                        kind: Kind::First {
+                            hosts: base.hosts.clone(),
+                            policy: base.policy,
+                        },
+                        base: Some(base),
+                    };
+                }
+            },
             Operator::AcceptLoss => match core.record.clone() {
                 _ if !core.settled() => "this host is starting: try again",
                 Some(_) if self.hears(core) => {
@@ -610,7 +633,10 @@ impl Replica {
                         base: Some(base),
                     };
                 }
-                _ => "this host has neither log nor disks of the VM: ask a host that does",
+                _ => {
+                    "this host has neither log nor disks of the VM: ask a host that does, or where \
+                     none does, 'understudy pair --image IMAGE --start-over' boots it anew"
+                }
             },
             Operator::Pair { .. } | Operator::Switchover { .. } => {
                 "this host is not the primary: ask the one that is"

@@ -53,6 +53,16 @@ pub struct FollowerStatus {
     pub silence: Span,
 }
 
+/// What a keeper of records has that was set back, or emptied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SetBack {
+    /// It does not know the VM.
+    Emptied,
+    /// It has an earlier state of the record, or another VM's of this name.
+    To(Version),
+}
+
 /// A node's whole standing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
@@ -86,9 +96,9 @@ pub struct Status {
     pub stalled_since: Option<Time>,
     /// Whether the guest is slowed down.
     pub throttled: bool,
-    /// What the keeper of records has (`None` in it: it does not know the VM), if that is less than
-    /// this host has seen: no record changes until an operator has given it the newest.
-    pub keeper_set_back: Option<Option<Version>>,
+    /// What the keeper of records has, if that is less than this host has seen: no record changes
+    /// until an operator has given it the newest.
+    pub keeper_set_back: Option<SetBack>,
     /// Why the disk takes nothing more, if it does not.
     pub full: Option<String>,
     /// What keeps this copy from being counted on.

@@ -150,7 +150,7 @@ impl World {
             Travel::Lane(key, at) => self.queue.plan(at, Event::Lane(key)),
             Travel::Datagram(link, moments, message) => {
                 for at in moments {
-                    let message = Box::new(message.clone());
+                    let message = message.clone();
                     self.queue.plan(
                         at,
                         Event::Datagram {

@@ -57,6 +57,10 @@ impl Clock {
 }
 
 /// A host.
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "each is a fault or a fact of its own"
+)]
 pub(super) struct Host {
     pub(super) name: HostName,
     pub(super) clock: Clock,

@@ -98,10 +98,19 @@ impl World {
         let there = (0..self.hosts.len()).filter(|host| self.hosts[*host].is_up());
         let best = there.max_by_key(|host| {
             let (tip, durable) = (self.hosts[*host].store.tip(), &self.hosts[*host].durable);
-            (tip.term, tip.index, durable.live)
+            (tip.term, tip.index, durable.live.max(durable.booting))
         });
         if let Some(best) = best {
             self.told(ACCEPT_LOSS);
+            let here = &self.hosts[best];
+            let durable = &here.durable;
+            let nothing = here.store.tip().index == replay_log::LogIndex::START
+                && durable.live.max(durable.booting) == replay_log::Term(0);
+            if nothing {
+                self.hosts[best].accepts_loss = true;
+                self.plan_input(0, best, Input::Operator(Operator::StartOver));
+                return;
+            }
             self.stopped = false;
             self.hosts[best].accepts_loss = true;
             self.plan_input(0, best, Input::Operator(Operator::AcceptLoss));

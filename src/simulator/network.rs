@@ -46,7 +46,7 @@ pub(super) enum Travel {
     /// An ordered lane has something at this moment.
     Lane(LaneKey, Moment),
     /// A datagram arrives at these moments.
-    Datagram(u64, Vec<Moment>, Message),
+    Datagram(u64, Vec<Moment>, Box<Message>),
 }
 
 /// All connections between hosts.
@@ -145,7 +145,7 @@ impl Network {
             if self.random.chance(10) {
                 at.push(now + flight + self.random.below(5 * MILLI));
             }
-            return Travel::Datagram(id, at, message);
+            return Travel::Datagram(id, at, Box::new(message));
         }
         let resent = if self.lost() {
             2 * self.delay + self.random.between(5 * MILLI, 30 * MILLI)

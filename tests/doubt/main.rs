@@ -457,7 +457,11 @@ fn a_second_process_on_a_folder_is_refused() {
                 .output()
                 .expect("it starts");
             assert!(!second.status.success(), "{command}");
-            assert!(text(&second).contains("another"), "{}", text(&second));
+            assert!(
+                text(&second).contains("is used by process"),
+                "{}",
+                text(&second)
+            );
         }
     });
 }

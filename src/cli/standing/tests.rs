@@ -3,7 +3,7 @@ use vmm::tape::{Ending, GuestEnd};
 
 use super::*;
 use crate::agent::operator::{GuestStatus, LinkFigures};
-use crate::protocol::{Epoch, Health, Incarnation, Lineage, Member, Policy, VmRun};
+use crate::protocol::{Epoch, Health, Incarnation, Lineage, Member, Policy, SetBack, VmRun};
 
 pub(in crate::cli) fn host(name: &str) -> HostName {
     HostName::new(name).expect("a name")
@@ -386,7 +386,7 @@ fn a_witness_that_hosts_know_better_is_why_nobody_claims() {
     let told = Told::default()
         .down("a")
         .says("b", node(RoleName::Member, &record))
-        .but("b", |vm| vm.node.keeper_set_back = Some(None));
+        .but("b", |vm| vm.node.keeper_set_back = Some(SetBack::Emptied));
     assert_eq!(
         told.sentence(),
         format!(

@@ -188,7 +188,11 @@ impl Controller {
             policy,
             through: self.chosen.index,
             begins: self.chosen.index,
-            loss: matches!(self.kind, Kind::Cold | Kind::Forced { .. }),
+            loss: match self.kind {
+                Kind::Cold | Kind::Forced { .. } => true,
+                Kind::First { .. } => self.base.is_some(),
+                Kind::Succession { .. } | Kind::Handover(_) => false,
+            },
             failed: match &self.kind {
                 Kind::Succession { stumble, .. } => stumble.clone(),
                 _ => None,

@@ -3,8 +3,6 @@
 
 use std::collections::BTreeSet;
 
-use replay_log::{LogIndex, Term};
-
 use super::super::controller::Kind;
 use super::super::core::Core;
 use super::super::event::Event;
@@ -44,7 +42,7 @@ impl Replica {
             return self.consider_claim(core);
         }
         self.inquiry = None;
-        self.vouched = Some(core.now);
+        core.somebody_runs_it();
         self.not_before = core.now.plus(core.config.timing.suspicion_floor);
         if let Some(record) = &core.record {
             let primary = record.primary.host.clone();
@@ -81,12 +79,12 @@ impl Replica {
         let Some(record) = core.record.clone() else {
             return Turn::Stay;
         };
+        self.say_what_it_takes(core);
         let silence = self.silence(core);
         let suspicious = self.abdicated || silence >= self.detector.patience(&core.config.timing);
         if !suspicious {
             return Turn::Stay;
         }
-        self.say_what_it_takes(core, silence);
         if !core.is_copy() {
             return self.cold_boot(core, &record);
         }
@@ -180,22 +178,29 @@ impl Replica {
 
     /// Nobody has run the guest for long, and nothing that this host can do has changed that: an
     /// operator is told what can.
-    fn say_what_it_takes(&mut self, core: &mut Core, silence: Span) {
-        let patience = core.config.timing.despair;
-        let lately = |at| core.now.since(at) < patience;
-        let has_something =
-            core.log.appended.index > LogIndex::START || core.has_disks_of() > Term(0);
-        if self.waiting_said
-            || silence < patience
-            || self.vouched.is_some_and(lately)
-            || !has_something
+    fn say_what_it_takes(&self, core: &mut Core) {
+        let silence = core.nobody_for();
+        if core.waiting_said
+            || silence < core.config.timing.despair
             || core.keeper_set_back.is_some()
             || Self::stopped_at(core).is_some()
         {
             return;
         }
-        self.waiting_said = true;
+        core.waiting_said = true;
         let (vm, host) = (&core.config.vm, core.host());
+        if !core.has_something() {
+            if !core.somebody_has_something() {
+                let why = format!(
+                    "nobody has run {vm} for {} s, and no host that can be reached has a log or disks \
+                     of it: start the others, or boot it anew by 'understudy pair {vm} --image IMAGE \
+                     --primary {host} --start-over', or go on with another's by --accept-loss",
+                    silence.as_millis() / 1_000
+                );
+                core.journal(Event::Waiting { why });
+            }
+            return;
+        }
         let why = format!(
             "nobody has run {vm} for {} s, and too few of the copies that its record names can be \
              reached, or have what it takes: start them, or go on with what {host} has by \
@@ -233,8 +238,8 @@ impl Replica {
                 base: Some(record.clone()),
             };
         }
-        if !self.waiting_said {
-            self.waiting_said = true;
+        if !core.waiting_said {
+            core.waiting_said = true;
             let names: Vec<_> = missing.iter().map(ToString::to_string).collect();
             core.journal(Event::Waiting {
                 why: format!(

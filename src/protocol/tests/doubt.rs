@@ -365,3 +365,46 @@ fn the_unanswered_end_of_a_dead_primarys_log_is_not_kept() {
     trio.pass(1_000);
     assert_eq!(trio.host("a").dropped, Some(false));
 }
+
+/// All disks are lost: the name is not, and an order boots the guest anew.
+#[test]
+fn a_vm_of_which_nothing_is_left_starts_over_by_an_order() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(3);
+    trio.input(&name("b"), Input::Operator(Operator::StartOver));
+    assert!(has(&mut trio, "b", "operator_refused"), "it runs");
+    for host in ["a", "b", "c"] {
+        trio.host(host).lose_disk();
+        trio.restart(host);
+    }
+    trio.pass(4_000);
+    let told = trio.host("a").events.iter().any(|event| match event {
+        Event::Waiting { why } => why.contains("--start-over"),
+        _ => false,
+    });
+    assert!(told, "{:?}", trio.host("a").journal());
+    trio.input(&name("a"), Input::Operator(Operator::StartOver));
+    trio.pass(300);
+    assert_eq!(trio.record().primary.host, name("a"));
+    assert!(trio.record().loss);
+    trio.record_entries(2);
+    trio.pass(1_000);
+    assert_eq!(trio.record().members.len(), 2, "{:?}", trio.record);
+}
+
+/// While anybody who can be reached has anything, nothing starts over.
+#[test]
+fn nothing_starts_over_beside_somebody_who_has_the_log() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(3);
+    trio.host("a").cut_off = true;
+    trio.host("b").lose_disk();
+    for host in ["b", "c"] {
+        trio.restart(host);
+    }
+    trio.pass(500);
+    trio.input(&name("b"), Input::Operator(Operator::StartOver));
+    assert!(has(&mut trio, "b", "operator_refused"));
+    trio.pass(500);
+    assert_eq!(trio.record().term, Term(1));
+}

@@ -8,6 +8,10 @@ use super::super::*;
 use super::name;
 
 /// A host without faults: whatever is to be stored is stored at once.
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "each is a thing that a test makes of a host"
+)]
 pub(super) struct Host {
     pub(super) node: Node,
     pub(super) batches: Vec<Batch>,
@@ -148,7 +152,7 @@ impl Trio {
                 | Input::ReadFailed { .. }
                 | Input::RecordSwapped(_)
         );
-        let reached = |here: &&mut Host| !here.cut_off && !(heard && here.deaf);
+        let reached = |here: &&mut Host| !(here.cut_off || heard && here.deaf);
         if let Some(here) = self.hosts.get_mut(host).filter(reached) {
             here.node.handle(now, input);
         }
@@ -411,6 +415,13 @@ impl Host {
         let has_log = self.tip.index > LogIndex::START;
         let replays = has_log && self.builder.is_none() && !self.has_no_image;
         if replays { vec![begun] } else { vec![] }
+    }
+
+    /// The disk is another one, and empty.
+    pub(super) fn lose_disk(&mut self) {
+        self.forget_after(LogIndex::START);
+        self.durable = Durable::default();
+        self.disk = DiskId(self.disk.0 + 1_000);
     }
 
     /// The disk loses what it had synced behind here.
