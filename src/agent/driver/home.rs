@@ -97,7 +97,6 @@ pub fn log_options(config: &Config, acks: Acks) -> FileOptions {
     };
     FileOptions {
         sync,
-        retain: Some(config.log.retention.0),
         ..FileOptions::default()
     }
 }

@@ -153,7 +153,7 @@ impl LogKeeper {
 
     /// How many bytes the log takes on disk, as far as is known now.
     pub fn bytes(&self) -> Option<u64> {
-        self.store.as_ref().map(FileStore::bytes)
+        self.store.as_ref().map(Store::bytes)
     }
 
     /// Appends a batch. The answer comes as news.
@@ -422,7 +422,6 @@ mod tests {
         sync: SyncPolicy::Explicit,
         segment_bytes: 64 << 20,
         checkpoint_bytes: 1 << 20,
-        retain: None,
     };
 
     /// A log that is given up while its store waits for the disk: the next begins when the store is
