@@ -19,6 +19,8 @@ mod listen;
 pub mod lock;
 pub mod metrics;
 pub mod operator;
+#[cfg(test)]
+mod testing;
 pub mod thread;
 pub mod vm_process;
 pub mod witness;

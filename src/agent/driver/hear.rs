@@ -5,7 +5,7 @@ use replay_log::{Batch, FrameSource, Position};
 use vmm::host::{Output, OutputKind};
 
 use super::guest::{Doing, Guest};
-use super::keeper::Returned;
+use super::keeper::FromStore;
 use super::{Back, EARLY_ORDERS, ToDriver, VmDriver};
 use crate::agent::clock::now;
 use crate::agent::frames::{DropReason, FrameEvent};
@@ -75,7 +75,7 @@ impl VmDriver {
         Some(VmAnswer::Taken)
     }
 
-    pub(super) fn hear_store(&mut self, returned: Returned) {
+    pub(super) fn hear_store(&mut self, returned: FromStore) {
         let mut news = Vec::new();
         self.log.returned(returned, &mut news);
         self.log_news(news);
