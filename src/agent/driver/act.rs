@@ -555,8 +555,8 @@ impl VmDriver {
 /// Blocks.
 fn replica_parts(home: &Home, env: &Surroundings, header: Header) -> Result<Parts, HomeError> {
     let image = env.library.image(header.image)?.boot();
+    let disks = home.replica_disks(&header)?;
     home.keep_header(&header)?;
-    let disks = home.fresh_disks(header.disks.clone())?;
     Ok(Parts {
         header,
         image,
@@ -576,9 +576,9 @@ fn boot_parts(home: &Home, env: &Surroundings, term: Term, cold: bool) -> Result
     let header = super::home::new_header(&image, &bases, term)?;
     home.keep_header(&header)?;
     Ok(Parts {
+        disks: home.boot_disks(&header, cold)?,
         header,
         image: image.boot(),
-        disks: home.fresh_disks(bases)?,
         binary: env.vmm_binary.clone(),
     })
 }

@@ -161,6 +161,14 @@ impl VmDriver {
             }
             FromVm::Live { frames, .. } => {
                 guest.is_live();
+                self.home.goes_live();
+                let home = self.home.clone();
+                tokio::task::spawn_blocking(move || {
+                    // Done before these disks are touched in any case.
+                    if let Err(error) = home.keep_recorded() {
+                        tracing::warn!(error = %sentence(&error), "older disks are kept for longer");
+                    }
+                });
                 let term = self.known_term;
                 self.gateways.port.lead(term, frames, now());
                 self.inputs.push_back(Input::WentLive { run });

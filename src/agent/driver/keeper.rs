@@ -20,7 +20,7 @@ mod tests;
 mod writer;
 
 use std::collections::VecDeque;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
@@ -33,11 +33,11 @@ use thiserror::Error;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
+use super::aside;
 use crate::agent::clock::now;
 use crate::protocol::{HostName, Incarnation, Span, Time};
 use crate::sentence::sentence;
 pub use cursor::Cursor;
-pub use writer::OLD;
 use writer::{Condition, Open, Order, Report, Work, Writer};
 
 /// The newest batches are kept in memory up to this many bytes: streams to replicas and to the
@@ -138,7 +138,6 @@ struct Pending {
 
 /// The log of one VM on this host.
 pub struct LogKeeper {
-    dir: PathBuf,
     /// How the present log is kept.
     keeping: Keeping,
     /// How the next one will be.
@@ -222,7 +221,6 @@ impl LogKeeper {
             let _ = tell_ended.send(());
         });
         Ok(Self {
-            dir: dir.to_owned(),
             keeping,
             next_keeping: keeping,
             orders: Some(orders),
@@ -258,7 +256,7 @@ impl LogKeeper {
         incarnation: Incarnation,
         returns: UnboundedSender<FromStore>,
     ) -> Result<Self, OpenError> {
-        writer::set_aside(dir)?;
+        aside::set_aside(dir)?;
         Self::open(dir, keeping, incarnation, returns)
     }
 

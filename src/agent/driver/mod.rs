@@ -10,6 +10,7 @@
 //! ```
 
 mod act;
+mod aside;
 mod console;
 mod gather;
 mod guest;
@@ -258,12 +259,13 @@ impl VmDriver {
         if let Some(seen) = &durable.seen {
             env.reports.saw(&vm, seen);
         }
+        let fresh = home::fresh()?;
         let restored = protocol::Restored {
             durable: durable.clone(),
             log: log.tip(),
             damaged: damage.is_some(),
-            disk: protocol::DiskId::default(),
-            fresh: home::fresh()?,
+            disk: home.disk_id(fresh)?,
+            fresh,
         };
         let config = protocol::Config::new(env.host.clone(), vm.clone());
         let node = Node::new(config, restored, now());

@@ -56,9 +56,9 @@ impl Cursor {
         self.next
     }
 
-    fn give(&mut self, batch: Batch) -> Option<Batch> {
+    fn give(&mut self, batch: Batch) -> Batch {
         self.next = batch.end();
-        Some(batch)
+        batch
     }
 
     /// Takes in what has been read by now. Says whether something still is.
@@ -122,14 +122,14 @@ impl LogKeeper {
             return Ok(None);
         }
         if let Some(batch) = cursor.ahead.pop_front() {
-            return Ok(cursor.give(batch));
+            return Ok(Some(cursor.give(batch)));
         }
         if cursor.next >= self.tip.index {
             return Ok(None);
         }
         if let Some(batch) = self.recent_at(cursor.next) {
             cursor.reading = Reading::Idle(None);
-            return Ok(cursor.give(batch));
+            return Ok(Some(cursor.give(batch)));
         }
         // What is not in memory has been written, so it is there to be read.
         if let Some(source) = &self.source

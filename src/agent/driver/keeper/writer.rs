@@ -11,17 +11,14 @@
 //! anew.
 
 use std::collections::VecDeque;
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use replay_log::{
-    AppendError, Batch, FileOptions, IoFailure, LogSource, LogTip, OpenError, Store, SyncError,
-};
+use replay_log::{AppendError, Batch, FileOptions, LogSource, LogTip, OpenError, Store, SyncError};
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::super::aside;
 use super::{FromStore, Keeping, LogNews};
 use crate::protocol::Incarnation;
 use crate::sentence::sentence;
@@ -30,11 +27,6 @@ use crate::sentence::sentence;
 const PAUSE: Duration = Duration::from_secs(1);
 /// After so many bytes of batches it is told how far it has come, however much waits.
 const REPORT_BYTES: usize = 1 << 20;
-/// The ending of a log's folder that is set aside, before its number. Nothing here deletes those.
-const ASIDE: &str = "aside-";
-/// The ending of a log's folder that is being deleted.
-pub const OLD: &str = "old-";
-
 /// What is asked of the store. What is reported of an append or a sync is about the holding that it
 /// was asked for, however late it is done.
 #[derive(Debug)]
@@ -323,9 +315,8 @@ impl Writer {
         let before = store.durable_tip();
         match store.sync() {
             Ok(tip) if tip != before => news.push(LogNews::Synced(incarnation, tip)),
-            Ok(_) => {}
             Err(error) if error.is_doubtful() => self.failed = Some(sentence(&error)),
-            Err(_) => {}
+            Ok(_) | Err(_) => {}
         }
     }
 
@@ -348,14 +339,14 @@ impl Writer {
 
     /// Moves the folder out of the way and begins another log in its place. What is refused is tried
     /// again from where it was.
-    fn begin(&mut self, aside: bool) -> Result<(), Undone> {
+    fn begin(&mut self, is_evidence: bool) -> Result<(), Undone> {
         // The lock on the folder goes with the store.
         self.store = None;
         if !self.cleared {
-            let cleared = if aside {
-                set_aside(&self.dir).map(drop)
+            let cleared = if is_evidence {
+                aside::set_aside(&self.dir).map(drop)
             } else {
-                delete(&self.dir)
+                aside::delete(&self.dir)
             };
             cleared.map_err(|failure| Undone::Refused(sentence(&failure)))?;
             self.cleared = true;
@@ -373,47 +364,4 @@ fn stored(incarnation: Incarnation, tip: LogTip, news: &mut Vec<LogNews>) {
         Some(LogNews::Stored(of, before)) if *of == incarnation => *before = tip,
         _ => news.push(LogNews::Stored(incarnation, tip)),
     }
-}
-
-/// Sets a log's folder aside under the next number that was never used. Where to; `None` when there
-/// is none.
-pub(super) fn set_aside(dir: &Path) -> Result<Option<PathBuf>, IoFailure> {
-    move_away(dir, ASIDE, "set aside the log in")
-}
-
-/// Moves a log's folder away, and deletes it in its own time.
-fn delete(dir: &Path) -> Result<(), IoFailure> {
-    let gone = move_away(dir, OLD, "delete the log in")?;
-    // What stays is removed at the next start.
-    drop(gone.map(|gone| std::thread::spawn(move || fs::remove_dir_all(gone))));
-    Ok(())
-}
-
-fn move_away(dir: &Path, ending: &str, action: &'static str) -> Result<Option<PathBuf>, IoFailure> {
-    let failed = |source| IoFailure {
-        action,
-        path: dir.to_owned(),
-        source,
-    };
-    let name = dir.file_stem().unwrap_or_default().to_string_lossy();
-    let prefix = format!("{name}.{ending}");
-    let mut last = 0;
-    for file in fs::read_dir(dir.parent().unwrap_or(Path::new("."))).map_err(failed)? {
-        let file = file.map_err(failed)?.file_name();
-        let file = file.to_string_lossy();
-        let number = file.strip_prefix(&prefix).and_then(|n| n.parse().ok());
-        last = number.unwrap_or(0).max(last);
-    }
-    let to = dir.with_extension(format!("{ending}{}", last + 1_u64));
-    match fs::rename(dir, &to) {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(failed(error)),
-    }
-    // A name that a power failure takes back would be the log's again.
-    let folder = fs::File::open(dir.parent().unwrap_or(Path::new(".")));
-    folder
-        .and_then(|folder| folder.sync_all())
-        .map_err(failed)?;
-    Ok(Some(to))
 }
