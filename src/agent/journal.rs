@@ -120,6 +120,13 @@ pub enum Incident {
         /// How many it may take.
         budget: u64,
     },
+    /// There is little room left where the host keeps everything.
+    SpaceLow {
+        /// How much is used, in percent.
+        percent: u8,
+        /// How many bytes are free.
+        free: u64,
+    },
     /// Another host needs the log from boot, and its beginning is gone.
     CopyTooLate {
         /// Which.
@@ -250,6 +257,12 @@ impl fmt::Display for Incident {
                  there is space, before it can log nothing more",
                 used >> 20,
                 budget >> 20
+            ),
+            Self::SpaceLow { percent, free } => write!(
+                f,
+                "has used {percent} % of the room for its data, {} MiB are free: make room, or its \
+                 copies can acknowledge nothing more",
+                free >> 20
             ),
             Self::CopyTooLate { peer } => write!(
                 f,

@@ -119,6 +119,8 @@ pub struct Surroundings {
     pub journal: Arc<Journal>,
     /// The memory that all guests may have together.
     pub memory: Budget,
+    /// The room where it keeps everything.
+    pub space: crate::agent::space::SpaceFigures,
     /// The images and disk bases this host has, and how it gets those it lacks.
     pub library: crate::agent::library::Library,
     /// The program that is a VMM process; `None`: this program itself.
