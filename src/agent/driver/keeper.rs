@@ -15,6 +15,7 @@
 //! that is stored. It has *failed* when a sync did, and then only another log helps.
 
 mod cursor;
+mod header;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -26,10 +27,9 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
 use replay_log::{
-    Batch, DecodeError, Entry, FileOptions, FileStore, Header, LogIndex, LogSource, LogTip,
-    OpenError, ReadError, Store, SyncPolicy,
+    Batch, FileOptions, FileStore, Header, LogIndex, LogSource, LogTip, OpenError, ReadError,
+    SyncPolicy,
 };
-use thiserror::Error;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
@@ -38,6 +38,8 @@ use crate::agent::clock::now;
 use crate::protocol::{HostName, Incarnation, Span, Time};
 use crate::sentence::sentence;
 pub use cursor::Cursor;
+pub use header::HeaderError;
+use header::{first_header, header_of};
 use writer::{Condition, Open, Order, Report, Work, Writer};
 
 /// The newest batches are kept in memory up to this many bytes: streams to replicas and to the
@@ -110,20 +112,6 @@ impl FromStore {
     fn read() -> Self {
         Self(Said::Read)
     }
-}
-
-/// Why a log's header is not known.
-#[derive(Debug, Error)]
-pub enum HeaderError {
-    /// The beginning cannot be read, or is gone.
-    #[error("the log cannot be replayed: its beginning cannot be read")]
-    Read(#[from] ReadError),
-    /// It cannot be understood.
-    #[error("the log cannot be replayed: its beginning cannot be understood")]
-    Garbled(#[from] DecodeError),
-    /// It is none.
-    #[error("the log cannot be replayed: it does not begin with a machine")]
-    None,
 }
 
 type Source = Arc<dyn LogSource>;
@@ -624,21 +612,4 @@ fn level(used: u64, budget: u64) -> u8 {
         .into_iter()
         .filter(|level| percent >= u128::from(*level));
     reached.max().unwrap_or(0)
-}
-
-fn first_header(store: &dyn Store) -> Result<Option<Header>, HeaderError> {
-    if store.tip().index == LogIndex::START {
-        return Ok(None);
-    }
-    match store.read_from(LogIndex::START)?.next_batch()? {
-        Some(batch) => header_of(&batch).map(Some),
-        None => Ok(None),
-    }
-}
-
-fn header_of(first: &Batch) -> Result<Header, HeaderError> {
-    match first.decode()?.into_iter().next() {
-        Some(Entry::Header(header)) => Ok(header),
-        _ => Err(HeaderError::None),
-    }
 }

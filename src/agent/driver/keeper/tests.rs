@@ -1,17 +1,15 @@
 //! Logs on disks that hang, are full, fail, and come back.
 
-use std::sync::{Condvar, Mutex};
+mod theatre;
 
 use replay_log::conformance::sample_batches;
-use replay_log::{
-    AppendError, BatchBuilder, LogReader, Mark, MarkDigest, MemoryStore, Position, SyncError, Term,
-    TruncateError,
-};
+use replay_log::{BatchBuilder, Entry, Mark, MarkDigest, MemoryStore, Position, Term};
 use tempfile::TempDir;
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::sync::mpsc::unbounded_channel;
 
 use super::*;
 use crate::agent::testing::{SmallDisk, skipped};
+use theatre::{Disk, Theatre};
 
 /// Only keeps a broken keeper from hanging.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -55,184 +53,6 @@ fn large(after: LogTip, seed: u64) -> Batch {
     builder.finish().expect("entries")
 }
 
-/// A disk that hangs and fails on command.
-#[derive(Debug, Default)]
-struct Disk {
-    hangs: Mutex<bool>,
-    goes_on: Condvar,
-    fails_syncs: Mutex<bool>,
-}
-
-impl Disk {
-    fn hang(&self, hangs: bool) {
-        *self.hangs.lock().expect("no panic") = hangs;
-        self.goes_on.notify_all();
-    }
-
-    fn wait(&self) {
-        let hangs = self.hangs.lock().expect("no panic");
-        drop(
-            self.goes_on
-                .wait_while(hangs, |hangs| *hangs)
-                .expect("no panic"),
-        );
-    }
-}
-
-/// A store on such a disk.
-#[derive(Debug)]
-struct On(Arc<Disk>, Box<dyn Store>);
-
-impl Store for On {
-    fn append(&mut self, batch: &Batch) -> Result<LogTip, AppendError> {
-        self.0.wait();
-        self.1.append(batch)
-    }
-
-    fn sync(&mut self) -> Result<LogTip, SyncError> {
-        self.0.wait();
-        if *self.0.fails_syncs.lock().expect("no panic") {
-            let failure = replay_log::IoFailure {
-                action: "sync",
-                path: "disk".into(),
-                source: std::io::Error::other("it is gone"),
-            };
-            return Err(SyncError::Doubtful(failure));
-        }
-        self.1.sync()
-    }
-
-    fn truncate(&mut self, end: LogIndex) -> Result<LogTip, TruncateError> {
-        self.1.truncate(end)
-    }
-
-    fn base(&self) -> LogTip {
-        self.1.base()
-    }
-
-    fn tip(&self) -> LogTip {
-        self.1.tip()
-    }
-
-    fn durable_tip(&self) -> LogTip {
-        self.1.durable_tip()
-    }
-
-    fn floor(&self, index: LogIndex) -> Result<Option<LogTip>, ReadError> {
-        self.1.floor(index)
-    }
-
-    fn read_from(&self, from: LogIndex) -> Result<Box<dyn LogReader>, ReadError> {
-        self.1.read_from(from)
-    }
-
-    fn bytes(&self) -> u64 {
-        self.1.bytes()
-    }
-
-    fn source(&self) -> Box<dyn LogSource> {
-        Box::new(OnSource(Arc::clone(&self.0), self.1.source()))
-    }
-}
-
-#[derive(Debug)]
-struct OnSource(Arc<Disk>, Box<dyn LogSource>);
-
-impl LogSource for OnSource {
-    fn read_from(&self, from: LogIndex) -> Result<Box<dyn LogReader>, ReadError> {
-        self.0.wait();
-        self.1.read_from(from)
-    }
-
-    fn floor(&self, index: LogIndex) -> Result<Option<LogTip>, ReadError> {
-        self.0.wait();
-        self.1.floor(index)
-    }
-}
-
-struct Theatre {
-    log: LogKeeper,
-    returns: UnboundedReceiver<FromStore>,
-    news: Vec<LogNews>,
-}
-
-impl Theatre {
-    fn open(dir: &Path, keeping: Keeping, open: Open) -> Self {
-        let (to_returns, returns) = unbounded_channel();
-        let quick = |writer: &mut Writer| writer.pause = PAUSE;
-        let log = LogKeeper::open_with(dir, keeping, Incarnation(1), to_returns, open, quick);
-        Self {
-            log: log.expect("a log"),
-            returns,
-            news: Vec::new(),
-        }
-    }
-
-    fn files(dir: &Path, keeping: Keeping) -> Self {
-        let open: Open = Box::new(|dir, files| Ok(Box::new(FileStore::open(dir, files)?)));
-        Self::open(dir, keeping, open)
-    }
-
-    fn on(disk: &Arc<Disk>, dir: &Path, keeping: Keeping) -> Self {
-        let disk = Arc::clone(disk);
-        let open: Open = Box::new(move |dir, files| {
-            let store = FileStore::open(dir, files)?;
-            Ok(Box::new(On(Arc::clone(&disk), Box::new(store))))
-        });
-        Self::open(dir, keeping, open)
-    }
-
-    fn memory(store: &MemoryStore, keeping: Keeping) -> Self {
-        let store = store.clone();
-        let open: Open = Box::new(move |_, _| Ok(Box::new(store.clone())));
-        Self::open(Path::new("nowhere"), keeping, open)
-    }
-
-    fn append(&mut self, batch: Batch) {
-        self.log.append(batch, &mut self.news);
-        self.log.write_down(&mut self.news);
-    }
-
-    fn sync(&mut self) {
-        self.log.sync(&mut self.news);
-    }
-
-    async fn hear(&mut self) {
-        let said = tokio::time::timeout(PATIENCE, self.returns.recv()).await;
-        let said = said.expect("the store is at work").expect("a report");
-        self.log.returned(said, &mut self.news);
-    }
-
-    /// Listens until there is such news; it and what came before it is taken.
-    async fn until(&mut self, wanted: impl Fn(&LogNews) -> bool) -> Vec<LogNews> {
-        let begun = std::time::Instant::now();
-        loop {
-            if let Some(at) = self.news.iter().position(&wanted) {
-                return self.news.drain(..=at).collect();
-            }
-            // A store that is full has something to say for as long as it is.
-            assert!(begun.elapsed() < PATIENCE, "no such news: {:?}", self.news);
-            self.hear().await;
-        }
-    }
-
-    async fn stored_through(&mut self, tip: LogTip) -> Vec<LogNews> {
-        self.until(|one| matches!(one, LogNews::Stored(_, at) if *at == tip))
-            .await
-    }
-
-    async fn read_all(&mut self, from: LogIndex) -> Vec<Batch> {
-        let (mut cursor, mut batches) = (Cursor::new(from), Vec::new());
-        while cursor.next() < self.log.tip().index {
-            match self.log.read(&mut cursor).expect("readable") {
-                Some(batch) => batches.push(batch),
-                None => self.hear().await,
-            }
-        }
-        batches
-    }
-}
-
 fn is_full(one: &LogNews) -> bool {
     matches!(one, LogNews::Full(_))
 }
@@ -255,7 +75,10 @@ async fn a_log_is_dropped_when_its_store_is_back() {
     let second = batch(LogTip::default(), 2);
     here.append(second.clone());
     here.sync();
-    assert_eq!(here.read_all(LogIndex::START).await, [second.clone()]);
+    assert_eq!(
+        here.read_all(LogIndex::START).await,
+        std::slice::from_ref(&second)
+    );
     disk.hang(false);
     let tip = second.tip(LogTip::default().chain);
     let news = here.until(|one| matches!(one, LogNews::Synced(..))).await;
