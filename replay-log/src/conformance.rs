@@ -16,13 +16,18 @@ use crate::store::{AppendError, LogReader, ReadError, Store, TruncateError};
 /// Where a store keeps its log: what is left of a store when its process is killed.
 pub trait Place {
     /// Opens the store that is kept here, as a new process does; the one opened before is gone.
-    /// Retention, if given, is in bytes, and small against [`sample_batches`] of 200.
-    fn open(&mut self, retain: Option<u64>) -> Box<dyn Store>;
+    fn open(&mut self) -> Box<dyn Store>;
+
+    /// From now on there is no room for another byte here, or there is again.
+    fn fill(&mut self, full: bool);
+
+    /// From now on no sync succeeds, or each does again.
+    fn break_syncs(&mut self, broken: bool);
 }
 
 /// Runs every check, each in a new place.
 pub fn all(new: &mut dyn FnMut() -> Box<dyn Place>) {
-    let checks: [fn(&mut dyn Place); 9] = [
+    let checks: [fn(&mut dyn Place); 10] = [
         an_empty_log_is_at_its_start,
         what_was_appended_is_read_back,
         only_what_continues_the_log_is_taken,
@@ -31,7 +36,8 @@ pub fn all(new: &mut dyn FnMut() -> Box<dyn Place>) {
         a_reader_goes_on_while_the_log_grows,
         the_log_is_cut_back_and_goes_on_differently,
         a_killed_process_loses_nothing,
-        retention_drops_the_oldest_and_says_so,
+        a_full_place_refuses_and_goes_on_when_there_is_room,
+        a_failed_sync_makes_doubtful_and_is_the_end,
     ];
     for check in checks {
         check(new().as_mut());
@@ -130,7 +136,7 @@ fn read_from(store: &dyn Store, from: LogIndex) -> Vec<Batch> {
 
 /// A log that was never written.
 pub fn an_empty_log_is_at_its_start(place: &mut dyn Place) {
-    let mut store = place.open(None);
+    let mut store = place.open();
     let start = LogTip::default();
     assert_eq!(
         (store.base(), store.tip(), store.durable_tip()),
@@ -148,7 +154,7 @@ pub fn an_empty_log_is_at_its_start(place: &mut dyn Place) {
 
 /// Reading from any entry gives the batch that holds it and all that follow.
 pub fn what_was_appended_is_read_back(place: &mut dyn Place) {
-    let mut store = place.open(None);
+    let mut store = place.open();
     let batches = samples(120);
     append_all(store.as_mut(), &batches);
     assert_eq!(read_from(store.as_ref(), LogIndex::START), batches);
@@ -163,7 +169,7 @@ pub fn what_was_appended_is_read_back(place: &mut dyn Place) {
 
 /// Neither a gap nor an overlap nor an older term.
 pub fn only_what_continues_the_log_is_taken(place: &mut dyn Place) {
-    let mut store = place.open(None);
+    let mut store = place.open();
     let batches = sample_batches(1, Term(5), LogIndex::START, 60);
     append_all(store.as_mut(), &batches[..55]);
     let tip = store.tip();
@@ -185,7 +191,7 @@ pub fn only_what_continues_the_log_is_taken(place: &mut dyn Place) {
 
 /// Up to where the log is durable is never overstated, and a sync brings it to the tip.
 pub fn sync_makes_the_tip_durable(place: &mut dyn Place) {
-    let mut store = place.open(None);
+    let mut store = place.open();
     for some in samples(30).chunks(10) {
         append_all(store.as_mut(), some);
         assert!(store.durable_tip().index <= store.tip().index);
@@ -196,7 +202,7 @@ pub fn sync_makes_the_tip_durable(place: &mut dyn Place) {
 
 /// And nowhere else; the floor of any other place is the last one before it.
 pub fn chains_are_known_where_batches_end(place: &mut dyn Place) {
-    let mut store = place.open(None);
+    let mut store = place.open();
     let batches = samples(80);
     append_all(store.as_mut(), &batches);
     let mut ends = vec![LogTip::default()];
@@ -211,7 +217,7 @@ pub fn chains_are_known_where_batches_end(place: &mut dyn Place) {
 
 /// However appending and reading take turns, each batch is read once and in order.
 pub fn a_reader_goes_on_while_the_log_grows(place: &mut dyn Place) {
-    let mut store = place.open(None);
+    let mut store = place.open();
     let batches = samples(150);
     let mut reader = store.read_from(LogIndex::START).expect("readable");
     let mut late = store.read_from(LogIndex::START).expect("readable");
@@ -236,7 +242,7 @@ pub fn a_reader_goes_on_while_the_log_grows(place: &mut dyn Place) {
 
 /// Where two logs part is found by their floors; one is cut there and continued like the other.
 pub fn the_log_is_cut_back_and_goes_on_differently(place: &mut dyn Place) {
-    let mut store = place.open(None);
+    let mut store = place.open();
     let ours = samples(90);
     append_all(store.as_mut(), &ours);
     let mut ahead = store.read_from(LogIndex::START).expect("readable");
@@ -267,7 +273,7 @@ pub fn the_log_is_cut_back_and_goes_on_differently(place: &mut dyn Place) {
         let expected = [&ours[..keep], &theirs].concat();
         assert_eq!(read_from(store.as_ref(), LogIndex::START), expected);
         drop(store);
-        store = place.open(None);
+        store = place.open();
         assert_eq!(read_from(store.as_ref(), LogIndex::START), expected);
         store.truncate(end).expect("a batch ends there");
         assert_eq!(store.tip(), cut);
@@ -276,7 +282,7 @@ pub fn the_log_is_cut_back_and_goes_on_differently(place: &mut dyn Place) {
     // Both readers belong to the store that is gone, and so may see its end only.
     drop((ahead, behind));
 
-    let mut store = place.open(None);
+    let mut store = place.open();
     append_all(store.as_mut(), &ours);
     let mut ahead = store.read_from(ours[50].first()).expect("readable");
     let mut behind = store.read_from(LogIndex::START).expect("readable");
@@ -301,14 +307,14 @@ pub fn the_log_is_cut_back_and_goes_on_differently(place: &mut dyn Place) {
 pub fn a_killed_process_loses_nothing(place: &mut dyn Place) {
     let batches = samples(120);
     for (turn, some) in batches.chunks(11).enumerate() {
-        let mut store = place.open(None);
+        let mut store = place.open();
         append_all(store.as_mut(), some);
         if turn % 2 == 0 {
             store.sync().expect("the disk works");
         }
         let tip = store.tip();
         drop(store);
-        let store = place.open(None);
+        let store = place.open();
         assert_eq!(store.tip(), tip);
         let all = read_from(store.as_ref(), LogIndex::START);
         assert_eq!(all, batches[..all.len()]);
@@ -318,47 +324,73 @@ pub fn a_killed_process_loses_nothing(place: &mut dyn Place) {
     }
 }
 
-/// The budget holds (but for the segment being written), and what is left is whole.
-pub fn retention_drops_the_oldest_and_says_so(place: &mut dyn Place) {
-    const BUDGET: u64 = 6_000;
-    let mut store = place.open(Some(BUDGET));
-    let batches = samples(200);
-    let ends = tips(LogTip::default(), &batches);
+/// What is refused for want of room is not part of the log, everything else still is, and the same
+/// batch is taken later.
+pub fn a_full_place_refuses_and_goes_on_when_there_is_room(place: &mut dyn Place) {
+    let batches = samples(120);
+    let mut store = place.open();
     let mut reader = store.read_from(LogIndex::START).expect("readable");
-    let mut dropped = 0;
-    for batch in &batches {
-        store.append(batch).expect("it continues the log");
-        store.sync().expect("the disk works");
-        let since = store.take_dropped();
-        assert_eq!(since.failed, None);
-        assert_eq!(since.segments > 0, since.bytes > 0);
-        dropped += since.entries;
-        assert_eq!(store.first(), LogIndex(dropped), "what is missing was said");
+    let mut taken = 0;
+    for some in [1, 30, 2, 60] {
+        append_all(store.as_mut(), &batches[taken..taken + some]);
+        taken += some;
+        let (tip, bytes) = (store.tip(), store.bytes());
+        place.fill(true);
+        for _ in 0..3 {
+            let error = store.append(&batches[taken]).expect_err("there is no room");
+            assert!(matches!(error, AppendError::Full(_)), "{error}");
+            assert!(!error.is_doubtful());
+            assert_eq!((store.tip(), store.bytes()), (tip, bytes));
+        }
+        let all = read_from(store.as_ref(), LogIndex::START);
+        assert_eq!(all, batches[..taken], "it stays readable");
+        let synced = store.sync().expect("what is there can be synced");
+        assert_eq!((synced, store.durable_tip()), (tip, tip));
+        place.fill(false);
     }
-    assert!(dropped > 0, "200 samples are over the budget");
-    assert!(
-        ends.contains(&store.base()),
-        "the base is where a batch ends"
+    append_all(store.as_mut(), &batches[taken..]);
+    assert_eq!(
+        read_all(reader.as_mut()),
+        batches,
+        "whoever reads on notices nothing"
     );
-    let kept = read_from(store.as_ref(), store.first());
-    assert_eq!(kept, batches[batches.len() - kept.len()..]);
-    let bytes: usize = kept.iter().map(|batch| batch.payload().len()).sum();
-    assert!(bytes as u64 <= 2 * BUDGET, "{bytes} are kept");
-    let chain = store.chain_at(store.first()).expect("readable");
-    assert_eq!(chain, Some(store.base().chain));
-    for gone in [LogIndex::START, LogIndex(dropped - 1)] {
-        assert_eq!(store.floor(gone).expect("readable"), None);
-        let read = store.read_from(gone);
-        assert!(matches!(read, Err(ReadError::Dropped { .. })));
-        assert!(store.truncate(gone).is_err());
+    // Nor does a process that finds the place full lose anything.
+    place.fill(true);
+    drop((store, reader));
+    let mut store = place.open();
+    assert_eq!(read_from(store.as_ref(), LogIndex::START), batches);
+    let next = &sample_batches(2, Term(9), store.tip().index, 1);
+    store.append(&next[0]).expect_err("there is no room");
+    place.fill(false);
+    append_all(store.as_mut(), next);
+}
+
+/// Nothing beyond what was durable before is ever claimed, and nothing more is taken.
+pub fn a_failed_sync_makes_doubtful_and_is_the_end(place: &mut dyn Place) {
+    let batches = samples(20);
+    let mut store = place.open();
+    append_all(store.as_mut(), &batches[..10]);
+    let durable = store.sync().expect("the disk works");
+    place.break_syncs(true);
+    // A store that syncs every batch fails at the first of these.
+    let appended = store.append(&batches[10]);
+    let doubtful = match &appended {
+        Ok(_) => store.sync().expect_err("the disk is broken").is_doubtful(),
+        Err(error) => error.is_doubtful(),
+    };
+    assert!(doubtful, "a failed sync is no full disk");
+    assert_eq!(store.durable_tip(), durable);
+    place.break_syncs(false);
+    for _ in 0..2 {
+        let at = 10 + usize::from(appended.is_ok());
+        let error = store.append(&batches[at]).expect_err("it has failed");
+        assert!(matches!(error, AppendError::Poisoned(_)), "{error}");
+        assert!(error.is_doubtful());
+        let error = store.sync().expect_err("a later sync proves nothing");
+        assert!(error.is_doubtful(), "{error}");
+        store.truncate(LogIndex::START).expect_err("it has failed");
+        assert_eq!(store.durable_tip(), durable);
     }
-    let read = reader.next_batch();
-    assert!(matches!(read, Err(ReadError::Dropped { .. })));
-    // The base is all that tells of what was before: it outlives even the last batch.
-    let base = store.base();
-    store.truncate(base.index).expect("the base is a boundary");
-    drop(store);
-    let mut store = place.open(Some(BUDGET));
-    assert_eq!((store.base(), store.tip()), (base, base));
-    append_all(store.as_mut(), &kept);
+    let all = read_from(store.as_ref(), LogIndex::START);
+    assert_eq!(all[..10], batches[..10], "it stays readable");
 }

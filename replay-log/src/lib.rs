@@ -30,12 +30,12 @@ pub use entry::{
 };
 pub use position::{Chain, LogIndex, LogTip, Position, Term};
 pub use store::{
-    AppendError, Damage, DamageReason, Dropped, IoFailure, LogReader, OpenError, Poisoned,
+    AppendError, Damage, DamageReason, IoFailure, LogReader, LogSource, OpenError, Poisoned,
     ReadError, Store, SyncError, TruncateError,
 };
 pub use store_file::inspect::{
     Inspector, LocatedBatch, Report, SegmentReport, TornEnd, inspect, verify,
 };
 pub use store_file::{FileOptions, FileStore, SyncPolicy};
-pub use store_memory::MemoryStore;
+pub use store_memory::{MemoryStore, Snapshot};
 pub use stream::{StreamBytes, StreamDecoder, StreamEncoder, StreamError};

@@ -1,8 +1,18 @@
-//! What every store of a log promises: append, sync, read from anywhere, cut back, drop the oldest.
+//! What every store of a log promises: append, sync, read from anywhere, cut back.
 //!
 //! A store holds one unbroken stretch of one machine's log: from its *base* (the tip before its
-//! first batch; the log's start unless retention dropped something) to its *tip*. The suite in
+//! first batch; the log's start, unless an earlier version of this program dropped what was before)
+//! to its *tip*. A store never drops a part of its log by itself. The suite in
 //! [`crate::conformance`] runs against every implementation.
+//!
+//! What goes wrong is one of two things, and errors say which:
+//!
+//! - *Full*: the system takes no more (no space, a quota, a file system that became read-only, no
+//!   file descriptor, an error of a write). What is held is as sure as before. The same call may
+//!   succeed later.
+//! - *Doubtful*: a sync failed, and the kernel may have forgotten what it could not write. What was
+//!   durable before the sync still is; what is after that is not known, and the store takes nothing
+//!   more.
 
 use std::fmt;
 use std::io;
@@ -21,11 +31,13 @@ pub trait Store: Send + fmt::Debug {
     /// later one. Once this returns, the batch survives the death of the process; whether it
     /// survives the death of the host is what [`Store::durable_tip`] says.
     ///
-    /// After a failed write the batch is not part of the log and the store takes nothing more.
+    /// After an error the batch is not part of the log; unless the error is
+    /// [doubtful](AppendError::is_doubtful), the same batch may be appended again later.
     fn append(&mut self, batch: &Batch) -> Result<LogTip, AppendError>;
 
     /// Makes what was appended durable, unless the store was told never to. Returns the durable
-    /// tip. After a failure nobody knows what the disk holds: the store takes nothing more.
+    /// tip. After a [doubtful](SyncError::is_doubtful) failure nobody knows what the disk holds: the
+    /// store takes nothing more.
     fn sync(&mut self) -> Result<LogTip, SyncError>;
 
     /// Forgets everything from `end` on; `end` is where some batch ends, or the base. Durable
@@ -50,8 +62,12 @@ pub trait Store: Send + fmt::Debug {
     /// if that suits.
     fn read_from(&self, from: LogIndex) -> Result<Box<dyn LogReader>, ReadError>;
 
-    /// What retention dropped since this was last asked.
-    fn take_dropped(&mut self) -> Dropped;
+    /// How many bytes the log takes where it is kept.
+    fn bytes(&self) -> u64;
+
+    /// The same log for those who only read, on any thread, whatever the store is busy with. Of no
+    /// use once the store is gone.
+    fn source(&self) -> Box<dyn LogSource>;
 
     /// The index of the oldest entry that is kept.
     fn first(&self) -> LogIndex {
@@ -64,6 +80,15 @@ pub trait Store: Send + fmt::Debug {
         let floor = self.floor(index)?;
         Ok(floor.filter(|tip| tip.index == index).map(|tip| tip.chain))
     }
+}
+
+/// Reads a store's log beside it.
+pub trait LogSource: Send + Sync + fmt::Debug {
+    /// As [`Store::read_from`].
+    fn read_from(&self, from: LogIndex) -> Result<Box<dyn LogReader>, ReadError>;
+
+    /// As [`Store::floor`].
+    fn floor(&self, index: LogIndex) -> Result<Option<LogTip>, ReadError>;
 }
 
 /// Reads a store's batches in order, one at a time.
@@ -87,19 +112,6 @@ pub trait LogReader: Send + fmt::Debug {
         }
         Ok(batches)
     }
-}
-
-/// What retention dropped: whole oldest segments.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Dropped {
-    /// How many segments.
-    pub segments: u32,
-    /// How many bytes they took.
-    pub bytes: u64,
-    /// How many entries they held.
-    pub entries: u64,
-    /// Why the last segment over the budget could not be dropped, if it could not.
-    pub failed: Option<String>,
 }
 
 /// The operating system refused something.
@@ -130,11 +142,11 @@ impl IoFailure {
     }
 }
 
-/// A store that failed and takes nothing more.
+/// A store whose sync failed and that takes nothing more.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("the log takes no more entries since it failed ({reason}); repair the disk and restart")]
 pub struct Poisoned {
-    /// The first failure.
+    /// The sync that failed.
     pub reason: String,
 }
 
@@ -273,9 +285,19 @@ pub enum AppendError {
     /// The store failed before.
     #[error(transparent)]
     Poisoned(#[from] Poisoned),
-    /// It could not be written or made durable; the store takes nothing more.
-    #[error(transparent)]
-    Io(#[from] IoFailure),
+    /// The system takes no more. The log is what it was; the batch may be appended again later.
+    #[error("the log cannot grow: make room where it lies")]
+    Full(#[source] IoFailure),
+    /// The batch, or what was before it, could not be made durable; the store takes nothing more.
+    #[error("what the log holds has become doubtful: repair the disk and restart")]
+    Doubtful(#[source] IoFailure),
+}
+
+impl AppendError {
+    /// Whether what the log holds beyond its durable tip has become doubtful.
+    pub const fn is_doubtful(&self) -> bool {
+        matches!(self, Self::Doubtful(_) | Self::Poisoned(_))
+    }
 }
 
 /// Why the log could not be made durable.
@@ -284,15 +306,25 @@ pub enum SyncError {
     /// The store failed before.
     #[error(transparent)]
     Poisoned(#[from] Poisoned),
-    /// The system refused; the store takes nothing more.
-    #[error(transparent)]
-    Io(#[from] IoFailure),
+    /// The log cannot be synced as yet: its file cannot be opened. Nothing is lost by that.
+    #[error("the log cannot be synced as yet")]
+    Full(#[source] IoFailure),
+    /// The sync failed; the store takes nothing more.
+    #[error("what the log holds has become doubtful: repair the disk and restart")]
+    Doubtful(#[source] IoFailure),
+}
+
+impl SyncError {
+    /// Whether what the log holds beyond its durable tip has become doubtful.
+    pub const fn is_doubtful(&self) -> bool {
+        matches!(self, Self::Doubtful(_) | Self::Poisoned(_))
+    }
 }
 
 /// Why the log cannot be read.
 #[derive(Debug, Error)]
 pub enum ReadError {
-    /// Retention dropped it.
+    /// It is before what is kept: an earlier version of this program dropped it.
     #[error("entry {wanted} is no longer kept, the log begins at {first}")]
     Dropped {
         /// What was asked for.
@@ -341,10 +373,39 @@ pub enum TruncateError {
     /// The store failed before.
     #[error(transparent)]
     Poisoned(#[from] Poisoned),
-    /// The system refused; the store takes nothing more.
-    #[error(transparent)]
-    Io(#[from] IoFailure),
+    /// The system refused. The log is whole and ends where [`Store::tip`] says: somewhere between
+    /// what was asked for and where it ended before. It can be cut again later.
+    #[error("the log cannot be cut back as yet")]
+    Full(#[source] IoFailure),
+    /// The cut could not be made durable; the store takes nothing more.
+    #[error("what the log holds has become doubtful: repair the disk and restart")]
+    Doubtful(#[source] IoFailure),
 }
+
+/// What stops a store in the middle of something.
+#[derive(Debug)]
+pub(crate) enum Stopped {
+    /// The system takes no more, and nothing is lost.
+    Full(IoFailure),
+    /// A sync failed.
+    Doubtful(IoFailure),
+}
+
+/// Makes what stopped a store the error of each of its calls.
+macro_rules! stopped_becomes {
+    ($($error:ident),*) => {
+        $(impl From<Stopped> for $error {
+            fn from(stopped: Stopped) -> Self {
+                match stopped {
+                    Stopped::Full(failure) => Self::Full(failure),
+                    Stopped::Doubtful(failure) => Self::Doubtful(failure),
+                }
+            }
+        })*
+    };
+}
+
+stopped_becomes!(AppendError, SyncError, TruncateError);
 
 /// Whether `batch` continues a log that ends at `tip`.
 pub(crate) fn check_continues(tip: LogTip, batch: &Batch) -> Result<(), AppendError> {

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!             create: *.tmp, header, rename          append        trailer, rename
-//!  (nothing) ------------------------------> *.open --------> *.open ------> *.seg ---> dropped
-//!                                               ^                              |      (retention)
+//!  (nothing) ------------------------------> *.open --------> *.open ------> *.seg
+//!                                               ^                              |
 //!                                               +---------- truncate ----------+
 //! ```
 //!
@@ -11,6 +11,10 @@
 //! kernel's when [`Store::append`] returns. A write cut short by the end of the process or the
 //! host is cut off on opening; anything else that is not as written is an error that names the
 //! segment and the offset, and nothing is changed. The bytes are described in `format.rs`.
+//!
+//! What the system refuses (`write.rs`) leaves the log as it was: the bytes of a write that stopped
+//! half-way are cut off before anything else is written, and a segment that could not be sealed stays
+//! open. Only a failed sync of the log's files or names ends a store.
 
 mod format;
 mod index;
@@ -19,24 +23,24 @@ mod scan;
 mod survey;
 #[cfg(test)]
 mod tests;
+mod write;
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Write};
+use std::fs::{self, File, TryLockError};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::batch::Batch;
-use crate::compress::Compressor;
 use crate::folder;
 use crate::position::{LogIndex, LogTip};
 use crate::store::{
-    AppendError, Dropped, IoFailure, LogReader, OpenError, Poisoned, ReadError, Store, SyncError,
+    AppendError, IoFailure, LogReader, LogSource, OpenError, Poisoned, ReadError, Store, SyncError,
     TruncateError, check_continues,
 };
-use index::{Segment, Shared, segment_path};
-use scan::Checkpoint;
-use survey::{MAKING, OPEN, Repairs, SEALED, Survey};
+use index::Shared;
+use survey::{OPEN, Repairs, SEALED, Survey};
+use write::{Writing, rename_to};
 
 /// When what was appended is made durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,9 +66,6 @@ pub struct FileOptions {
     /// After how many uncompressed bytes compression begins anew, so that reading can begin
     /// there. Default: 1 MiB.
     pub checkpoint_bytes: u64,
-    /// How many bytes all segments together may take before the oldest are dropped; the open
-    /// segment is always kept. Default: no limit.
-    pub retain: Option<u64>,
 }
 
 impl Default for FileOptions {
@@ -73,7 +74,6 @@ impl Default for FileOptions {
             sync: SyncPolicy::EveryBatch,
             segment_bytes: 64 << 20,
             checkpoint_bytes: 1 << 20,
-            retain: None,
         }
     }
 }
@@ -87,7 +87,7 @@ trait SegmentIo: Send {
 
 impl SegmentIo for File {
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        Write::write_all(self, bytes)
+        io::Write::write_all(self, bytes)
     }
 
     fn sync(&mut self) -> io::Result<()> {
@@ -101,15 +101,6 @@ impl SegmentIo for File {
 
 type Wrap = Box<dyn Fn(File) -> Box<dyn SegmentIo> + Send>;
 
-/// The open segment. Its path and length are in the index.
-struct Writing {
-    io: Box<dyn SegmentIo>,
-    compressor: Compressor,
-    /// Uncompressed bytes since the last place where reading can begin; `None` if the next batch
-    /// has to begin with one, because the compressor is not the one that wrote what is before.
-    since_checkpoint: Option<u64>,
-}
-
 /// A log in a folder of its own. Only one process can have it open.
 pub struct FileStore {
     dir: PathBuf,
@@ -122,7 +113,6 @@ pub struct FileStore {
     durable: LogTip,
     last_sync: Instant,
     poisoned: Option<Poisoned>,
-    dropped: Dropped,
     frame: Vec<u8>,
     chunk: Vec<u8>,
 }
@@ -160,7 +150,6 @@ impl FileStore {
             writing: None,
             last_sync: Instant::now(),
             poisoned: None,
-            dropped: Dropped::default(),
             frame: Vec::new(),
             chunk: Vec::new(),
         };
@@ -212,276 +201,9 @@ impl FileStore {
         &self.dir
     }
 
-    /// How many bytes its segments take.
-    pub fn bytes(&self) -> u64 {
-        self.index.lock().bytes()
-    }
-
     fn syncs(&self) -> bool {
         self.options.sync != SyncPolicy::Never
     }
-
-    fn open_for_writing(&self, path: &Path) -> Result<Writing, IoFailure> {
-        let file = OpenOptions::new().append(true).open(path);
-        Ok(Writing {
-            io: (self.wrap)(file.map_err(IoFailure::new("open", path))?),
-            compressor: Compressor::new(),
-            since_checkpoint: None,
-        })
-    }
-
-    /// Makes renamed, new and removed files durable.
-    fn sync_names(&self) -> Result<(), IoFailure> {
-        if !self.syncs() {
-            return Ok(());
-        }
-        self.dir_file
-            .sync_all()
-            .map_err(IoFailure::new("sync the folder", &self.dir))
-    }
-
-    fn check_poisoned(&self) -> Result<(), Poisoned> {
-        self.poisoned.clone().map_or(Ok(()), Err)
-    }
-
-    /// Notes a failure after which nobody knows what the disk holds.
-    fn poison<T>(&mut self, done: Result<T, IoFailure>) -> Result<T, IoFailure> {
-        if let Err(failure) = &done {
-            let reason = format!("{failure}: {}", failure.source);
-            self.poisoned = Some(Poisoned { reason });
-        }
-        done
-    }
-
-    /// Begins a segment at the tip.
-    fn create_segment(&mut self) -> Result<(), IoFailure> {
-        let base = self.tip();
-        let making = segment_path(&self.dir, base.index, MAKING);
-        let path = segment_path(&self.dir, base.index, OPEN);
-        let file = File::create(&making).map_err(IoFailure::new("create", &making))?;
-        let mut io = (self.wrap)(file);
-        let header = format::header(base);
-        io.write_all(&header)
-            .map_err(IoFailure::new("write to", &making))?;
-        if self.syncs() {
-            io.sync().map_err(IoFailure::new("sync", &making))?;
-        }
-        fs::rename(&making, &path).map_err(IoFailure::new("rename", &making))?;
-        self.sync_names()?;
-        let len = header.len() as u64;
-        self.index.lock().segments.push(Segment {
-            path,
-            base,
-            tip: base,
-            len,
-            sealed: false,
-            checkpoints: Some(vec![Checkpoint {
-                offset: len,
-                tip: base,
-            }]),
-        });
-        self.writing = Some(Writing {
-            io,
-            compressor: Compressor::new(),
-            since_checkpoint: Some(0),
-        });
-        Ok(())
-    }
-
-    /// Path, length and tip of the segment that is written to.
-    fn end_of_open(&self) -> (PathBuf, u64, LogTip) {
-        let index = self.index.lock();
-        let Some(last) = index.segments.last() else {
-            unreachable!("the segment that is written to is in the index")
-        };
-        (last.path.clone(), last.len, last.tip)
-    }
-
-    /// Seals the open segment, and drops what is over the budget then.
-    fn seal(&mut self) -> Result<(), IoFailure> {
-        let Some(mut writing) = self.writing.take() else {
-            return Ok(());
-        };
-        let (path, len, tip) = self.end_of_open();
-        let trailer = format::trailer(len, tip);
-        let write = writing.io.write_all(&trailer);
-        write.map_err(IoFailure::new("write to", &path))?;
-        // Only where nothing is ever synced is a sealed segment looked at for a torn end: waiting
-        // for a whole segment to reach the disk would hold up whoever appends.
-        if self.syncs() {
-            writing.io.sync().map_err(IoFailure::new("sync", &path))?;
-        }
-        if let Some(last) = self.index.lock().segments.last_mut() {
-            last.len += trailer.len() as u64;
-            rename_to(&self.dir, last, SEALED)?;
-        }
-        self.sync_names()?;
-        if self.syncs() {
-            self.durable = self.tip();
-            self.last_sync = Instant::now();
-        }
-        self.retain();
-        Ok(())
-    }
-
-    /// Drops the oldest sealed segments while all together are over the budget.
-    fn retain(&mut self) {
-        let Some(budget) = self.options.retain else {
-            return;
-        };
-        let mut index = self.index.lock();
-        while index.bytes() > budget && index.segments.len() > 1 {
-            let oldest = &index.segments[0];
-            if let Err(error) = fs::remove_file(&oldest.path) {
-                self.dropped.failed = Some(format!("{}: {error}", oldest.path.display()));
-                return;
-            }
-            self.dropped.segments += 1;
-            self.dropped.bytes += oldest.len;
-            self.dropped.entries += oldest.tip.index.since(oldest.base.index);
-            index.segments.remove(0);
-        }
-    }
-
-    fn make_room(&mut self) -> Result<(), IoFailure> {
-        let full = {
-            let index = self.index.lock();
-            let last = index.segments.last();
-            last.is_some_and(|last| last.len >= self.options.segment_bytes)
-        };
-        if full {
-            self.seal()?;
-        }
-        if self.writing.is_none() {
-            self.create_segment()?;
-        }
-        Ok(())
-    }
-
-    /// Writes a batch to the open segment, durably if the policy says so.
-    fn write(&mut self, batch: &Batch) -> Result<LogTip, IoFailure> {
-        self.make_room()?;
-        let (path, len, before) = self.end_of_open();
-        let Some(writing) = &mut self.writing else {
-            unreachable!("make_room leaves a segment to write to")
-        };
-        self.chunk.clear();
-        let due = writing
-            .since_checkpoint
-            .is_none_or(|since| since >= self.options.checkpoint_bytes);
-        let checkpoint = due.then(|| {
-            format::put_checkpoint(len, before, &mut self.chunk);
-            writing.compressor.restart();
-            writing.since_checkpoint = Some(0);
-            Checkpoint {
-                offset: len + self.chunk.len() as u64,
-                tip: before,
-            }
-        });
-        self.frame.clear();
-        batch.encode_frame(&mut self.frame);
-        let at = len + self.chunk.len() as u64;
-        format::put_batch_chunk(at, &mut self.chunk, |out| {
-            writing.compressor.compress(&self.frame, out);
-        });
-        let sync_due = match self.options.sync {
-            SyncPolicy::Never | SyncPolicy::Explicit => false,
-            SyncPolicy::Interval(interval) => self.last_sync.elapsed() >= interval,
-            SyncPolicy::EveryBatch => true,
-        };
-        let written = writing
-            .io
-            .write_all(&self.chunk)
-            .map_err(IoFailure::new("write to", &path))
-            .and_then(|()| {
-                if sync_due {
-                    writing.io.sync().map_err(IoFailure::new("sync", &path))?;
-                }
-                Ok(())
-            });
-        if let Err(failure) = written {
-            // The batch is not acknowledged and should not be found after a restart either. If
-            // this fails too, a torn end is cut off then, and a whole batch was merely not
-            // acknowledged.
-            let _best_effort = writing.io.set_len(len);
-            return Err(failure);
-        }
-        writing.since_checkpoint = writing
-            .since_checkpoint
-            .map(|since| since + self.frame.len() as u64);
-        let tip = batch.tip(before.chain);
-        if let Some(last) = self.index.lock().segments.last_mut() {
-            last.len += self.chunk.len() as u64;
-            last.tip = tip;
-            if let Some(checkpoints) = &mut last.checkpoints {
-                checkpoints.extend(checkpoint);
-            }
-        }
-        if sync_due {
-            self.durable = tip;
-            self.last_sync = Instant::now();
-        }
-        Ok(tip)
-    }
-
-    fn sync_now(&mut self) -> Result<(), IoFailure> {
-        if let Some(writing) = &mut self.writing {
-            let sync = writing.io.sync();
-            sync.map_err(IoFailure::new("sync the log in", &self.dir))?;
-        }
-        self.durable = self.tip();
-        self.last_sync = Instant::now();
-        Ok(())
-    }
-
-    /// Cuts the log at a chunk's offset in the segment that begins at `base`: later segments go
-    /// first, newest first, so that whatever stops this leaves a log that is merely longer.
-    fn cut(&mut self, base: LogTip, tip: LogTip, offset: u64) -> Result<(), IoFailure> {
-        self.writing = None;
-        {
-            let mut index = self.index.lock();
-            index.truncations.push(tip.index);
-            while index.segments.last().is_some_and(|last| last.base != base) {
-                if let Some(last) = index.segments.last() {
-                    let gone = fs::remove_file(&last.path);
-                    gone.map_err(IoFailure::new("remove", &last.path))?;
-                }
-                index.segments.pop();
-            }
-            if let Some(last) = index.segments.last_mut() {
-                rename_to(&self.dir, last, OPEN)?;
-                last.tip = tip;
-                last.len = offset;
-                if let Some(known) = &mut last.checkpoints {
-                    known.retain(|checkpoint| checkpoint.offset <= offset);
-                }
-            }
-        }
-        self.sync_names()?;
-        let path = segment_path(&self.dir, base.index, OPEN);
-        let mut writing = self.open_for_writing(&path)?;
-        let cut = writing.io.set_len(offset);
-        cut.map_err(IoFailure::new("cut", &path))?;
-        if self.syncs() {
-            writing.io.sync().map_err(IoFailure::new("sync", &path))?;
-            self.durable = tip;
-        } else if self.durable.index > tip.index {
-            self.durable = tip;
-        }
-        self.writing = Some(writing);
-        Ok(())
-    }
-}
-
-/// Gives a segment the name of another state.
-fn rename_to(dir: &Path, segment: &mut Segment, ending: &str) -> Result<(), IoFailure> {
-    let path = segment_path(dir, segment.base.index, ending);
-    if path != segment.path {
-        fs::rename(&segment.path, &path).map_err(IoFailure::new("rename", &segment.path))?;
-    }
-    segment.path = path;
-    segment.sealed = ending == SEALED;
-    Ok(())
 }
 
 impl Store for FileStore {
@@ -494,7 +216,7 @@ impl Store for FileStore {
 
     fn sync(&mut self) -> Result<LogTip, SyncError> {
         self.check_poisoned()?;
-        if self.syncs() && self.durable != self.tip() {
+        if self.syncs() && (self.durable != self.tip() || self.is_unfinished()) {
             let synced = self.sync_now();
             self.poison(synced)?;
         }
@@ -517,6 +239,9 @@ impl Store for FileStore {
             let base = located.scanner.base();
             let cut = self.cut(base, tip, offset);
             self.poison(cut)?;
+        } else if self.is_unfinished() {
+            let finished = self.finish_cut();
+            self.poison(finished)?;
         }
         Ok(tip)
     }
@@ -534,22 +259,19 @@ impl Store for FileStore {
     }
 
     fn floor(&self, index: LogIndex) -> Result<Option<LogTip>, ReadError> {
-        if index < self.first() {
-            return Ok(None);
-        }
-        if index >= self.tip().index {
-            return Ok(Some(self.tip()));
-        }
-        let located = self.index.locate(index)?;
-        Ok(Some(located.map_or_else(LogTip::default, |at| at.floor)))
+        self.index.floor(index)
     }
 
     fn read_from(&self, from: LogIndex) -> Result<Box<dyn LogReader>, ReadError> {
-        Ok(Box::new(self.index.reader(from)?))
+        self.index.read_from(from)
     }
 
-    fn take_dropped(&mut self) -> Dropped {
-        std::mem::take(&mut self.dropped)
+    fn bytes(&self) -> u64 {
+        self.index.lock().bytes()
+    }
+
+    fn source(&self) -> Box<dyn LogSource> {
+        Box::new(self.index.clone())
     }
 }
 

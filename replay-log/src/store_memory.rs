@@ -1,15 +1,16 @@
 //! A store in memory that fails as disks do, on command: it loses what was not synced, tears the
-//! last write, flips bits, runs full, and refuses to write or sync.
+//! last write, flips bits, runs full, lies about syncs, and refuses to write or sync.
 //!
 //! Nothing in it is random and nothing reads a clock: the same calls give the same store, which
 //! is what the simulator needs. A [`MemoryStore`] is a handle; clones share the store, so that a
 //! test keeps one to give orders with while the code under test owns another.
 //!
 //! ```text
-//!   working --- a write or sync fails ---> poisoned --- restart ---+
-//!      ^  |                                                        |
-//!      |  +--- crash (unsynced bytes lost or torn), corrupt -------+
-//!      +------------------- whatever is whole -----------------<---+
+//!   full ◄─── limit, fail_appends ───► working --- a sync fails ---> poisoned --- restart ---+
+//!   (nothing is lost)                   ^  |                                                 |
+//!                                       |  +--- crash (unsynced bytes lost or torn), ---------+
+//!                                       |       lose, roll_back, corrupt                      |
+//!                                       +------------- whatever is whole ------------------<--+
 //! ```
 
 use std::io;
@@ -20,7 +21,7 @@ use bytes::Bytes;
 use crate::batch::Batch;
 use crate::position::{LogIndex, LogTip};
 use crate::store::{
-    AppendError, Damage, DamageReason, Dropped, IoFailure, LogReader, OpenError, Poisoned,
+    AppendError, Damage, DamageReason, IoFailure, LogReader, LogSource, OpenError, Poisoned,
     ReadError, Store, SyncError, TruncateError, check_continues, check_within,
 };
 
@@ -35,7 +36,7 @@ struct Stored {
     tip: LogTip,
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct State {
     base: LogTip,
     batches: Vec<Stored>,
@@ -44,10 +45,11 @@ struct State {
     /// Bytes of a write that a crash tore; cut off by the restart.
     torn: u64,
     durable: LogTip,
+    /// What a crash leaves where syncs are lied about: less than `durable` says.
+    truly_durable: LogTip,
+    lies: bool,
     poisoned: Option<Poisoned>,
     truncations: Vec<LogIndex>,
-    dropped: Dropped,
-    retain: Option<u64>,
     capacity: Option<u64>,
     failing_appends: u32,
     failing_syncs: u32,
@@ -97,26 +99,10 @@ impl State {
         self.size = self.offset(keep);
         let tip = self.tip();
         self.truncations.push(tip.index);
-        if self.durable.index > tip.index {
-            self.durable = tip;
-        }
-    }
-
-    fn retain(&mut self) {
-        let Some(budget) = self.retain else {
-            return;
-        };
-        let mut over = self.size.saturating_sub(budget);
-        // As with files: only what is durable, and never the last.
-        while over > 0 && self.batches.len() > 1 && self.batches[0].tip.index <= self.durable.index
-        {
-            let oldest = self.batches.remove(0);
-            over = over.saturating_sub(oldest.frame.len() as u64);
-            self.size -= oldest.frame.len() as u64;
-            self.dropped.segments += 1;
-            self.dropped.bytes += oldest.frame.len() as u64;
-            self.dropped.entries += oldest.tip.index.since(self.base.index);
-            self.base = oldest.tip;
+        for durable in [&mut self.durable, &mut self.truly_durable] {
+            if durable.index > tip.index {
+                *durable = tip;
+            }
         }
     }
 
@@ -124,13 +110,22 @@ impl State {
         self.poisoned.clone().map_or(Ok(()), Err)
     }
 
-    fn fail(&mut self, action: &'static str, kind: io::ErrorKind) -> IoFailure {
-        let failure = IoFailure::new(action, NAME)(io::Error::from(kind));
+    /// Notes a failure after which nobody knows what the disk holds.
+    fn poison(&mut self, action: &'static str) -> IoFailure {
+        let failure = refusal(action, io::ErrorKind::Other);
         let reason = format!("{failure}: {}", failure.source);
         self.poisoned = Some(Poisoned { reason });
         failure
     }
 }
+
+fn refusal(action: &'static str, kind: io::ErrorKind) -> IoFailure {
+    IoFailure::new(action, NAME)(io::Error::from(kind))
+}
+
+/// What a store held at some time: a backup, or a snapshot of the disk it lies on.
+#[derive(Clone, Debug)]
+pub struct Snapshot(State);
 
 /// A handle to a log in memory.
 #[derive(Clone, Debug, Default)]
@@ -142,23 +137,17 @@ impl MemoryStore {
         Self::default()
     }
 
-    /// An empty log that drops its oldest durable batches over this many bytes.
-    pub fn with_retention(bytes: u64) -> Self {
-        let store = Self::new();
-        store.state().retain = Some(bytes);
-        store
-    }
-
     fn state(&self) -> MutexGuard<'_, State> {
         // Every change under the lock is complete before anything can panic.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The host dies. Of the bytes that were appended and not synced, the first `survive` are
-    /// found after the restart; a batch of which only a part is among them is torn.
+    /// found after the restart; a batch of which only a part is among them is torn. Where the disk
+    /// [lies](Self::lie_about_syncs), what it only said to be synced is not synced either.
     pub fn crash(&self, survive: u64) {
         let mut state = self.state();
-        let durable = state.durable.index;
+        let durable = state.truly_durable.index;
         let mut keep = state.ending_by(durable);
         let mut left = survive;
         while let Some(batch) = state.batches.get(keep) {
@@ -180,6 +169,31 @@ impl MemoryStore {
         state.keep(keep);
     }
 
+    /// From now on a sync says that it is done, and [`Self::crash`] shows that it was not; or syncs
+    /// are honest again.
+    pub fn lie_about_syncs(&self, lie: bool) {
+        self.state().lies = lie;
+    }
+
+    /// What is held now, for [`Self::roll_back`].
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot(self.state().clone())
+    }
+
+    /// The disk is put back to what it held then, synced or not, and the host dies: a backup or an
+    /// older snapshot is restored. Orders about failures to come stay as they are.
+    pub fn roll_back(&self, to: &Snapshot) {
+        let mut state = self.state();
+        let then = to.0.clone();
+        state.base = then.base;
+        state.batches = then.batches;
+        state.torn = then.torn;
+        state.durable = then.durable;
+        state.truly_durable = then.truly_durable;
+        let all = state.batches.len();
+        state.keep(all);
+    }
+
     /// Flips the bits of `mask` in byte `offset` of everything that is stored. Says whether there
     /// is such a byte.
     pub fn corrupt(&self, mut offset: u64, mask: u8) -> bool {
@@ -197,7 +211,7 @@ impl MemoryStore {
         false
     }
 
-    /// The next `count` appends fail, the first of them poisoning the store.
+    /// The next `count` appends are refused (an error of a write); nothing is lost by that.
     pub fn fail_appends(&self, count: u32) {
         self.state().failing_appends = count;
     }
@@ -207,20 +221,16 @@ impl MemoryStore {
         self.state().failing_syncs = count;
     }
 
-    /// The disk is full at this many bytes; `None` takes the limit away.
+    /// The disk is full at this many bytes: what does not fit is refused, and nothing is lost by
+    /// that. `None` takes the limit away.
     pub fn limit(&self, bytes: Option<u64>) {
         self.state().capacity = bytes;
     }
 
-    /// How many bytes are stored.
-    pub fn bytes(&self) -> u64 {
-        self.state().size
-    }
-
-    /// How many stored bytes are not yet synced.
+    /// How many stored bytes are not yet synced, whatever the disk says of them.
     pub fn unsynced_bytes(&self) -> u64 {
         let state = self.state();
-        let synced = state.ending_by(state.durable.index);
+        let synced = state.ending_by(state.truly_durable.index);
         state.size - state.offset(synced)
     }
 
@@ -257,11 +267,13 @@ impl Store for MemoryStore {
         batch.encode_frame(&mut frame);
         if state.failing_appends > 0 {
             state.failing_appends -= 1;
-            return Err(state.fail("write to", io::ErrorKind::Other).into());
+            let failure = refusal("write to", io::ErrorKind::Other);
+            return Err(AppendError::Full(failure));
         }
         let size = state.size + frame.len() as u64;
         if state.capacity.is_some_and(|capacity| size > capacity) {
-            return Err(state.fail("write to", io::ErrorKind::StorageFull).into());
+            let failure = refusal("write to", io::ErrorKind::StorageFull);
+            return Err(AppendError::Full(failure));
         }
         let tip = batch.tip(before.chain);
         state.size = size;
@@ -269,7 +281,6 @@ impl Store for MemoryStore {
             frame: frame.into(),
             tip,
         });
-        state.retain();
         Ok(tip)
     }
 
@@ -278,10 +289,12 @@ impl Store for MemoryStore {
         state.check_poisoned()?;
         if state.failing_syncs > 0 {
             state.failing_syncs -= 1;
-            return Err(state.fail("sync", io::ErrorKind::Other).into());
+            return Err(SyncError::Doubtful(state.poison("sync")));
         }
         state.durable = state.tip();
-        state.retain();
+        if !state.lies {
+            state.truly_durable = state.durable;
+        }
         Ok(state.durable)
     }
 
@@ -300,6 +313,7 @@ impl Store for MemoryStore {
             let keep = state.ending_by(end);
             state.keep(keep);
             state.durable = state.tip();
+            state.truly_durable = state.tip();
         }
         Ok(floor)
     }
@@ -331,8 +345,22 @@ impl Store for MemoryStore {
         }))
     }
 
-    fn take_dropped(&mut self) -> Dropped {
-        std::mem::take(&mut self.state().dropped)
+    fn bytes(&self) -> u64 {
+        self.state().size
+    }
+
+    fn source(&self) -> Box<dyn LogSource> {
+        Box::new(self.clone())
+    }
+}
+
+impl LogSource for MemoryStore {
+    fn read_from(&self, from: LogIndex) -> Result<Box<dyn LogReader>, ReadError> {
+        Store::read_from(self, from)
+    }
+
+    fn floor(&self, index: LogIndex) -> Result<Option<LogTip>, ReadError> {
+        Store::floor(self, index)
     }
 }
 

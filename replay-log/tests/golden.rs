@@ -17,7 +17,6 @@ const OPTIONS: FileOptions = FileOptions {
     sync: SyncPolicy::Never,
     segment_bytes: 300,
     checkpoint_bytes: 100,
-    retain: None,
 };
 
 fn folder(version: u32) -> PathBuf {

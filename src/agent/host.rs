@@ -210,7 +210,10 @@ async fn run_here(
     let journal = Arc::clone(&agent.env.journal);
     let reporting = agent.report();
     let relaying = reporter::relay(&endpoint, Arc::clone(&agent.env.reports));
+    let env = Arc::clone(&agent.env);
+    let name = env.host.as_str();
     let outcome = tokio::select! {
+        () = super::space::watch(&env.config.data, name, &env.journal, &env.space) => Ok(()),
         () = agent.serve(events, wished) => Ok(()),
         () = bulk::serve_bases(&endpoint, bases) => Ok(()),
         () = reporting => Ok(()),
@@ -282,6 +285,7 @@ impl Agent {
         let env = Arc::new(Surroundings {
             vmm_binary: vmm_binary.or_else(|| config.vmm_binary.clone()),
             memory: Budget::new(config.limits.guest_memory),
+            space: super::space::SpaceFigures::default(),
             config,
             host,
             link,

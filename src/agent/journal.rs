@@ -111,6 +111,22 @@ pub enum Incident {
         /// What is wrong with it, and where.
         why: String,
     },
+    /// The log of a VM has come to a part of its budget, beyond which it takes nothing more.
+    LogFilling {
+        /// In percent.
+        percent: u8,
+        /// How many bytes it takes.
+        used: u64,
+        /// How many it may take.
+        budget: u64,
+    },
+    /// There is little room left where the host keeps everything.
+    SpaceLow {
+        /// How much is used, in percent.
+        percent: u8,
+        /// How many bytes are free.
+        free: u64,
+    },
     /// Another host needs the log from boot, and its beginning is gone.
     CopyTooLate {
         /// Which.
@@ -231,10 +247,27 @@ impl fmt::Display for Incident {
                     "sets its damaged log aside as evidence and begins anew: {why}"
                 )
             }
+            Self::LogFilling {
+                percent,
+                used,
+                budget,
+            } => write!(
+                f,
+                "has used {percent} % of its log's budget ({} of {} MiB): raise log.retention, where \
+                 there is space, before it can log nothing more",
+                used >> 20,
+                budget >> 20
+            ),
+            Self::SpaceLow { percent, free } => write!(
+                f,
+                "has used {percent} % of the room for its data, {} MiB are free: make room, or its \
+                 copies can acknowledge nothing more",
+                free >> 20
+            ),
             Self::CopyTooLate { peer } => write!(
                 f,
-                "cannot give {peer} the log from boot: its beginning is out of the retention \
-                 budget; raise log.retention for VMs that are to get copies later"
+                "cannot give {peer} the log from boot: an earlier version of this program deleted \
+                 its beginning; move the VM to a new name to get copies of it"
             ),
             Self::HostIncompatible { peer, why } => {
                 write!(f, "cannot share a VM with {peer}: {why}")

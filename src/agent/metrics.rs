@@ -21,6 +21,7 @@ use tokio::net::TcpListener;
 
 use self::listener::Bounded;
 use super::operator::{HostStatus, VmStatus};
+use super::space::Space;
 use crate::protocol::RoleName;
 
 /// The format that Prometheus asks for.
@@ -100,6 +101,9 @@ where
 pub fn render(status: &HostStatus) -> String {
     let recorder = recorder();
     let link = &status.link;
+    if let Some(space) = status.space {
+        set_space(space);
+    }
     counter!("understudy_log_bytes_raw_total").absolute(link.log_bytes_raw);
     counter!("understudy_log_bytes_sent_total").absolute(link.log_bytes_sent);
     counter!("understudy_log_bytes_received_total").absolute(link.log_bytes_received);
@@ -128,6 +132,13 @@ pub fn render(status: &HostStatus) -> String {
     }
     recorder.run_upkeep();
     recorder.render()
+}
+
+/// Gauges are floating point numbers; above 2^53 they are rounded.
+#[allow(clippy::cast_precision_loss)]
+fn set_space(space: Space) {
+    gauge!("understudy_data_free_bytes").set(space.free as f64);
+    gauge!("understudy_data_total_bytes").set(space.total as f64);
 }
 
 /// Gauges are floating point numbers; above 2^53 they are rounded.
@@ -178,6 +189,11 @@ fn set_vm(vm: &VmStatus) {
     if let Some(bytes) = vm.log_bytes {
         set("understudy_log_disk_bytes", bytes);
     }
+    set("understudy_log_budget_bytes", vm.store.budget);
+    set("understudy_log_unwritten_bytes", vm.store.waiting);
+    set("understudy_log_full", u64::from(vm.store.full.is_some()));
+    let oldest = vm.store.oldest_sync.unwrap_or_default().as_nanos() as f64 / 1e9;
+    gauge!("understudy_log_oldest_sync_seconds", "vm" => name.clone()).set(oldest);
     for follower in &node.followers {
         let to = follower.host.to_string();
         let seconds = follower.lag.as_nanos() as f64 / 1e9;

@@ -19,6 +19,9 @@ mod listen;
 pub mod lock;
 pub mod metrics;
 pub mod operator;
+pub mod space;
+#[cfg(test)]
+mod testing;
 pub mod thread;
 pub mod vm_process;
 pub mod witness;

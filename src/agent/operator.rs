@@ -20,6 +20,7 @@ use super::link::{
     Answers, BindError, Channel, Endpoint, Peer, Reply, RequestError, StreamKind, serve_requests,
 };
 use super::metrics;
+use super::space::Space;
 use super::witness::client::{AskError, WitnessClient};
 use super::witness::reporter::WitnessHealth;
 use crate::config::{Config, ConfigError};
@@ -140,6 +141,9 @@ pub struct HostStatus {
     pub silent: BTreeMap<VmName, String>,
     /// What of the host itself does not work, and what to do, in sentences.
     pub troubles: Vec<String>,
+    /// The room where it keeps everything, once that is known.
+    #[serde(default)]
+    pub space: Option<Space>,
     /// What the link has counted.
     pub link: LinkFigures,
 }
@@ -176,10 +180,29 @@ pub struct VmStatus {
     pub fetching: Option<Fetching>,
     /// What the log takes on disk, in bytes, when it is known.
     pub log_bytes: Option<u64>,
+    /// How the log's store does.
+    pub store: StoreFigures,
     /// Output that waits for its commit, in bytes.
     pub waiting_output: u64,
     /// How many gateways are served.
     pub gateways: usize,
+}
+
+/// How the store of a VM's log does on a host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StoreFigures {
+    /// How many bytes the log may take. It is never made smaller; at its budget nothing more is
+    /// logged.
+    pub budget: u64,
+    /// Whether it has come to that.
+    pub over_budget: bool,
+    /// How many bytes of the log wait for the disk.
+    pub waiting: u64,
+    /// For how long the oldest sync that has not come back has been asked for.
+    pub oldest_sync: Option<Span>,
+    /// Why the store takes nothing more at the moment, if it does not.
+    pub full: Option<String>,
 }
 
 /// How far a transfer between hosts has come.

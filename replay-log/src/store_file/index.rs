@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::scan::{Checkpoint, Found, Scanner};
 use crate::batch::Batch;
 use crate::position::{LogIndex, LogTip};
-use crate::store::{DamageReason, LogReader, ReadError, check_within};
+use crate::store::{DamageReason, LogReader, LogSource, ReadError, check_within};
 
 /// One segment of an open store.
 #[derive(Debug)]
@@ -133,7 +133,7 @@ impl Shared {
         Ok(found)
     }
 
-    pub(super) fn reader(&self, from: LogIndex) -> Result<FileReader, ReadError> {
+    fn reader(&self, from: LogIndex) -> Result<FileReader, ReadError> {
         let known = self.lock();
         check_within(known.base(), known.tip(), from)?;
         let truncations = known.truncations.len();
@@ -144,6 +144,27 @@ impl Shared {
             truncations,
             at: None,
         })
+    }
+}
+
+impl LogSource for Shared {
+    fn read_from(&self, from: LogIndex) -> Result<Box<dyn LogReader>, ReadError> {
+        Ok(Box::new(self.reader(from)?))
+    }
+
+    fn floor(&self, index: LogIndex) -> Result<Option<LogTip>, ReadError> {
+        let (base, tip) = {
+            let known = self.lock();
+            (known.base(), known.tip())
+        };
+        if index < base.index {
+            return Ok(None);
+        }
+        if index >= tip.index {
+            return Ok(Some(tip));
+        }
+        let located = self.locate(index)?;
+        Ok(Some(located.map_or_else(LogTip::default, |at| at.floor)))
     }
 }
 

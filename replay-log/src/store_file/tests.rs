@@ -1,18 +1,23 @@
 //! The suite for every store, and what can happen to files.
 
+mod faults;
 mod survive;
 
 use std::collections::BTreeMap;
+use std::fs::OpenOptions;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
 use tempfile::TempDir;
 
+use super::index::Segment;
 use super::inspect::{inspect, verify};
 use super::*;
+use crate::compress::Compressor;
 use crate::conformance::{self, Place, sample_batches};
 use crate::position::Term;
 use crate::store::{Damage, DamageReason};
+use faults::{Faults, open_faulty};
 
 /// For the tests that open many logs: what a sync does is not what they are about.
 const UNSYNCED: FileOptions = FileOptions {
@@ -25,21 +30,25 @@ const SMALL: FileOptions = FileOptions {
     sync: SyncPolicy::Explicit,
     segment_bytes: 1500,
     checkpoint_bytes: 400,
-    retain: None,
 };
 
 struct Folder {
     dir: TempDir,
     options: FileOptions,
+    faults: Arc<Faults>,
 }
 
 impl Place for Folder {
-    fn open(&mut self, retain: Option<u64>) -> Box<dyn Store> {
-        let options = FileOptions {
-            retain,
-            ..self.options
-        };
-        Box::new(FileStore::open(self.dir.path(), options).unwrap())
+    fn open(&mut self) -> Box<dyn Store> {
+        Box::new(open_faulty(self.dir.path(), self.options, &self.faults))
+    }
+
+    fn fill(&mut self, full: bool) {
+        self.faults.set_room(full.then_some(0));
+    }
+
+    fn break_syncs(&mut self, broken: bool) {
+        self.faults.fail_syncs.store(broken, Ordering::Relaxed);
     }
 }
 
@@ -96,6 +105,7 @@ fn keeps_what_every_store_promises() {
             Box::new(Folder {
                 dir: TempDir::new().unwrap(),
                 options: FileOptions { sync, ..SMALL },
+                faults: Arc::default(),
             })
         });
     }
@@ -401,118 +411,6 @@ fn reading_begins_near_what_is_wanted_in_segments_of_an_earlier_run() {
     assert!(known.segments.iter().filter(|s| s.sealed).all(learnt));
 }
 
-/// A disk that fails on command.
-#[derive(Default)]
-struct Faults {
-    /// How many bytes more it takes before a write stops in the middle.
-    room: Option<AtomicU32>,
-    fail_syncs: AtomicU32,
-    syncs: AtomicU32,
-}
-
-struct Faulty(File, Arc<Faults>);
-
-impl SegmentIo for Faulty {
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let Some(room) = &self.1.room else {
-            return SegmentIo::write_all(&mut self.0, bytes);
-        };
-        let left = room.load(Ordering::Relaxed) as usize;
-        let fits = left.min(bytes.len());
-        room.store((left - fits) as u32, Ordering::Relaxed);
-        SegmentIo::write_all(&mut self.0, &bytes[..fits])?;
-        if fits < bytes.len() {
-            return Err(io::ErrorKind::StorageFull.into());
-        }
-        Ok(())
-    }
-
-    fn sync(&mut self) -> io::Result<()> {
-        if self.1.fail_syncs.load(Ordering::Relaxed) > 0 {
-            return Err(io::Error::other("the disk is gone"));
-        }
-        self.1.syncs.fetch_add(1, Ordering::Relaxed);
-        self.0.sync()
-    }
-
-    fn set_len(&mut self, len: u64) -> io::Result<()> {
-        SegmentIo::set_len(&mut self.0, len)
-    }
-}
-
-fn open_faulty(dir: &Path, options: FileOptions, faults: &Arc<Faults>) -> FileStore {
-    let faults = Arc::clone(faults);
-    let wrap = move |file| Box::new(Faulty(file, Arc::clone(&faults))) as Box<dyn SegmentIo>;
-    FileStore::open_with(dir, options, Box::new(wrap)).unwrap()
-}
-
-#[test]
-fn a_full_disk_stops_the_store_and_loses_nothing() {
-    let batches = sample_batches(3, Term(1), LogIndex::START, 60);
-    let mut failed_in_append = 0;
-    for room in (0..4000).step_by(37) {
-        let dir = TempDir::new().unwrap();
-        let faults = Arc::new(Faults {
-            room: Some(AtomicU32::new(room)),
-            ..Faults::default()
-        });
-        let mut store = open_faulty(dir.path(), UNSYNCED, &faults);
-        let mut taken = 0;
-        let error = loop {
-            match store.append(&batches[taken]) {
-                Ok(_) => taken += 1,
-                Err(error) => break error,
-            }
-        };
-        assert!(matches!(error, AppendError::Io(_)), "{error}");
-        failed_in_append += 1;
-        assert_eq!(store.tip().index, batches[taken].first());
-        let again = store.append(&batches[taken]).unwrap_err();
-        let said = again.to_string();
-        assert!(said.contains("takes no more entries"), "{said}");
-        assert!(store.sync().is_err());
-        assert_eq!(read_all(&store).unwrap(), batches[..taken]);
-        drop(store);
-        // With room again, it goes on from exactly there.
-        let mut store = FileStore::open(dir.path(), UNSYNCED).unwrap();
-        assert_eq!(read_all(&store).unwrap(), batches[..taken]);
-        store.append(&batches[taken]).unwrap();
-    }
-    assert!(failed_in_append > 100);
-}
-
-#[test]
-fn a_failed_sync_is_not_acknowledged() {
-    for sync in [SyncPolicy::Explicit, SyncPolicy::EveryBatch] {
-        let dir = TempDir::new().unwrap();
-        let faults = Arc::new(Faults::default());
-        let options = FileOptions { sync, ..SMALL };
-        let mut store = open_faulty(dir.path(), options, &faults);
-        let batches = sample_batches(3, Term(1), LogIndex::START, 3);
-        store.append(&batches[0]).unwrap();
-        let durable = store.sync().unwrap();
-        faults.fail_syncs.store(1, Ordering::Relaxed);
-        let appended = store.append(&batches[1]);
-        assert_eq!(appended.is_ok(), sync == SyncPolicy::Explicit);
-        assert!(store.sync().is_err());
-        assert_eq!(store.durable_tip(), durable);
-        faults.fail_syncs.store(0, Ordering::Relaxed);
-        let error = store.append(&batches[2]).unwrap_err();
-        let gone = "cannot sync";
-        assert!(
-            error.to_string().contains(gone) || appended.is_err(),
-            "{error}"
-        );
-        assert!(store.sync().is_err(), "a later sync proves nothing");
-        assert_eq!(store.durable_tip(), durable);
-        drop(store);
-        // What was not acknowledged is not found again.
-        let store = FileStore::open(dir.path(), SMALL).unwrap();
-        let acknowledged = 1 + usize::from(appended.is_ok());
-        assert_eq!(read_all(&store).unwrap(), batches[..acknowledged]);
-    }
-}
-
 /// What an earlier process wrote and did not sync is not durable because another one opens it.
 #[test]
 fn what_is_found_on_opening_is_durable_once_it_is_synced() {
@@ -593,4 +491,34 @@ fn a_sealed_segment_that_was_never_synced_may_be_torn() {
     fs::write(&oldest, &whole[..whole.len() - 1]).unwrap();
     let error = FileStore::open(original.path(), UNSYNCED).unwrap_err();
     assert!(matches!(damage(error).reason, DamageReason::NoTrailer));
+}
+
+/// An earlier version dropped the oldest segments of a log that was too large.
+#[test]
+fn a_log_without_its_beginning_is_read_from_where_it_begins() {
+    let dir = TempDir::new().unwrap();
+    let batches = fill(dir.path(), SMALL, 60);
+    let (oldest, _) = contents(dir.path()).pop_first().unwrap();
+    fs::remove_file(oldest).unwrap();
+    let mut store = FileStore::open(dir.path(), SMALL).unwrap();
+    let kept = read_all(&store).unwrap();
+    assert_eq!(kept, batches[batches.len() - kept.len()..]);
+    assert_eq!(store.first(), kept[0].first());
+    let chain = store.chain_at(store.first()).unwrap();
+    assert_eq!(chain, Some(store.base().chain));
+    for gone in [LogIndex::START, LogIndex(store.first().0 - 1)] {
+        assert_eq!(store.floor(gone).unwrap(), None);
+        let read = store.read_from(gone);
+        assert!(matches!(read, Err(ReadError::Dropped { .. })));
+        assert!(store.truncate(gone).is_err());
+    }
+    // The base is all that tells of what was before: it outlives even the last batch.
+    let base = store.base();
+    store.truncate(base.index).unwrap();
+    drop(store);
+    let mut store = FileStore::open(dir.path(), SMALL).unwrap();
+    assert_eq!((store.base(), store.tip()), (base, base));
+    for batch in &kept {
+        store.append(batch).unwrap();
+    }
 }

@@ -7,11 +7,18 @@ use crate::position::Term;
 struct Memory(MemoryStore);
 
 impl Place for Memory {
-    fn open(&mut self, retain: Option<u64>) -> Box<dyn Store> {
-        self.0.state().retain = retain;
+    fn open(&mut self) -> Box<dyn Store> {
         self.0.restart().unwrap();
         // Like the readers of a process that was killed, those of the old handle see no more.
         Box::new(self.0.clone())
+    }
+
+    fn fill(&mut self, full: bool) {
+        self.0.limit(full.then(|| self.0.bytes()));
+    }
+
+    fn break_syncs(&mut self, broken: bool) {
+        self.0.fail_syncs(if broken { u32::MAX } else { 0 });
     }
 }
 
@@ -25,7 +32,7 @@ fn filled(count: usize) -> (MemoryStore, Vec<Batch>) {
 }
 
 fn read_all(store: &MemoryStore) -> Result<Vec<Batch>, ReadError> {
-    let mut reader = store.read_from(store.first())?;
+    let mut reader = Store::read_from(store, store.first())?;
     std::iter::from_fn(|| reader.next_batch().transpose()).collect()
 }
 
@@ -91,30 +98,59 @@ fn a_lying_disk_loses_what_it_had_synced() {
 }
 
 #[test]
-fn a_store_that_failed_takes_nothing_more() {
-    type Order = fn(&MemoryStore);
-    let orders: [Order; 3] = [
-        |store| store.fail_appends(1),
-        |store| store.fail_syncs(1),
-        |store| store.limit(Some(store.bytes())),
-    ];
-    for order in orders {
-        let (mut store, batches) = filled(5);
-        store.sync().unwrap();
-        order(&store);
-        let next = &sample_batches(5, Term(2), store.tip().index, 1)[0];
-        let failed = store.append(next).is_err() || store.sync().is_err();
-        assert!(failed);
-        let durable = store.durable_tip();
-        assert_eq!(durable.index, batches[4].end());
-        let error = store.append(next).unwrap_err();
-        assert!(matches!(error, AppendError::Poisoned(_)), "{error}");
-        assert!(store.sync().is_err());
-        assert!(store.truncate(LogIndex::START).is_err());
-        assert!(read_all(&store).unwrap().len() >= 5);
-        store.limit(None);
-        store.crash(0);
-        store.restart().unwrap();
-        store.append(next).unwrap();
+fn a_disk_that_lies_about_syncs_loses_what_came_after() {
+    let (mut store, batches) = filled(3);
+    store.sync().unwrap();
+    store.lie_about_syncs(true);
+    let more = sample_batches(4, Term(1), store.tip().index, 2);
+    for batch in &more {
+        store.append(batch).unwrap();
     }
+    let tip = store.tip();
+    assert_eq!(store.sync().unwrap(), tip);
+    assert_eq!(store.durable_tip(), tip, "so it says");
+    assert!(store.unsynced_bytes() > 0);
+    store.crash(0);
+    store.restart().unwrap();
+    assert_eq!(read_all(&store).unwrap(), batches);
+    assert_eq!(store.durable_tip(), store.tip());
+    store.lie_about_syncs(false);
+    store.append(&more[0]).unwrap();
+    store.sync().unwrap();
+    store.crash(0);
+    assert_eq!(store.tip().index, more[0].end());
+}
+
+#[test]
+fn a_restored_backup_is_what_was_held_then() {
+    let (mut store, batches) = filled(3);
+    store.sync().unwrap();
+    let backup = store.snapshot();
+    let mut ahead = Store::read_from(&store, LogIndex::START).unwrap();
+    let more = sample_batches(4, Term(1), store.tip().index, 2);
+    for batch in &more {
+        store.append(batch).unwrap();
+    }
+    store.sync().unwrap();
+    while ahead.next_batch().unwrap().is_some() {}
+    store.roll_back(&backup);
+    store.restart().unwrap();
+    assert_eq!(read_all(&store).unwrap(), batches);
+    assert_eq!(store.durable_tip(), store.tip());
+    let gone = ahead.next_batch();
+    assert!(matches!(gone, Err(ReadError::Truncated { .. })));
+    store.append(&more[0]).unwrap();
+}
+
+#[test]
+fn a_write_that_is_refused_may_be_tried_again() {
+    let (mut store, _) = filled(5);
+    store.fail_appends(2);
+    let next = &sample_batches(5, Term(2), store.tip().index, 1)[0];
+    for _ in 0..2 {
+        let error = store.append(next).unwrap_err();
+        assert!(!error.is_doubtful(), "{error}");
+    }
+    store.append(next).unwrap();
+    store.sync().unwrap();
 }

@@ -78,7 +78,7 @@ impl VmDriver {
             Action::StopStream { to } => self.streams.stop(&to),
             Action::ReadRecord { seen } => self.read_record(seen),
             Action::SwapRecord { expect, new, seen } => self.swap_record(expect, new, seen),
-            Action::DropLog { incarnation, .. } => self.drop_log(incarnation),
+            Action::DropLog { incarnation, aside } => self.drop_log(incarnation, aside),
             Action::Replay { run } => {
                 self.end_guest();
                 self.replay(run);
@@ -255,11 +255,7 @@ impl VmDriver {
         if durable.acks != self.acks {
             self.acks = durable.acks;
             let options = super::home::log_options(&self.env.config, durable.acks);
-            if let Err(error) = self.log.set_options(options) {
-                self.inputs.push_back(Input::StoreFailed {
-                    reason: sentence(&error),
-                });
-            }
+            self.log.set_options(options);
         }
         self.to_persist = Some(durable);
         self.persist_next();
@@ -314,16 +310,10 @@ impl VmDriver {
         self.persist_next();
     }
 
-    fn drop_log(&mut self, incarnation: crate::protocol::Incarnation) {
+    fn drop_log(&mut self, incarnation: crate::protocol::Incarnation, aside: bool) {
         self.streams.clear();
         self.header = None;
-        if let Err(error) = self.log.drop_log(incarnation) {
-            // The protocol gives up this holding, too, and comes back to it by way of the disk.
-            self.persist_failed = true;
-            self.inputs.push_back(Input::StoreFailed {
-                reason: sentence(&error),
-            });
-        }
+        self.log.drop_log(incarnation, aside);
     }
 
     // ---- the record ----
@@ -374,7 +364,16 @@ impl VmDriver {
             return;
         };
         if self.header.is_none() {
-            self.header = self.log.header();
+            match self.log.header() {
+                Ok(header) => self.header = header.cloned(),
+                Err(error) => {
+                    self.awaiting_header = None;
+                    let reason = sentence(error);
+                    let at = Position::START;
+                    self.inputs.push_back(Input::VmFailed { run, reason, at });
+                    return;
+                }
+            }
         }
         let Some(header) = self.header.clone() else {
             return;
@@ -556,8 +555,8 @@ impl VmDriver {
 /// Blocks.
 fn replica_parts(home: &Home, env: &Surroundings, header: Header) -> Result<Parts, HomeError> {
     let image = env.library.image(header.image)?.boot();
+    let disks = home.replica_disks(&header)?;
     home.keep_header(&header)?;
-    let disks = home.fresh_disks(header.disks.clone())?;
     Ok(Parts {
         header,
         image,
@@ -577,9 +576,9 @@ fn boot_parts(home: &Home, env: &Surroundings, term: Term, cold: bool) -> Result
     let header = super::home::new_header(&image, &bases, term)?;
     home.keep_header(&header)?;
     Ok(Parts {
+        disks: home.boot_disks(&header, cold)?,
         header,
         image: image.boot(),
-        disks: home.fresh_disks(bases)?,
         binary: env.vmm_binary.clone(),
     })
 }

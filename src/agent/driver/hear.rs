@@ -5,7 +5,7 @@ use replay_log::{Batch, FrameSource, Position};
 use vmm::host::{Output, OutputKind};
 
 use super::guest::{Doing, Guest};
-use super::keeper::Returned;
+use super::keeper::FromStore;
 use super::{Back, EARLY_ORDERS, ToDriver, VmDriver};
 use crate::agent::clock::now;
 use crate::agent::frames::{DropReason, FrameEvent};
@@ -75,7 +75,7 @@ impl VmDriver {
         Some(VmAnswer::Taken)
     }
 
-    pub(super) fn hear_store(&mut self, returned: Returned) {
+    pub(super) fn hear_store(&mut self, returned: FromStore) {
         let mut news = Vec::new();
         self.log.returned(returned, &mut news);
         self.log_news(news);
@@ -161,6 +161,14 @@ impl VmDriver {
             }
             FromVm::Live { frames, .. } => {
                 guest.is_live();
+                self.home.goes_live();
+                let home = self.home.clone();
+                tokio::task::spawn_blocking(move || {
+                    // Done before these disks are touched in any case.
+                    if let Err(error) = home.keep_recorded() {
+                        tracing::warn!(error = %sentence(&error), "older disks are kept for longer");
+                    }
+                });
                 let term = self.known_term;
                 self.gateways.port.lead(term, frames, now());
                 self.inputs.push_back(Input::WentLive { run });

@@ -1,31 +1,42 @@
 //! The folder of one VM on this host.
 //!
 //! ```text
-//!   vms/<vm>/state.json     what the protocol must find again (promise, holding)
-//!            image          the name of the image it was created from
-//!            header         the log's header, for a cold boot after the log is gone
-//!            log/           the log's segments
-//!            disks/<n>/     the overlay of disk n
-//!            console.log    what the guest said, as far as it was let out
+//!   vms/<vm>/state           what the protocol must find again (promise, holding); room is reserved
+//!            state.json      the same, by an earlier version
+//!            identity.*      which disk the folder lies on
+//!            image           the name of the image it was created from
+//!            header          the log's header
+//!            log/            the log's segments
+//!            disks/<n>/      the overlay of disk n
+//!            disks.recorded/ those of the last run that recorded here, while another one replays
+//!            console.log     what the guest said, as far as it was let out
+//!            *.aside-<n>     logs and disks that were set aside; nothing deletes those by itself
+//!            *.old-<n>       logs and disks that are being deleted
 //! ```
+
+mod disks;
+mod identity;
 
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use replay_log::{DiskBase, FileOptions, Header, SyncPolicy, Term};
+use replay_log::{DiskBase, FileOptions, Header, IoFailure, SyncPolicy, Term};
 use ring::rand::{SecureRandom, SystemRandom};
 use thiserror::Error;
 use vmm::config::MachineConfig;
-use vmm::disk::{Base, Durability, Overlay, OverlayError};
 
-use crate::agent::durable;
+use super::aside;
+use super::keeper::Keeping;
+use crate::agent::durable::{self, OpenSlotsError, Slots, WriteSlotError};
 use crate::agent::library::{Library, LibraryError};
-use crate::agent::vm_process::{DiskSetup, DiskSetupError};
+use crate::agent::vm_process::DiskSetupError;
 use crate::config::{Config, SyncWhen};
 use crate::images::{FillError, Image};
-use crate::protocol::{Acks, Durable, VmName};
+use crate::protocol::{Acks, DiskId, Durable, VmName};
+use crate::sentence::sentence;
 
 /// The longest small file.
 const SMALL_FILE: u64 = 1 << 20;
@@ -64,6 +75,18 @@ pub enum HomeError {
     /// What an image's disk holds.
     #[error(transparent)]
     Fill(#[from] FillError),
+    /// The durable state.
+    #[error("cannot replace {}", path.display())]
+    State {
+        /// Its file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: WriteSlotError,
+    },
+    /// Logs or disks cannot be moved away.
+    #[error(transparent)]
+    Aside(#[from] IoFailure),
     /// No entropy.
     #[error("the kernel gives no random bytes")]
     NoRandom,
@@ -81,25 +104,41 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Home
     }
 }
 
-/// The folder of one VM. Cheap to clone.
+/// The folder of one VM. Cheap to clone; the clones know of each other.
 #[derive(Clone, Debug)]
 pub struct Home {
     dir: Arc<PathBuf>,
     bases: Arc<PathBuf>,
+    /// The durable state's file, once it has been opened.
+    state: Arc<Mutex<Option<Slots>>>,
+    /// One at a time changes the folders of the disks.
+    disks_turn: Arc<Mutex<()>>,
+    /// The run that has `disks` has gone live, and that is not noted there yet.
+    live: Arc<AtomicBool>,
 }
 
 /// How a log is kept for a VM whose copies acknowledge like this.
-pub fn log_options(config: &Config, acks: Acks) -> FileOptions {
+pub fn log_options(config: &Config, acks: Acks) -> Keeping {
     let sync = match (config.log.sync, acks) {
         (SyncWhen::Always, _) => SyncPolicy::EveryBatch,
         (SyncWhen::Asked, Acks::Disk) => SyncPolicy::Explicit,
         (SyncWhen::Asked, Acks::Memory) => SyncPolicy::Never,
     };
-    FileOptions {
-        sync,
-        retain: Some(config.log.retention.0),
-        ..FileOptions::default()
+    Keeping {
+        files: FileOptions {
+            sync,
+            ..FileOptions::default()
+        },
+        budget: spread(config.log.retention.0, config.name.as_str()),
     }
+}
+
+/// A limit as it holds on this host: up to 5 % lower, by the host's name. Copies hold the same bytes,
+/// and equal hosts should not all come to the same limit in the same second.
+pub fn spread(limit: u64, host: &str) -> u64 {
+    let hash = blake3::hash(host.as_bytes());
+    let per_mille = u64::from(hash.as_bytes()[0]) * 50 / 256;
+    limit - limit / 1000 * per_mille
 }
 
 /// The header of a log that begins now.
@@ -139,22 +178,16 @@ impl Home {
         let home = Self {
             dir: Arc::new(dir),
             bases: Arc::new(bases),
+            state: Arc::default(),
+            disks_turn: Arc::default(),
+            live: Arc::default(),
         };
-        home.sweep();
-        Ok(home)
-    }
-
-    /// Removes logs that were given up when the process ended. They only take room.
-    fn sweep(&self) {
-        let entries = fs::read_dir(self.dir.as_path())
-            .into_iter()
-            .flatten()
-            .flatten();
-        for entry in entries {
-            if entry.file_name().to_string_lossy().starts_with("log.old-") {
-                let _ = fs::remove_dir_all(entry.path());
-            }
+        aside::sweep(&home.dir);
+        // Where there is no room for it now, the state is made durable in the old way.
+        if let Err(error) = home.reserve() {
+            tracing::warn!(error = %sentence(&error), "no space is reserved for a VM's state");
         }
+        Ok(home)
     }
 
     /// Where the log is.
@@ -163,23 +196,71 @@ impl Home {
     }
 
     fn state_path(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
+    /// Where an earlier version had it.
+    fn old_state_path(&self) -> PathBuf {
         self.dir.join("state.json")
+    }
+
+    /// Which disk the folder lies on; `random` is new at every start of the agent, and this is asked
+    /// once in each. Blocks.
+    pub fn disk_id(&self, random: u64) -> Result<DiskId, HomeError> {
+        identity::disk_id(&self.dir, random).map_err(io_error("read the identity of", &self.dir))
     }
 
     /// What the protocol has persisted; the default on a host that has never known the VM.
     pub fn durable(&self) -> Result<Durable, HomeError> {
-        let path = self.state_path();
-        match durable::read_bounded(&path, SMALL_FILE).map_err(io_error("read", &path))? {
+        let (path, old) = (self.state_path(), self.old_state_path());
+        let (bytes, path) = match open_state(&path)? {
+            Some((_, bytes)) => (Some(bytes), path),
+            None => (
+                durable::read_bounded(&old, SMALL_FILE).map_err(io_error("read", &old))?,
+                old,
+            ),
+        };
+        match bytes {
             None => Ok(Durable::default()),
             Some(bytes) => serde_json::from_slice(&bytes).map_err(|_| HomeError::Garbled { path }),
         }
     }
 
-    /// Replaces it, durably. Blocks.
+    /// Replaces it, durably. Blocks. No room is needed for that once there has been some.
     pub fn persist(&self, durable: &Durable) -> Result<(), HomeError> {
+        let text = serde_json::to_vec(durable).expect("plain data always encodes");
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let path = self.state_path();
-        let text = serde_json::to_vec_pretty(durable).expect("plain data always encodes");
-        durable::replace(&path, &text).map_err(io_error("replace", &path))
+        if state.is_none() {
+            *state = open_state(&path)?.map(|(slots, _)| slots);
+        }
+        let Some(slots) = &mut *state else {
+            *state = Some(self.begin_state(&text)?);
+            return Ok(());
+        };
+        slots
+            .write(&text)
+            .map_err(|source| HomeError::State { path, source })
+    }
+
+    /// Sees to it that promises can be made on a full disk, too.
+    fn reserve(&self) -> Result<(), HomeError> {
+        if open_state(&self.state_path())?.is_none() {
+            let text = serde_json::to_vec(&self.durable()?).expect("plain data always encodes");
+            self.begin_state(&text)?;
+        }
+        // What an earlier version wrote is told by the other one from now on.
+        match fs::remove_file(self.old_state_path()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(io_error("remove", &self.old_state_path())(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn begin_state(&self, text: &[u8]) -> Result<Slots, HomeError> {
+        let path = self.state_path();
+        Slots::create(&path, text).map_err(io_error("create", &path))
     }
 
     /// Remembers the image that this VM is created from.
@@ -203,67 +284,12 @@ impl Home {
 
     /// The header of the last log.
     pub fn header(&self) -> Result<Option<Header>, HomeError> {
-        let path = self.dir.join("header");
-        match durable::read_bounded(&path, SMALL_FILE).map_err(io_error("read", &path))? {
-            None => Ok(None),
-            Some(bytes) => postcard::from_bytes(&bytes)
-                .map(Some)
-                .map_err(|_| HomeError::Garbled { path }),
-        }
+        disks::read_header(&self.dir.join("header"))
     }
 
     /// Keeps the header of the log that begins.
     pub fn keep_header(&self, header: &Header) -> Result<(), HomeError> {
-        let path = self.dir.join("header");
-        let bytes = postcard::to_stdvec(header).expect("plain data always encodes");
-        durable::replace(&path, &bytes).map_err(io_error("write", &path))
-    }
-
-    fn overlay(&self, disk: usize) -> PathBuf {
-        self.dir.join("disks").join(disk.to_string())
-    }
-
-    /// Disks at these bases, with nothing written to them.
-    pub fn fresh_disks(&self, bases: Vec<DiskBase>) -> Result<Vec<DiskSetup>, HomeError> {
-        let disks = self.dir.join("disks");
-        match fs::remove_dir_all(&disks) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(io_error("remove", &disks)(error));
-            }
-            _ => {}
-        }
-        let setup = |(disk, _): (usize, DiskBase)| DiskSetup {
-            bases: self.bases.to_path_buf(),
-            overlay: self.overlay(disk),
-            durable: true,
-        };
-        Ok(bases.into_iter().enumerate().map(setup).collect())
-    }
-
-    /// The bases of the image's own disks. Blocks where they have content.
-    pub fn image_disks(&self, image: &Image) -> Result<Vec<DiskBase>, HomeError> {
-        let sealed = image.disks.iter().map(|disk| disk.seal(&self.bases));
-        Ok(sealed.collect::<Result<_, _>>()?)
-    }
-
-    /// Makes bases of the disks as the last run left them. Blocks, for as long as the disks are
-    /// large.
-    pub fn seal_disks(&self) -> Result<Vec<DiskBase>, HomeError> {
-        let header = self.header()?.ok_or(HomeError::NeverRan)?;
-        let seal = |(disk, name): (usize, &DiskBase)| {
-            let base = Base::open(&self.bases, *name).map_err(DiskSetupError::Base)?;
-            let overlay = match Overlay::open(&self.overlay(disk), base, Durability::Sync) {
-                // The process ended after the header had named the sealed base, and before the
-                // overlay that was sealed into it was removed.
-                Err(OverlayError::OtherBase { .. }) => return Ok(*name),
-                opened => opened.map_err(DiskSetupError::Overlay)?,
-            };
-            let sealed = overlay
-                .seal_into_base(&self.bases)
-                .map_err(DiskSetupError::Overlay)?;
-            Ok(sealed.name())
-        };
-        header.disks.iter().enumerate().map(seal).collect()
+        disks::keep(&self.dir.join("header"), header)
     }
 
     /// Appends to the console log. What cannot be written is lost: the console is for people.
@@ -285,3 +311,16 @@ impl Home {
         }
     }
 }
+
+fn open_state(path: &Path) -> Result<Option<(Slots, Vec<u8>)>, HomeError> {
+    match Slots::open(path) {
+        Ok(found) => Ok(found),
+        Err(OpenSlotsError::Io(source)) => Err(io_error("open", path)(source)),
+        Err(OpenSlotsError::Damaged) => Err(HomeError::Garbled {
+            path: path.to_owned(),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests;

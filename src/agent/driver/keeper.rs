@@ -1,42 +1,70 @@
-//! The log of one VM on this host: a store, the newest batches in memory, and the work on it that
-//! must not hold up heartbeats.
+//! The log of one VM on this host: the newest batches in memory, and a store on a thread of its own
+//! for everything else, because no disk may hold up heartbeats.
 //!
 //! ```text
-//!   here ── append of a log that is held in memory ──► held at once, written by `write_down`
-//!    │  ▲   look up ──► done at once, after the appends before it
-//!    │  └──────── back with what came of it ────────┐
-//!    └── sync, or any append of a store that syncs ──┴──► away, on a blocking thread; what is asked
-//!                                                        for meanwhile waits in order
+//!   append, sync ──► unsent ──► pending ── orders ──► writer (a thread) ──► files
+//!                                  ▲                      │
+//!                                  └────── reports ───────┘──► news: stored, synced, full, room, failed
+//!   read, look up ──► recent batches, or a blocking thread ──► files
 //! ```
+//!
+//! What is not written yet is always in memory, so it can be read, and what is not in memory can be
+//! read from the files. The store is *full* when the system takes no more, when the budget is used up,
+//! when too much waits for it ([`QUEUE_BYTES`]) or when it has not come back for too long ([`STUCK`]):
+//! then nothing more is acknowledged, what waits stays in order, and it ends by itself when all of
+//! that is stored. It has *failed* when a sync did, and then only another log helps.
+
+mod cursor;
+mod header;
+#[cfg(test)]
+mod tests;
+mod writer;
 
 use std::collections::VecDeque;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
 
 use replay_log::{
-    Batch, Entry, FileOptions, FileStore, Header, IoFailure, LogIndex, LogReader, LogTip,
-    OpenError, ReadError, Store, SyncPolicy,
+    Batch, FileOptions, FileStore, Header, LogIndex, LogSource, LogTip, OpenError, ReadError,
+    SyncPolicy,
 };
 use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::oneshot;
 
-use crate::protocol::{HostName, Incarnation};
+use super::aside;
+use crate::agent::clock::now;
+use crate::protocol::{HostName, Incarnation, Span, Time};
 use crate::sentence::sentence;
+pub use cursor::Cursor;
+pub use header::HeaderError;
+use header::{first_header, header_of};
+use writer::{Condition, Open, Order, Report, Work, Writer};
 
 /// The newest batches are kept in memory up to this many bytes: streams to replicas and to the
 /// machine rarely read the disk.
 const RECENT_BYTES: usize = 8 << 20;
+/// When so many bytes of batches wait for the store, it is full.
+const QUEUE_BYTES: usize = 32 << 20;
+/// Beyond so many no more are taken: whoever goes on appending to a full store loses the log's end.
+const QUEUE_MAX: usize = 2 * QUEUE_BYTES;
+/// A store that has not come back with anything for this long is full.
+const STUCK: Span = Span::from_millis(3_000);
+/// At these parts of its budget, in percent, it is told how large the log is.
+const LEVELS: [u8; 3] = [50, 80, 90];
 
-/// The ending of the folder that holds a damaged log.
-const DAMAGED: &str = "damaged";
-
-/// What was asked of the log, in order. What is reported of an append or a sync is about the holding
-/// that it was asked for, however late it is done: another may have begun by then.
-enum Work {
-    Append(Incarnation, Batch),
-    Sync(Incarnation),
-    LookUp(HostName, LogIndex),
+/// How a log is kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Keeping {
+    /// In which files, and when they are synced.
+    pub files: FileOptions,
+    /// How many bytes it may take. It is never made smaller: its beginning is the only way back to
+    /// the machine. Beyond, the store is full.
+    pub budget: u64,
 }
 
-/// What came of it.
+/// What came of what was asked.
 #[derive(Debug)]
 pub enum LogNews {
     /// The log is held through here: in memory, or by the kernel.
@@ -45,81 +73,188 @@ pub enum LogNews {
     Synced(Incarnation, LogTip),
     /// What was asked for a peer.
     TipAt(HostName, LogIndex, Option<LogTip>),
-    /// The store failed.
+    /// The log has come to this part of its budget.
+    Filling {
+        /// In percent.
+        percent: u8,
+        /// How many bytes it takes.
+        used: u64,
+        /// How many it may take.
+        budget: u64,
+    },
+    /// The store takes nothing more at the moment, for this reason. What was appended is kept in
+    /// order, and what is acknowledged stays true; until [`Self::Room`] nothing more is.
+    Full(String),
+    /// The store works again, and has stored what waited.
+    Room,
+    /// What the store holds is doubtful.
     Failed(String),
 }
 
-/// A store that comes back from a blocking thread, with news.
-pub struct Returned {
-    store: FileStore,
-    news: Vec<LogNews>,
+/// What comes from the threads that touch files; for [`LogKeeper::returned`].
+#[derive(Debug)]
+pub struct FromStore(Said);
+
+#[derive(Debug)]
+enum Said {
+    Report(Report),
+    /// Something was looked up in the log that this order began.
+    Found(u64, LogNews),
+    /// Something was read that a cursor waits for.
+    Read,
+}
+
+impl FromStore {
+    fn report(report: Report) -> Self {
+        Self(Said::Report(report))
+    }
+
+    fn read() -> Self {
+        Self(Said::Read)
+    }
+}
+
+type Source = Arc<dyn LogSource>;
+
+/// Something that was ordered and is not done.
+struct Pending {
+    number: u64,
+    bytes: usize,
+    syncs: bool,
+    asked: Time,
 }
 
 /// The log of one VM on this host.
 pub struct LogKeeper {
-    dir: PathBuf,
-    options: FileOptions,
-    /// `None` while it is away, and after it could not be opened.
-    store: Option<FileStore>,
-    away: bool,
-    waiting: VecDeque<Work>,
-    recent: VecDeque<Batch>,
+    /// How the present log is kept.
+    keeping: Keeping,
+    /// How the next one will be.
+    next_keeping: Keeping,
+    orders: Option<Sender<Vec<Order>>>,
+    returns: UnboundedSender<FromStore>,
+    ended: oneshot::Receiver<()>,
+    /// Reads what is written; `None` until a log that is begun anew has begun.
+    source: Option<Source>,
+    /// Orders so far.
+    number: u64,
+    /// Which of them began this log; 0 for the one that was found.
+    log: u64,
+    unsent: Vec<Order>,
+    pending: VecDeque<Pending>,
+    pending_bytes: usize,
+    /// Since when the oldest of them is the oldest.
+    oldest_since: Time,
+    /// Batches with where the log ends after each.
+    recent: VecDeque<(Batch, LogTip)>,
     recent_bytes: usize,
     tip: LogTip,
+    /// Written through here.
+    written: LogIndex,
+    /// Through here it was told that the log is stored.
+    told: LogIndex,
     incarnation: Incarnation,
-    /// Counts the logs that were dropped, for the names of their folders.
-    dropped: u64,
-    /// The log is to be dropped as soon as its store is back: one that is away still writes by the
-    /// names of its files, which the next log's will have, too.
-    drop_when_back: bool,
-    returns: UnboundedSender<Returned>,
+    header: Result<Option<Header>, HeaderError>,
+    /// On disk, by the last report.
+    bytes: u64,
+    /// The highest of [`LEVELS`] that was told.
+    level: u8,
+    /// The store's own reason to take nothing more.
+    refusal: Option<String>,
+    full: Option<Full>,
+    failed: bool,
+}
+
+/// The store is full.
+struct Full {
+    reason: String,
+    /// What was ordered through here waits to be stored, since there is no reason any more.
+    through: Option<u64>,
 }
 
 impl LogKeeper {
-    /// Opens the log in `dir`. Stores that were away come back through `returns`, to be handed to
-    /// [`LogKeeper::returned`].
+    /// Opens the log in `dir`. What the threads that touch files have to say comes through `returns`,
+    /// to be handed to [`LogKeeper::returned`]. Needs a runtime, and blocks.
     pub fn open(
         dir: &Path,
-        options: FileOptions,
+        keeping: Keeping,
         incarnation: Incarnation,
-        returns: UnboundedSender<Returned>,
+        returns: UnboundedSender<FromStore>,
     ) -> Result<Self, OpenError> {
-        let store = FileStore::open(dir, options)?;
+        let open: Open = Box::new(|dir, files| Ok(Box::new(FileStore::open(dir, files)?)));
+        Self::open_with(dir, keeping, incarnation, returns, open, |_| {})
+    }
+
+    fn open_with(
+        dir: &Path,
+        keeping: Keeping,
+        incarnation: Incarnation,
+        returns: UnboundedSender<FromStore>,
+        open: Open,
+        adapt: impl FnOnce(&mut Writer),
+    ) -> Result<Self, OpenError> {
+        let store = open(dir, keeping.files)?;
+        let (tip, bytes) = (store.tip(), store.bytes());
+        let source: Source = Arc::from(store.source());
+        let header = first_header(store.as_ref());
+        let (orders, ordered) = channel();
+        let to_keeper = returns.clone();
+        let mut writer = Writer::new(dir.to_owned(), keeping, open, store, ordered, to_keeper);
+        adapt(&mut writer);
+        let (tell_ended, ended) = oneshot::channel();
+        // For as long as the log is kept. A thread of the runtime's, because those have ordinary
+        // priority.
+        tokio::task::spawn_blocking(move || {
+            writer.run();
+            // Whoever waited may have gone.
+            let _ = tell_ended.send(());
+        });
         Ok(Self {
-            dir: dir.to_owned(),
-            options,
-            tip: store.tip(),
-            store: Some(store),
-            away: false,
-            waiting: VecDeque::new(),
+            keeping,
+            next_keeping: keeping,
+            orders: Some(orders),
+            returns,
+            ended,
+            source: Some(source),
+            number: 0,
+            log: 0,
+            unsent: Vec::new(),
+            pending: VecDeque::new(),
+            pending_bytes: 0,
+            oldest_since: now(),
             recent: VecDeque::new(),
             recent_bytes: 0,
+            tip,
+            written: tip.index,
+            told: tip.index,
             incarnation,
-            dropped: 0,
-            drop_when_back: false,
-            returns,
+            header,
+            bytes,
+            level: level(bytes, keeping.budget),
+            refusal: None,
+            full: None,
+            failed: false,
         })
     }
 
-    /// The same where what is there is damaged: that is set aside as evidence, the only one that is
-    /// kept, and an empty log begins in its place.
+    /// The same where what is there is damaged: that is set aside as evidence, numbered and never
+    /// deleted by itself, and an empty log begins in its place.
     pub fn open_anew(
         dir: &Path,
-        options: FileOptions,
+        keeping: Keeping,
         incarnation: Incarnation,
-        returns: UnboundedSender<Returned>,
+        returns: UnboundedSender<FromStore>,
     ) -> Result<Self, OpenError> {
-        let aside = dir.with_extension(DAMAGED);
-        // An older one may be there or not; if it stays, the next line says so.
-        let _ = std::fs::remove_dir_all(&aside);
-        std::fs::rename(dir, &aside).map_err(|source| {
-            OpenError::Io(IoFailure {
-                action: "set aside the damaged log in",
-                path: dir.to_owned(),
-                source,
-            })
-        })?;
-        Self::open(dir, options, incarnation, returns)
+        aside::set_aside(dir)?;
+        Self::open(dir, keeping, incarnation, returns)
+    }
+
+    /// Stores what was appended, as far as the system takes it, and lets the log's folder go. Gives
+    /// up after `patience`: a disk that hangs may keep the folder for longer.
+    pub async fn close(&mut self, patience: Duration) {
+        self.send_unsent();
+        self.orders = None;
+        // It has ended, or it is waited for no longer.
+        let _ = tokio::time::timeout(patience, &mut self.ended).await;
     }
 
     /// Where the log ends, appends that wait included.
@@ -127,74 +262,137 @@ impl LogKeeper {
         self.tip
     }
 
-    /// The first batch that is kept.
-    fn first_batch(&self) -> Result<Option<Batch>, ReadError> {
-        if let Some(batch) = self
-            .recent
-            .front()
-            .filter(|batch| batch.first() == LogIndex::START)
-        {
-            return Ok(Some(batch.clone()));
-        }
-        match &self.store {
-            Some(store) => store.read_from(LogIndex::START)?.next_batch(),
-            None => Ok(None),
-        }
-    }
-
-    /// The header that the log begins with; `None` while it is empty, or when its beginning is gone.
-    pub fn header(&self) -> Option<Header> {
-        let entries = self.first_batch().ok()??.decode().ok()?;
-        match entries.into_iter().next() {
-            Some(Entry::Header(header)) => Some(header),
-            _ => None,
+    /// The header that the log begins with; `None` while it is empty. An error: it begins otherwise,
+    /// or its beginning is gone, and no machine can be replayed from it.
+    pub const fn header(&self) -> Result<Option<&Header>, &HeaderError> {
+        match &self.header {
+            Ok(header) => Ok(header.as_ref()),
+            Err(error) => Err(error),
         }
     }
 
     /// How many bytes the log takes on disk, as far as is known now.
-    pub fn bytes(&self) -> Option<u64> {
-        self.store.as_ref().map(FileStore::bytes)
+    #[allow(
+        clippy::unnecessary_wraps,
+        reason = "what tells of it has room for not knowing"
+    )]
+    pub const fn bytes(&self) -> Option<u64> {
+        Some(self.bytes)
+    }
+
+    /// How many bytes it may take.
+    pub const fn budget(&self) -> u64 {
+        self.keeping.budget
+    }
+
+    /// Whether the log has come to its budget: it takes no more for that reason.
+    pub const fn over_budget(&self) -> bool {
+        self.bytes >= self.keeping.budget
+    }
+
+    /// Why the store takes nothing more at the moment, if it does not.
+    pub fn full(&self) -> Option<&str> {
+        self.full.as_ref().map(|full| full.reason.as_str())
+    }
+
+    /// How many bytes of batches wait for the store.
+    pub const fn waiting_bytes(&self) -> usize {
+        self.pending_bytes
+    }
+
+    /// For how long the oldest sync that is not done has been asked for.
+    pub fn oldest_sync(&self, now: Time) -> Option<Span> {
+        let oldest = self.pending.iter().find(|pending| pending.syncs)?;
+        Some(now.since(oldest.asked))
     }
 
     /// Appends a batch. The answer comes as news.
     pub fn append(&mut self, batch: Batch, news: &mut Vec<LogNews>) {
-        self.tip = batch.tip(self.tip.chain);
-        self.recent_bytes += batch.payload().len();
-        self.recent.push_back(batch.clone());
-        while self.recent_bytes > RECENT_BYTES {
-            let Some(old) = self.recent.pop_front() else {
-                break;
-            };
-            self.recent_bytes -= old.payload().len();
+        // A store that has failed takes nothing, and what follows on something that was not taken
+        // cannot be taken either: where the log ends is told by what was stored.
+        if self.failed || batch.first() != self.tip.index || batch.term() < self.tip.term {
+            return;
         }
-        if self.options.sync == SyncPolicy::Never {
+        let bytes = batch.payload().len();
+        if self.pending_bytes + bytes > QUEUE_MAX {
+            tracing::warn!(at = %batch.first(), "a full store takes no more of the log");
+            return;
+        }
+        self.tip = batch.tip(self.tip.chain);
+        if batch.first() == LogIndex::START {
+            self.header = header_of(&batch).map(Some);
+        }
+        self.recent.push_back((batch.clone(), self.tip));
+        self.recent_bytes += bytes;
+        let sync = self.keeping.files.sync;
+        let syncs = matches!(sync, SyncPolicy::EveryBatch | SyncPolicy::Interval(_));
+        self.order(Work::Append(self.incarnation, batch), bytes, syncs);
+        if sync == SyncPolicy::Never {
             // Held is held in memory: whoever waits for that does not wait for the file.
-            self.waiting
-                .push_back(Work::Append(self.incarnation, batch));
+            self.tell_stored(news);
+        } else if syncs {
+            self.send_unsent();
+        }
+        self.review(news);
+    }
+
+    /// Tells that what is held in memory is held, unless the store is full.
+    fn tell_stored(&mut self, news: &mut Vec<LogNews>) {
+        if self.full.is_none() && self.told < self.tip.index {
+            self.told = self.tip.index;
             news.push(LogNews::Stored(self.incarnation, self.tip));
-        } else {
-            self.ask(Work::Append(self.incarnation, batch), news);
         }
     }
 
     /// Whether there is something for [`Self::write_down`] to do.
     pub fn is_unwritten(&self) -> bool {
-        self.store.is_some() && !self.waiting.is_empty()
+        !self.unsent.is_empty()
     }
 
-    /// Writes what was appended in memory.
-    pub fn write_down(&mut self, news: &mut Vec<LogNews>) {
-        self.proceed(news);
+    /// Hands what was appended to the store. It is worth while to let some of it come together: each
+    /// time wakes a thread.
+    pub fn write_down(&mut self, _news: &mut Vec<LogNews>) {
+        self.send_unsent();
     }
 
     /// Makes durable what was appended.
-    pub fn sync(&mut self, news: &mut Vec<LogNews>) {
-        self.ask(Work::Sync(self.incarnation), news);
+    pub fn sync(&mut self, _news: &mut Vec<LogNews>) {
+        if !self.failed {
+            self.order(Work::Sync(self.incarnation), 0, true);
+            self.send_unsent();
+        }
     }
 
     /// Looks up where a batch ends.
     pub fn look_up(&mut self, peer: HostName, index: LogIndex, news: &mut Vec<LogNews>) {
-        self.ask(Work::LookUp(peer, index), news);
+        let oldest = self.recent.front();
+        let in_memory = oldest.map_or(self.tip.index, |(batch, _)| batch.first());
+        if index > in_memory || index >= self.tip.index {
+            let known = self.recent.iter().map(|(_, tip)| *tip).chain([self.tip]);
+            let tip = known.into_iter().find(|tip| tip.index == index);
+            news.push(LogNews::TipAt(peer, index, tip));
+            return;
+        }
+        let Some(source) = self.source.clone() else {
+            // Of a log that has not begun everything is in memory, but its very start.
+            let tip = (index == LogIndex::START).then(LogTip::default);
+            news.push(LogNews::TipAt(peer, index, tip));
+            return;
+        };
+        let (returns, log) = (self.returns.clone(), self.log);
+        tokio::task::spawn_blocking(move || {
+            let found = match source.floor(index) {
+                Ok(floor) => LogNews::TipAt(peer, index, floor.filter(|tip| tip.index == index)),
+                Err(ReadError::Damaged(damage)) => LogNews::Failed(sentence(&damage)),
+                Err(error) => {
+                    // Nobody is told anything: the peer asks again when it connects again.
+                    tracing::warn!(%peer, error = %sentence(&error), "the log cannot be read");
+                    return;
+                }
+            };
+            // Without a receiver the VM is gone from this host, and nobody asks.
+            let _ = returns.send(FromStore(Said::Found(log, found)));
+        });
     }
 
     /// What is held is this holding.
@@ -203,315 +401,215 @@ impl LogKeeper {
     }
 
     /// From the next holding on, or from now on while nothing is held, the log is kept like this.
-    pub fn set_options(&mut self, options: FileOptions) -> Result<(), OpenError> {
-        self.options = options;
-        if self.tip.index == LogIndex::START
-            && self.waiting.is_empty()
-            && self.store.take().is_some()
-        {
-            self.store = Some(FileStore::open(&self.dir, options)?);
+    pub fn set_options(&mut self, keeping: Keeping) {
+        self.next_keeping = keeping;
+        if self.tip.index == LogIndex::START {
+            self.keeping = keeping;
+            self.order(Work::Keep(keeping), 0, false);
+            self.send_unsent();
         }
-        Ok(())
     }
 
-    /// Forgets the whole log and begins another holding.
-    pub fn drop_log(&mut self, incarnation: Incarnation) -> Result<(), OpenError> {
-        self.waiting.clear();
+    /// Gives the whole log up and begins another holding. `aside`: the old log is set aside as
+    /// evidence, numbered and never deleted by itself; otherwise it is deleted.
+    pub fn drop_log(&mut self, incarnation: Incarnation, aside: bool) {
+        self.keeping = self.next_keeping;
+        let keeping = self.keeping;
+        self.order(Work::Begin { keeping, aside }, 0, false);
+        self.log = self.number;
+        self.send_unsent();
         self.recent.clear();
         self.recent_bytes = 0;
+        self.source = None;
         self.incarnation = incarnation;
         self.tip = LogTip::default();
-        if self.away {
-            self.drop_when_back = true;
-            return Ok(());
+        self.written = LogIndex::START;
+        self.told = LogIndex::START;
+        self.header = Ok(None);
+        self.bytes = 0;
+        self.level = 0;
+        self.refusal = None;
+        self.failed = false;
+    }
+
+    fn order(&mut self, work: Work, bytes: usize, syncs: bool) {
+        self.number += 1;
+        let asked = now();
+        if self.pending.is_empty() {
+            self.oldest_since = asked;
         }
-        self.begin_anew()
-    }
-
-    /// Sets the folder aside, to be removed, and begins another log in its place.
-    fn begin_anew(&mut self) -> Result<(), OpenError> {
-        self.drop_when_back = false;
-        // The lock on the folder goes with the store.
-        self.store = None;
-        self.dropped += 1;
-        let gone = self.dir.with_extension(format!("old-{}", self.dropped));
-        match std::fs::rename(&self.dir, &gone) {
-            Ok(()) => drop(std::thread::spawn(move || std::fs::remove_dir_all(gone))),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(source) => {
-                return Err(OpenError::Io(IoFailure {
-                    action: "set aside the log that was given up in",
-                    path: self.dir.clone(),
-                    source,
-                }));
-            }
-        }
-        self.store = Some(FileStore::open(&self.dir, self.options)?);
-        Ok(())
-    }
-
-    /// A store is back.
-    pub fn returned(&mut self, returned: Returned, news: &mut Vec<LogNews>) {
-        self.away = false;
-        self.store = Some(returned.store);
-        if self.drop_when_back {
-            // What it reports is about the log that is given up.
-            if let Err(error) = self.begin_anew() {
-                news.push(LogNews::Failed(sentence(&error)));
-                return;
-            }
-        } else {
-            news.extend(returned.news);
-        }
-        self.proceed(news);
-    }
-
-    fn ask(&mut self, work: Work, news: &mut Vec<LogNews>) {
-        self.waiting.push_back(work);
-        self.proceed(news);
-    }
-
-    /// Whether something may wait for the disk and so must not run here.
-    fn blocks(&self, work: &Work) -> bool {
-        match work {
-            Work::Sync(_) => true,
-            Work::Append(..) => self.options.sync != SyncPolicy::Never,
-            Work::LookUp(..) => false,
-        }
-    }
-
-    fn proceed(&mut self, news: &mut Vec<LogNews>) {
-        if self.waiting.iter().any(|work| self.blocks(work)) {
-            self.send_away();
-            return;
-        }
-        let Some(store) = &mut self.store else { return };
-        let mut done = Vec::new();
-        work_off(store, self.waiting.drain(..), &mut done);
-        // What is held in memory was told when it was.
-        done.retain(|news| !matches!(news, LogNews::Stored(..)));
-        news.append(&mut done);
-    }
-
-    fn send_away(&mut self) {
-        let Some(mut store) = self.store.take() else {
-            return;
-        };
-        self.away = true;
-        let work = std::mem::take(&mut self.waiting);
-        let returns = self.returns.clone();
-        tokio::task::spawn_blocking(move || {
-            let mut news = Vec::new();
-            work_off(&mut store, work, &mut news);
-            // Without a receiver the VM is gone from this host, and nobody asks.
-            let _ = returns.send(Returned { store, news });
+        self.pending.push_back(Pending {
+            number: self.number,
+            bytes,
+            syncs,
+            asked,
+        });
+        self.pending_bytes += bytes;
+        self.unsent.push(Order {
+            number: self.number,
+            work,
         });
     }
 
-    /// Reads on from a place in the log. `None`: nothing there yet, or the store is away; try again
-    /// after the next news.
-    pub fn read(&self, cursor: &mut Cursor) -> Result<Option<Batch>, ReadError> {
-        if cursor.next >= self.tip.index {
-            return Ok(None);
-        }
-        let found = self
-            .recent
-            .partition_point(|batch| batch.first() < cursor.next);
-        if let Some(batch) = self
-            .recent
-            .get(found)
-            .filter(|batch| batch.first() == cursor.next)
+    fn send_unsent(&mut self) {
+        let orders = std::mem::take(&mut self.unsent);
+        if let Some(to) = &self.orders
+            && !orders.is_empty()
         {
-            cursor.reader = None;
-            cursor.next = batch.end();
-            return Ok(Some(batch.clone()));
+            // The thread ends after this.
+            let _ = to.send(orders);
         }
-        let reader = match &mut cursor.reader {
-            Some(reader) => reader,
-            empty => {
-                let Some(store) = &self.store else {
-                    return Ok(None);
-                };
-                empty.insert(store.read_from(cursor.next)?)
-            }
-        };
-        let batch = reader.next_batch()?;
-        if let Some(batch) = &batch {
-            cursor.next = batch.end();
-        }
-        Ok(batch)
     }
-}
 
-fn work_off(store: &mut FileStore, work: impl IntoIterator<Item = Work>, news: &mut Vec<LogNews>) {
-    // One report for a row of appends of one holding.
-    let mut stored: Option<(Incarnation, LogTip)> = None;
-    for work in work {
-        let done = match work {
-            Work::Append(incarnation, batch) => {
-                if stored.is_some_and(|(of, _)| of != incarnation) {
-                    report(&mut stored, news);
-                }
-                let appended = store.append(&batch).map_err(|error| sentence(&error));
-                appended.map(|tip| stored = Some((incarnation, tip)))
-            }
-            Work::Sync(incarnation) => {
-                let synced = store.sync().map_err(|error| sentence(&error));
-                synced.map(|tip| {
-                    report(&mut stored, news);
-                    news.push(LogNews::Synced(incarnation, tip));
-                })
-            }
-            Work::LookUp(peer, index) => {
-                let floor = store.floor(index).map_err(|error| sentence(&error));
-                floor.map(|floor| {
-                    let tip = floor.filter(|tip| tip.index == index);
-                    news.push(LogNews::TipAt(peer, index, tip));
-                })
-            }
-        };
-        if let Err(reason) = done {
-            news.push(LogNews::Failed(reason));
+    /// The threads that touch files have something to say.
+    pub fn returned(&mut self, said: FromStore, news: &mut Vec<LogNews>) {
+        match said.0 {
+            Said::Report(report) => self.reported(report, news),
+            Said::Found(log, LogNews::Failed(reason)) if log == self.log => self.fail(reason, news),
+            Said::Found(log, found) if log == self.log => news.push(found),
+            // About a log that is given up, or for the cursor that asked.
+            Said::Found(..) | Said::Read => {}
+        }
+    }
+
+    fn reported(&mut self, report: Report, news: &mut Vec<LogNews>) {
+        while let Some(oldest) = self.pending.front()
+            && oldest.number <= report.through
+        {
+            self.pending_bytes -= oldest.bytes;
+            self.pending.pop_front();
+            self.oldest_since = now();
+        }
+        if report.log != self.log {
+            // What it reports is about a log that is given up.
             return;
         }
-    }
-    report(&mut stored, news);
-}
-
-fn report(stored: &mut Option<(Incarnation, LogTip)>, news: &mut Vec<LogNews>) {
-    let last = stored.take();
-    news.extend(last.map(|(incarnation, tip)| LogNews::Stored(incarnation, tip)));
-}
-
-/// A place in the log from which somebody reads on.
-pub struct Cursor {
-    next: LogIndex,
-    reader: Option<Box<dyn LogReader>>,
-}
-
-impl Cursor {
-    /// From here, where a batch begins.
-    pub const fn new(next: LogIndex) -> Self {
-        Self { next, reader: None }
-    }
-
-    /// Where the next batch begins.
-    pub const fn next(&self) -> LogIndex {
-        self.next
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use replay_log::{BatchBuilder, Mark, MarkDigest, Position, Term};
-    use tokio::sync::mpsc::unbounded_channel;
-
-    use super::*;
-
-    fn batch(after: LogTip, digest: u64) -> Batch {
-        let mut builder = BatchBuilder::new(Term(1), after.index);
-        let mark = Mark {
-            at: Position(1),
-            digest: MarkDigest(digest),
-        };
-        builder.push(&Entry::Mark(mark)).expect("room");
-        builder.finish().expect("an entry")
-    }
-
-    const DURABLE: FileOptions = FileOptions {
-        sync: SyncPolicy::Explicit,
-        segment_bytes: 64 << 20,
-        checkpoint_bytes: 1 << 20,
-        retain: None,
-    };
-
-    /// A log that is given up while its store waits for the disk: the next begins when the store is
-    /// back, nothing that it reports counts, and nothing of it is found in the next.
-    #[tokio::test]
-    async fn a_log_is_dropped_when_its_store_is_back() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let dir = folder.path().join("log");
-        let (to_returns, mut returns) = unbounded_channel();
-        let mut log = LogKeeper::open(&dir, DURABLE, Incarnation(1), to_returns).expect("a log");
-        let mut news = Vec::new();
-        log.append(batch(log.tip(), 1), &mut news);
-        log.sync(&mut news);
-        assert!(news.is_empty(), "the store is away: {news:?}");
-        log.drop_log(Incarnation(2)).expect("dropped");
-        let second = batch(LogTip::default(), 2);
-        log.append(second.clone(), &mut news);
-        log.sync(&mut news);
-        for _ in 0..2 {
-            let returned = returns.recv().await.expect("a store");
-            log.returned(returned, &mut news);
+        self.bytes = report.bytes;
+        if let Some(source) = report.source {
+            self.source = Some(Arc::from(source));
         }
-        let tip = second.tip(LogTip::default().chain);
-        let told = |one: &LogNews| match one {
-            LogNews::Stored(incarnation, at) | LogNews::Synced(incarnation, at) => {
-                *incarnation == Incarnation(2) && *at == tip
+        for one in report.news {
+            match one {
+                LogNews::Stored(incarnation, tip) => {
+                    self.written = self.written.max(tip.index);
+                    if tip.index > self.told {
+                        self.told = tip.index;
+                        news.push(LogNews::Stored(incarnation, tip));
+                    }
+                }
+                other => news.push(other),
             }
-            _ => false,
+        }
+        self.refusal = match report.condition {
+            Condition::Working => None,
+            Condition::Refused(reason) => Some(reason),
+            Condition::Failed(reason) => {
+                self.fail(reason, news);
+                None
+            }
         };
-        assert!(!news.is_empty() && news.iter().all(told), "{news:?}");
-        drop(log);
-        let store = FileStore::open(&dir, DURABLE).expect("a log");
-        assert_eq!(store.tip(), tip);
+        self.forget_recent();
+        let level = level(self.bytes, self.keeping.budget);
+        if level > self.level {
+            news.push(LogNews::Filling {
+                percent: level,
+                used: self.bytes,
+                budget: self.keeping.budget,
+            });
+        }
+        self.level = level;
+        self.review(news);
     }
 
-    /// A log that could not begin is asked for again, not waited for.
-    #[tokio::test]
-    async fn a_log_that_cannot_begin_is_tried_again() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let (parent, hidden) = (folder.path().join("vm"), folder.path().join("hidden"));
-        let dir = parent.join("log");
-        let (to_returns, mut returns) = unbounded_channel();
-        let mut log = LogKeeper::open(&dir, DURABLE, Incarnation(1), to_returns).expect("a log");
-        std::fs::rename(&parent, &hidden).expect("moved");
-        std::fs::write(&parent, b"in the way").expect("written");
-        log.drop_log(Incarnation(2)).expect_err("nowhere to begin");
-        std::fs::remove_file(&parent).expect("removed");
-        std::fs::rename(&hidden, &parent).expect("moved back");
-        log.drop_log(Incarnation(3)).expect("begins");
-        let mut news = Vec::new();
-        log.append(batch(log.tip(), 1), &mut news);
-        // Only keeps a broken keeper from hanging.
-        let patience = std::time::Duration::from_secs(10);
-        let returned = tokio::time::timeout(patience, returns.recv()).await;
-        let returned = returned.expect("the store is at work").expect("a store");
-        log.returned(returned, &mut news);
-        assert!(
-            matches!(news[..], [LogNews::Stored(Incarnation(3), _)]),
-            "{news:?}"
-        );
+    fn fail(&mut self, reason: String, news: &mut Vec<LogNews>) {
+        if !std::mem::replace(&mut self.failed, true) {
+            news.push(LogNews::Failed(reason));
+        }
     }
 
-    #[test]
-    fn a_damaged_log_is_set_aside() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let dir = folder.path().join("log");
-        let open = || {
-            let (to_returns, _) = unbounded_channel();
-            LogKeeper::open(&dir, FileOptions::default(), Incarnation(1), to_returns)
-        };
-        let mut log = open().expect("a log");
-        let first = batch(log.tip(), 1);
-        let mut store = log.store.take().expect("a store");
-        store.append(&first).expect("appended");
-        drop((log, store));
-        let segment = std::fs::read_dir(&dir).expect("listed").flatten();
-        let mut segments =
-            segment.filter(|file| file.path().extension().is_some_and(|e| e == "open"));
-        let segment = segments.next().expect("a segment").path();
-        let mut bytes = std::fs::read(&segment).expect("read");
-        bytes[20] ^= 1;
-        std::fs::write(&segment, &bytes).expect("written");
-        assert!(matches!(open(), Err(OpenError::Damaged(_))));
-        let (to_returns, _) = unbounded_channel();
-        let anew = LogKeeper::open_anew(&dir, FileOptions::default(), Incarnation(1), to_returns);
-        assert_eq!(anew.expect("an empty log").tip(), LogTip::default());
-        let kept = dir
-            .with_extension(DAMAGED)
-            .join(segment.file_name().expect("a name"));
-        assert_eq!(std::fs::read(kept).expect("the evidence"), bytes);
+    /// Forgets the oldest batches in memory, as far as they are written.
+    fn forget_recent(&mut self) {
+        while self.recent_bytes > RECENT_BYTES
+            && let Some((batch, _)) = self.recent.front()
+            && batch.end() <= self.written
+        {
+            self.recent_bytes -= batch.payload().len();
+            self.recent.pop_front();
+        }
     }
+
+    fn recent_at(&self, index: LogIndex) -> Option<Batch> {
+        let found = self
+            .recent
+            .partition_point(|(batch, _)| batch.first() < index);
+        let (batch, _) = self.recent.get(found)?;
+        (batch.first() == index).then(|| batch.clone())
+    }
+
+    /// Watches over the store: one that does not come back says nothing of itself. To be called
+    /// about once a second.
+    pub fn watch(&mut self, now: Time, news: &mut Vec<LogNews>) {
+        self.review_at(now, news);
+    }
+
+    fn review(&mut self, news: &mut Vec<LogNews>) {
+        self.review_at(now(), news);
+    }
+
+    /// Why the store is to be held for full.
+    fn cause(&self, now: Time) -> Option<String> {
+        if let Some(reason) = &self.refusal {
+            return Some(reason.clone());
+        }
+        if self.pending_bytes >= QUEUE_BYTES {
+            let waiting = self.pending_bytes >> 20;
+            return Some(format!("{waiting} MiB of the log wait for the disk"));
+        }
+        let waits = now.since(self.oldest_since);
+        if !self.pending.is_empty() && waits >= STUCK {
+            return Some(format!("the disk has not come back for {waits}"));
+        }
+        None
+    }
+
+    fn review_at(&mut self, now: Time, news: &mut Vec<LogNews>) {
+        if self.failed {
+            self.full = None;
+            return;
+        }
+        match (self.cause(now), &mut self.full) {
+            (None, None) => {}
+            (Some(reason), Some(full)) => {
+                full.reason = reason;
+                full.through = None;
+            }
+            (Some(reason), None) => {
+                news.push(LogNews::Full(reason.clone()));
+                self.full = Some(Full {
+                    reason,
+                    through: None,
+                });
+            }
+            (None, Some(full)) => {
+                let through = *full.through.get_or_insert(self.number);
+                let oldest = self.pending.front();
+                if oldest.is_none_or(|oldest| oldest.number > through) {
+                    self.full = None;
+                    news.push(LogNews::Room);
+                    if self.keeping.files.sync == SyncPolicy::Never {
+                        self.tell_stored(news);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The highest of [`LEVELS`] that a log has come to.
+fn level(used: u64, budget: u64) -> u8 {
+    let percent = u128::from(used) * 100 / u128::from(budget.max(1));
+    let reached = LEVELS
+        .into_iter()
+        .filter(|level| percent >= u128::from(*level));
+    reached.max().unwrap_or(0)
 }

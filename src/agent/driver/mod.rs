@@ -10,6 +10,7 @@
 //! ```
 
 mod act;
+mod aside;
 mod console;
 mod gather;
 mod guest;
@@ -50,7 +51,7 @@ use crate::protocol::{self, HostName, Input, Message, Node, Span, Time, VmName};
 use guest::Guest;
 pub use guest::{Doing, GuestError};
 pub use home::{Home, HomeError};
-use keeper::{LogKeeper, LogNews, Returned};
+use keeper::{FromStore, LogKeeper, LogNews};
 use reaper::Reaper;
 pub use reaper::does_not_die;
 use streams::Streams;
@@ -66,6 +67,9 @@ const EARLY_ORDERS: usize = 64;
 
 /// When a driver ends, what the guest has said last may take so long to be written.
 const CONSOLE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// A VM that this host lets go waits for so long until what it logged is written.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A message between the agents of two hosts.
 #[expect(
@@ -115,6 +119,8 @@ pub struct Surroundings {
     pub journal: Arc<Journal>,
     /// The memory that all guests may have together.
     pub memory: Budget,
+    /// The room where it keeps everything.
+    pub space: crate::agent::space::SpaceFigures,
     /// The images and disk bases this host has, and how it gets those it lacks.
     pub library: crate::agent::library::Library,
     /// The program that is a VMM process; `None`: this program itself.
@@ -146,11 +152,13 @@ enum Back {
 struct Full {
     /// The durable state.
     state: bool,
+    /// The log.
+    log: bool,
 }
 
 impl Full {
     const fn is_anything(&self) -> bool {
-        self.state
+        self.state || self.log
     }
 }
 
@@ -182,7 +190,7 @@ pub struct VmDriver {
     home: Home,
     console: console::Console,
     log: LogKeeper,
-    returns: UnboundedReceiver<Returned>,
+    returns: UnboundedReceiver<FromStore>,
     streams: Streams,
     guest: Option<Guest>,
     /// Its predecessors that are not gone yet.
@@ -253,17 +261,19 @@ impl VmDriver {
         if let Some(seen) = &durable.seen {
             env.reports.saw(&vm, seen);
         }
+        let fresh = home::fresh()?;
         let restored = protocol::Restored {
             durable: durable.clone(),
             log: log.tip(),
             damaged: damage.is_some(),
-            disk: protocol::DiskId::default(),
-            fresh: home::fresh()?,
+            disk: home.disk_id(fresh)?,
+            fresh,
         };
         let config = protocol::Config::new(env.host.clone(), vm.clone());
         let node = Node::new(config, restored, now());
         // The one beside the log may be that of the log before: it is for a cold boot alone.
-        let header = log.header();
+        // That a log cannot be replayed is told when it is to be.
+        let header = log.header().ok().flatten().cloned();
         let boot = Boot(header.as_ref().map_or([0; 16], |header| header.boot));
         let (to_back, back) = unbounded_channel();
         Ok(Self {
@@ -315,6 +325,9 @@ impl VmDriver {
                 tokio::task::yield_now().await;
             }
             self.catch_up().await;
+            let mut news = Vec::new();
+            self.log.watch(now(), &mut news);
+            self.log_news(news);
             // Whatever keeps this loop busy, the other drivers and the link have their turn.
             tokio::task::consume_budget().await;
             let due = self.due();
@@ -361,6 +374,7 @@ impl VmDriver {
         self.end_guest();
         let gone = self.reaper.all_gone(reaper::PATIENCE).await;
         self.end_console().await;
+        self.log.close(CLOSE_PATIENCE).await;
         gone
     }
 
@@ -446,7 +460,31 @@ impl VmDriver {
                 LogNews::Stored(incarnation, tip) => Input::Stored { incarnation, tip },
                 LogNews::Synced(incarnation, tip) => Input::Synced { incarnation, tip },
                 LogNews::TipAt(peer, index, tip) => Input::TipAt { peer, index, tip },
+                LogNews::Full(reason) => {
+                    self.full.log = true;
+                    Input::StoreFull { reason }
+                }
+                LogNews::Room => {
+                    self.full.log = false;
+                    if self.full.is_anything() {
+                        continue;
+                    }
+                    Input::StoreRoom
+                }
                 LogNews::Failed(reason) => Input::StoreFailed { reason },
+                LogNews::Filling {
+                    percent,
+                    used,
+                    budget,
+                } => {
+                    let filling = Incident::LogFilling {
+                        percent,
+                        used,
+                        budget,
+                    };
+                    self.env.journal.write(Some(&self.vm), filling);
+                    continue;
+                }
             });
         }
     }

@@ -2,7 +2,8 @@
 
 use super::VmDriver;
 use super::guest::Doing;
-use crate::agent::operator::{Fetching, GuestStatus, VmStatus};
+use crate::agent::clock::now;
+use crate::agent::operator::{Fetching, GuestStatus, StoreFigures, VmStatus};
 
 impl VmDriver {
     /// How the VM is, seen from here.
@@ -27,6 +28,13 @@ impl VmDriver {
                 ended: guest.ended(),
             }),
             log_bytes: self.log.bytes(),
+            store: StoreFigures {
+                budget: self.log.budget(),
+                over_budget: self.log.over_budget(),
+                waiting: self.log.waiting_bytes() as u64,
+                oldest_sync: self.log.oldest_sync(now()),
+                full: self.log.full().map(ToOwned::to_owned),
+            },
             waiting_output: self.outbox.bytes() as u64,
             gateways: self.gateways.port.served(),
             failure: self.failure(),

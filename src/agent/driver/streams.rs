@@ -124,62 +124,72 @@ impl Streams {
 
 #[cfg(test)]
 mod tests {
-    use replay_log::{BatchBuilder, Entry, FileOptions, Mark, MarkDigest, Position, SyncPolicy};
-    use tokio::sync::mpsc::unbounded_channel;
+    use replay_log::conformance::sample_batches;
+    use replay_log::{FileOptions, FileStore, Store as _, SyncPolicy};
+    use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
+    use super::super::keeper::{FromStore, Keeping};
     use super::*;
     use crate::protocol::Incarnation;
 
-    /// A log whose beginning is gone: it is larger than what is kept of it.
-    fn log_without_beginning(folder: &std::path::Path) -> LogKeeper {
+    /// A log whose beginning is gone: an earlier version dropped it.
+    fn log_without_beginning(
+        folder: &std::path::Path,
+        returns: UnboundedSender<FromStore>,
+    ) -> LogKeeper {
         let options = FileOptions {
             sync: SyncPolicy::Never,
-            segment_bytes: 1 << 20,
-            retain: Some(2 << 20),
+            segment_bytes: 1 << 10,
             ..FileOptions::default()
         };
-        let (returns, _) = unbounded_channel();
-        let mut log = LogKeeper::open(folder, options, Incarnation(1), returns).expect("a new log");
-        let mut news = Vec::new();
-        let mut digest = 1_u64;
-        // More than is kept on disk, and more than is kept in memory.
-        while log.read(&mut Cursor::new(LogIndex::START)).is_ok() {
-            let mut builder = BatchBuilder::new(Term(1), log.tip().index);
-            for _ in 0..30_000 {
-                // Not to be compressed.
-                digest = digest.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23) ^ 0x55;
-                let mark = Mark {
-                    at: Position(builder.end().0),
-                    digest: MarkDigest(digest),
-                };
-                builder.push(&Entry::Mark(mark)).expect("room");
-            }
-            log.append(builder.finish().expect("entries"), &mut news);
-            log.write_down(&mut news);
-            assert!(log.tip().index < LogIndex(20_000_000), "nothing is dropped");
+        let mut store = FileStore::open(folder, options).expect("a new log");
+        for batch in sample_batches(1, Term(1), LogIndex::START, 100) {
+            store.append(&batch).expect("room");
         }
-        log
+        drop(store);
+        let files = std::fs::read_dir(folder).expect("listed").flatten();
+        let oldest = files.map(|file| file.path()).min().expect("segments");
+        std::fs::remove_file(oldest).expect("removed");
+        let keeping = Keeping {
+            files: options,
+            budget: u64::MAX,
+        };
+        LogKeeper::open(folder, keeping, Incarnation(1), returns).expect("a log")
     }
 
-    #[test]
-    fn a_host_that_comes_too_late_disturbs_nobody() {
+    #[tokio::test]
+    async fn a_host_that_comes_too_late_disturbs_nobody() {
         let folder = tempfile::tempdir().expect("a folder");
-        let log = log_without_beginning(&folder.path().join("log"));
+        let (to_returns, mut returns) = unbounded_channel();
+        let log = log_without_beginning(&folder.path().join("log"), to_returns);
         let host = |name: &str| HostName::new(name).expect("a name");
         let mut streams = Streams::default();
         let mut sent = Vec::new();
         let end = log.tip().index;
         // One needs the log from boot, one has nearly everything.
-        let last = LogIndex(end.0 - 30_000);
+        let last = sample_batches(1, Term(1), LogIndex::START, 100);
+        let last = last.last().expect("some").first();
         streams.add(host("late"), Term(1), LogIndex::START, end);
         streams.add(host("near"), Term(1), last, end);
-        let late = streams.pump(&log, |to, _| sent.push(to.clone()));
-        assert_eq!(late.expect("the store is well"), [host("late")]);
-        assert_eq!(sent, [host("near")]);
+        let mut late = Vec::new();
+        while sent.is_empty() || late.is_empty() {
+            let told = streams.pump(&log, |to, _| sent.push(to.clone()));
+            late.extend(told.expect("the store is well"));
+            if sent.is_empty() || late.is_empty() {
+                returns.recv().await.expect("something was read");
+            }
+        }
+        assert_eq!((late, &sent), (vec![host("late")], &vec![host("near")]));
         // It asks again and again, and is told of once.
         streams.add(host("late"), Term(1), LogIndex::START, end);
-        let late = streams.pump(&log, |to, _| sent.push(to.clone()));
-        assert_eq!(late.expect("the store is well"), []);
+        loop {
+            let late = streams.pump(&log, |to, _| sent.push(to.clone()));
+            assert_eq!(late.expect("the store is well"), []);
+            if streams.streams[&host("late")].parts.is_empty() {
+                break;
+            }
+            returns.recv().await.expect("something was read");
+        }
         assert_eq!(sent.len(), 1);
     }
 }

@@ -175,6 +175,7 @@ impl Agent {
             vms: Vec::new(),
             silent: self.unreadable(),
             troubles: self.troubles.values().cloned().collect(),
+            space: self.env.space.last(),
             link: LinkFigures {
                 log_bytes_raw: counters.log_bytes_raw.get(),
                 log_bytes_sent: counters.log_bytes_sent.get(),

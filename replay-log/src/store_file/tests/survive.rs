@@ -32,7 +32,7 @@ proptest! {
         segment_bytes in 100..4000u64, checkpoint_bytes in 1..2000u64, reopen in 1..20usize,
     ) {
         let dir = TempDir::new().unwrap();
-        let options = FileOptions { sync: SyncPolicy::Never, segment_bytes, checkpoint_bytes, retain: None };
+        let options = FileOptions { sync: SyncPolicy::Never, segment_bytes, checkpoint_bytes };
         let mut builder = BatchBuilder::new(Term(1), LogIndex::START);
         let mut store = FileStore::open(dir.path(), options).unwrap();
         for (i, some) in entries.chunks(each).enumerate() {
