@@ -2,7 +2,7 @@
 
 use std::sync::{Condvar, Mutex};
 
-use replay_log::{AppendError, LogReader, MemoryStore, SyncError, TruncateError};
+use replay_log::{AppendError, LogReader, MemoryStore, Store, SyncError, TruncateError};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::super::*;
