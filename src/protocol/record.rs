@@ -223,7 +223,8 @@ pub enum LogFull {
     /// It takes no more: output waits where the rule needs it.
     #[default]
     Stall,
-    /// The primary goes on without copies and without writing its log: the VM is unprotected.
+    /// The primary's log grows beyond the budget, for as long as its disk has room. Copies whose budget
+    /// is used up are let go: the VM may be unprotected.
     Unprotected,
 }
 

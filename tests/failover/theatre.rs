@@ -60,6 +60,7 @@ impl Theatre {
         .await;
     }
 
+    #[allow(dead_code, reason = "not every test has a use for it")]
     /// What the gateway has counted, as its metrics tell.
     pub async fn gateway_counter(&self, name: &str) -> u64 {
         let at = self.cluster.gateway_metrics().expect("a gateway");
@@ -76,6 +77,7 @@ impl Theatre {
             .unwrap_or_else(|| panic!("no {name} in {text}"))
     }
 
+    #[allow(dead_code, reason = "not every test has a use for it")]
     /// The host that says of itself that it reigns.
     pub async fn primary_by_its_word(&self) -> Option<HostName> {
         for host in self.client.hosts() {
@@ -101,6 +103,7 @@ impl Theatre {
         .await;
     }
 
+    #[allow(dead_code, reason = "not every test has a use for it")]
     /// The sum of the counters of [`Theatre::load`].
     pub async fn sum(&self) -> u64 {
         let mut stream = TcpStream::connect(self.address).await.expect("connects");

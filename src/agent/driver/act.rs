@@ -21,7 +21,8 @@ use crate::agent::journal::Incident;
 use crate::agent::vm_process::ToVm;
 use crate::gateway::frames::Boot;
 use crate::protocol::{
-    Action, Durable, Event, HostName, Input, Message, Record, Seen, Version, VmRun,
+    Action, Durable, Event, HostName, Input, LogFull, Message, Record, RoleName, Seen, Version,
+    VmRun,
 };
 use crate::sentence::sentence;
 
@@ -547,7 +548,24 @@ impl VmDriver {
                 log: self.log.tip().index,
             });
         }
+        if let Event::RecordCommitted { .. } | Event::Promoted { .. } | Event::Deposed { .. } =
+            event
+        {
+            self.log.set_unlimited(self.goes_beyond_budget());
+        }
         self.env.journal.write(Some(&self.vm), event.clone());
+    }
+
+    /// Whether this host runs the guest, and its owner chose that it goes on when the log has used up
+    /// its budget.
+    fn goes_beyond_budget(&self) -> bool {
+        let status = self.node.status();
+        let chosen = status.record.map(|record| record.policy.log_full);
+        let reigns = matches!(
+            status.role,
+            RoleName::Primary | RoleName::GoingLive | RoleName::HandingOver
+        );
+        reigns && chosen == Some(LogFull::Unprotected)
     }
 }
 

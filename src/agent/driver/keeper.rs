@@ -23,6 +23,7 @@ mod writer;
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
@@ -130,6 +131,7 @@ pub struct LogKeeper {
     keeping: Keeping,
     /// How the next one will be.
     next_keeping: Keeping,
+    unlimited: Arc<AtomicBool>,
     orders: Option<Sender<Vec<Order>>>,
     returns: UnboundedSender<FromStore>,
     ended: oneshot::Receiver<()>,
@@ -199,6 +201,7 @@ impl LogKeeper {
         let (orders, ordered) = channel();
         let to_keeper = returns.clone();
         let mut writer = Writer::new(dir.to_owned(), keeping, open, store, ordered, to_keeper);
+        let unlimited = writer.unlimited();
         adapt(&mut writer);
         let (tell_ended, ended) = oneshot::channel();
         // For as long as the log is kept. A thread of the runtime's, because those have ordinary
@@ -211,6 +214,7 @@ impl LogKeeper {
         Ok(Self {
             keeping,
             next_keeping: keeping,
+            unlimited,
             orders: Some(orders),
             returns,
             ended,
@@ -283,6 +287,12 @@ impl LogKeeper {
     /// How many bytes it may take.
     pub const fn budget(&self) -> u64 {
         self.keeping.budget
+    }
+
+    /// Whether the log may grow beyond its budget, for as long as the disk has room: where the owner
+    /// chose to go on rather than to wait, the primary's may.
+    pub fn set_unlimited(&self, unlimited: bool) {
+        self.unlimited.store(unlimited, Ordering::Relaxed);
     }
 
     /// Whether the log has come to its budget: it takes no more for that reason.

@@ -3,7 +3,7 @@
 mod theatre;
 
 use replay_log::conformance::sample_batches;
-use replay_log::{BatchBuilder, Entry, Mark, MarkDigest, MemoryStore, Position, Term};
+use replay_log::{BatchBuilder, Entry, Mark, MarkDigest, MemoryStore, Position, Store as _, Term};
 use tempfile::TempDir;
 use tokio::sync::mpsc::unbounded_channel;
 
@@ -518,4 +518,26 @@ async fn a_real_full_disk_acknowledges_nothing_more_and_loses_nothing() {
         here.log.close(PATIENCE).await;
         std::fs::remove_dir_all(&dir).expect("removed");
     }
+}
+
+/// Where the owner chose to go on, the budget is no limit for the primary.
+#[tokio::test]
+async fn a_log_may_grow_beyond_its_budget_where_that_was_chosen() {
+    let folder = TempDir::new().expect("a folder");
+    let dir = folder.path().join("log");
+    let mut here = Theatre::files(&dir, keeping(SyncPolicy::Explicit, 8 << 20));
+    let mut number = 0;
+    while here.log.full().is_none() {
+        number += 1;
+        assert!(number < 100, "there is no limit");
+        let one = large(here.log.tip(), number);
+        here.append(one);
+        here.hear().await;
+    }
+    here.log.set_unlimited(true);
+    here.until(|one| matches!(one, LogNews::Room)).await;
+    assert!(here.log.over_budget(), "and it is said");
+    let one = large(here.log.tip(), 1);
+    here.append(one);
+    here.stored_through(here.log.tip()).await;
 }

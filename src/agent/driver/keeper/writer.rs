@@ -12,6 +12,8 @@
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -106,6 +108,8 @@ impl From<SyncError> for Undone {
 pub(super) struct Writer {
     dir: PathBuf,
     keeping: Keeping,
+    /// The budget is no limit: the primary goes on beyond it.
+    unlimited: Arc<AtomicBool>,
     open: Open,
     store: Option<Box<dyn Store>>,
     orders: Receiver<Vec<Order>>,
@@ -123,6 +127,11 @@ pub(super) struct Writer {
 }
 
 impl Writer {
+    /// Whether the budget is no limit, from outside and at once.
+    pub(super) fn unlimited(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.unlimited)
+    }
+
     pub(super) fn new(
         dir: PathBuf,
         keeping: Keeping,
@@ -134,6 +143,7 @@ impl Writer {
         Self {
             dir,
             keeping,
+            unlimited: Arc::default(),
             open,
             store: Some(store),
             orders,
@@ -294,7 +304,7 @@ impl Writer {
             return Err(Undone::Refused("the log has not begun yet".to_owned()));
         };
         let budget = self.keeping.budget;
-        if store.bytes() >= budget {
+        if store.bytes() >= budget && !self.unlimited.load(Ordering::Relaxed) {
             return Err(Undone::Refused(format!(
                 "the log has come to its budget of {} MiB: raise log.retention, where there is space",
                 budget >> 20
