@@ -147,6 +147,23 @@ impl Loopback {
         }
     }
 
+    /// What all hosts have written down, for whoever looks why a test failed.
+    async fn journals(&self) -> String {
+        let mut all = String::new();
+        for host in &self.hosts {
+            let mut after = 0;
+            while let Ok(lines) = self.client.events(host, after).await
+                && let Some(last) = lines.last()
+            {
+                after = last.number;
+                for line in &lines {
+                    all.push_str(&format!("{host} {:?} {}\n", line.at, line.text));
+                }
+            }
+        }
+        all
+    }
+
     // ---- waiting ----
 
     /// Looks until something is there.
@@ -162,7 +179,8 @@ impl Loopback {
             }
             if began.elapsed() > PATIENCE {
                 let statuses = self.client.status_of_all().await;
-                panic!("{what} has not happened; {statuses:#?}");
+                let journals = self.journals().await;
+                panic!("{what} has not happened; {statuses:#?}\n{journals}");
             }
             sleep(LOOK_EVERY).await;
         }

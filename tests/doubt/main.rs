@@ -92,7 +92,14 @@ impl Theatre {
             let host = host_name(host);
             self.kill(&host);
             self.start_host(&host);
-            self.copies(3).await;
+            // As what it is now: the record may still name what it was.
+            self.until("the host's return", async |site| {
+                let now = site.seen(&host).await?.1.node.incarnation;
+                let record = site.record().await?;
+                let named = record.copy_on(&host)?.incarnation;
+                (named == now && record.copies() == 3).then_some(())
+            })
+            .await;
         }
     }
 }

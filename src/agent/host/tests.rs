@@ -324,7 +324,7 @@ async fn a_folder_that_cannot_be_used_is_told_of() {
 async fn a_state_that_cannot_be_written_is_written_later() {
     let mut stage = Stage::new();
     // No file can be written beside the one that is to be replaced.
-    let in_the_way = stage.folder("books").join("state.json.new");
+    let in_the_way = stage.folder("books").join("state.new");
     std::fs::create_dir_all(&in_the_way).expect("a folder");
     stage.agent.take(&vm("books"), "a test").expect("taken");
     let journal = Arc::clone(&stage.agent.env.journal);
@@ -343,9 +343,9 @@ async fn a_state_that_cannot_be_written_is_written_later() {
         timeout(PATIENCE, waiting).await.expect("in time");
     };
     until(|event| matches!(event, Event::StoreFull { .. })).await;
-    assert!(!stage.folder("books").join("state.json").exists());
+    assert!(!stage.folder("books").join("state").exists());
     std::fs::remove_dir(&in_the_way).expect("removed");
     until(|event| matches!(event, Event::StoreRoom)).await;
-    assert!(stage.folder("books").join("state.json").exists());
+    assert!(stage.folder("books").join("state").exists());
     stage.agent.end().await;
 }

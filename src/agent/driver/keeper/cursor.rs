@@ -13,6 +13,8 @@ use crate::protocol::{Span, Time};
 
 /// About so much is read at once.
 const PIECE: usize = 1 << 20;
+/// Where nothing could be read yet, it is read again after this long.
+const BREATH: Span = Span::from_millis(5);
 /// Where the system had no room for another open file, it is asked again after this long.
 const PAUSE: Span = Span::from_millis(500);
 
@@ -77,6 +79,8 @@ impl Cursor {
         };
         self.reading = Reading::Idle(piece.reader);
         match piece.batches {
+            // There is more, and it is on its way to the file: it is not asked for in a loop.
+            Ok(batches) if batches.is_empty() => self.not_before = now().plus(BREATH),
             Ok(batches) => self.ahead.extend(batches),
             Err(ReadError::Io(failure)) if is_passing(&failure.source) => {
                 self.not_before = now().plus(PAUSE);

@@ -541,3 +541,22 @@ async fn a_log_may_grow_beyond_its_budget_where_that_was_chosen() {
     here.append(one);
     here.stored_through(here.log.tip()).await;
 }
+
+/// What acknowledging means is agreed upon before the log has its first entry, and the store is opened
+/// anew for it: what is read later is read of that store.
+#[tokio::test]
+async fn a_log_that_is_kept_otherwise_from_the_beginning_is_read_from_its_files() {
+    let folder = TempDir::new().expect("a folder");
+    let dir = folder.path().join("log");
+    let mut here = Theatre::files(&dir, keeping(SyncPolicy::Never, ANY));
+    here.log.set_options(keeping(SyncPolicy::Explicit, ANY));
+    let mut taken = Vec::new();
+    // More than is kept in memory.
+    for number in 1..=20 {
+        let one = large(here.log.tip(), number);
+        here.append(one.clone());
+        taken.push(one);
+    }
+    here.stored_through(here.log.tip()).await;
+    assert_eq!(here.read_all(LogIndex::START).await, taken);
+}

@@ -219,12 +219,13 @@ impl Writer {
         let mut news = Vec::new();
         let mut since_report = 0;
         while let Some(Order { number, work }) = self.waiting.pop_front() {
-            let (begins, payload) = match &work {
-                Work::Begin { .. } => (true, 0),
-                Work::Append(_, batch) => (false, batch.payload().len()),
-                Work::Sync(_) | Work::Keep(_) => (false, 0),
+            // Another store may be open then: what is read from now on is read of that one.
+            let opens = matches!(work, Work::Begin { .. } | Work::Keep(_));
+            let payload = match &work {
+                Work::Append(_, batch) => batch.payload().len(),
+                _ => 0,
             };
-            if begins {
+            if matches!(work, Work::Begin { .. }) {
                 self.log = number;
             }
             match self.carry_out(&work, &mut news) {
@@ -242,7 +243,7 @@ impl Writer {
                     self.failed = Some(reason);
                 }
             }
-            if begins {
+            if opens {
                 let source = self.store.as_ref().map(|store| store.source());
                 self.report(std::mem::take(&mut news), Condition::Working, source);
             }
