@@ -335,12 +335,21 @@ fn a_failed_sync_makes_a_log_doubtful_and_deletes_nothing() {
             })
             .await;
         disks.repair();
-        theatre.copies(3).await;
-        let aside = std::fs::read_dir(folder.join("vms/shop"))
-            .expect("a folder")
-            .flatten()
-            .any(|entry| entry.file_name().to_string_lossy().contains("aside"));
-        assert!(aside, "what was there is kept");
+        theatre
+            .until("what was there, kept aside", async |_| {
+                let mut entries = std::fs::read_dir(folder.join("vms/shop")).ok()?.flatten();
+                entries
+                    .any(|entry| entry.file_name().to_string_lossy().contains("aside"))
+                    .then_some(())
+            })
+            .await;
+        theatre
+            .until("b as a copy again", async |site| {
+                let now = site.seen(&b).await?.1.node.incarnation;
+                let named = site.record().await?.copy_on(&b)?.incarnation;
+                (named == now).then_some(())
+            })
+            .await;
         flawless(load).await;
     });
 }
