@@ -119,9 +119,11 @@ pub(super) struct Core {
     /// Through where the primary said that output was let out, which may be beyond what is held
     /// here: the exposure when loss is accepted.
     pub(super) let_out: LogIndex,
-    /// The VMM failed here with the log through this place: until it has executed that, this host
-    /// is not fit to reign.
+    /// The VMM has failed here: until it has executed the log through here, this host is not fit to
+    /// reign.
     pub(super) unfit_before: LogIndex,
+    /// Through where it had executed when it failed last.
+    failed_at: LogIndex,
     /// How often the VMM has failed here without having come beyond that place.
     failures: u32,
     /// When somebody last ran the guest, or was said to, as far as this host knows.
@@ -186,6 +188,7 @@ impl Core {
             forgotten: FrameNumber(0),
             let_out: LogIndex::START,
             unfit_before: LogIndex::START,
+            failed_at: LogIndex::START,
             failures: 0,
             run_at: now,
             waiting_said: false,
@@ -552,7 +555,7 @@ impl Core {
     pub(super) fn health(&self) -> Health {
         if self.full.is_some() {
             Health::Full
-        } else if self.failures >= 2 && self.executed < self.unfit_before {
+        } else if self.failures >= 2 && self.executed <= self.failed_at {
             Health::Unable
         } else {
             Health::Well
@@ -564,14 +567,16 @@ impl Core {
         1 << self.failures.saturating_sub(1).min(5)
     }
 
-    /// The VMM failed: until it has executed what it held by then, this host is not fit to reign.
+    /// The VMM failed: until it has executed what it had by then, this host is not fit to reign. (Not
+    /// all that is held: the end of a log is executed only when more follows.)
     pub(super) fn note_vm_failure(&mut self) {
-        self.failures = if self.executed < self.unfit_before {
+        self.failures = if self.failures > 0 && self.executed <= self.failed_at {
             self.failures.saturating_add(1)
         } else {
             1
         };
-        self.unfit_before = self.log.appended.index;
+        self.failed_at = self.executed;
+        self.unfit_before = self.executed.max(LogIndex(1));
     }
 
     /// Begins to serve this host's log to another.

@@ -164,11 +164,10 @@ impl Stage {
         serde_json::from_slice(&printed.stdout).expect("JSON")
     }
 
-    /// What the guest has said on its console while a host was its primary.
-    pub fn console(&self, host: &HostName) -> String {
+    /// Where a host writes down what the guest says on its console.
+    pub fn console_file(&self, host: &HostName) -> PathBuf {
         let data = self.cluster.data(&identity(host)).expect("a folder");
-        let log = data.join("vms").join(self.vm.as_str()).join("console.log");
-        fs::read_to_string(log).unwrap_or_default()
+        data.join("vms").join(self.vm.as_str()).join("console.log")
     }
 
     // ---- waiting ----

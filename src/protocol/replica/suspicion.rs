@@ -79,7 +79,7 @@ impl Replica {
         let Some(record) = core.record.clone() else {
             return Turn::Stay;
         };
-        self.say_what_it_takes(core);
+        Self::say_what_it_takes(core);
         let silence = self.silence(core);
         let suspicious = self.abdicated || silence >= self.detector.patience(&core.config.timing);
         if !suspicious {
@@ -178,7 +178,7 @@ impl Replica {
 
     /// Nobody has run the guest for long, and nothing that this host can do has changed that: an
     /// operator is told what can.
-    fn say_what_it_takes(&self, core: &mut Core) {
+    fn say_what_it_takes(core: &mut Core) {
         let silence = core.nobody_for();
         if core.waiting_said
             || silence < core.config.timing.despair
