@@ -149,19 +149,20 @@ impl Loopback {
 
     /// What all hosts have written down, for whoever looks why a test failed.
     async fn journals(&self) -> String {
-        let mut all = String::new();
+        let mut all = Vec::new();
         for host in &self.hosts {
             let mut after = 0;
             while let Ok(lines) = self.client.events(host, after).await
                 && let Some(last) = lines.last()
             {
                 after = last.number;
-                for line in &lines {
-                    all.push_str(&format!("{host} {:?} {}\n", line.at, line.text));
-                }
+                let told = lines
+                    .iter()
+                    .map(|line| format!("{host} {:?} {}", line.at, line.text));
+                all.extend(told);
             }
         }
-        all
+        all.join("\n")
     }
 
     // ---- waiting ----
