@@ -67,7 +67,10 @@ impl World {
             return;
         }
         if self.keeper_is_behind() {
-            // Nobody has asked it since: an operator sees it in its status.
+            // Whoever has asked it since has said so. If nobody has, an operator sees it in status.
+            if self.witness.contradicted {
+                self.told(RECOVER);
+            }
             self.witness.set_back = true;
             self.recover();
             return;
