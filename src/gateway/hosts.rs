@@ -264,6 +264,7 @@ mod tests {
             policy: Policy::default(),
             through: LogIndex::START,
             begins: LogIndex::START,
+            follows: replay_log::Term(0),
             loss: false,
             failed: None,
         }

@@ -610,6 +610,10 @@ impl Core {
             self.stumble = None;
             self.run_at = self.now;
             self.waiting_said = false;
+            // What a log was to be deleted for may be gone before that is done.
+            if self.renewal == Some(Rest::Delete) && self.log.appended.index > LogIndex::START {
+                self.renewal = Some(Rest::Aside);
+            }
         }
         self.journal(Event::RecordCommitted {
             version: record.version(),

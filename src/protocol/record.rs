@@ -302,6 +302,9 @@ pub struct Record {
     pub through: LogIndex,
     /// Where this reign's own part of the log begins.
     pub begins: LogIndex,
+    /// The term by which the end of the log was recorded that this reign goes on with. A log of
+    /// another term that is no beginning of this one's parted from it in an earlier reign.
+    pub follows: Term,
     /// This reign began with less than was acknowledged, for all that is known: by an operator's
     /// order, or from disks. What other hosts have may be more.
     pub loss: bool,
@@ -324,6 +327,8 @@ struct RecordParts {
     #[serde(default)]
     begins: LogIndex,
     #[serde(default)]
+    follows: Term,
+    #[serde(default)]
     loss: bool,
     #[serde(default)]
     failed: Option<Stumble>,
@@ -343,6 +348,7 @@ impl TryFrom<RecordParts> for Record {
             policy: parts.policy,
             through: parts.through,
             begins: parts.begins,
+            follows: parts.follows,
             loss: parts.loss,
             failed: parts.failed,
         };
@@ -572,6 +578,7 @@ mod tests {
             policy: Policy::default(),
             through: LogIndex(3),
             begins: LogIndex(2),
+            follows: Term(0),
             loss: false,
             failed: None,
         }

@@ -153,8 +153,12 @@ impl Replica {
                 self.compare_tail(core, from, tail);
                 core.let_out = core.let_out.max(committed);
                 core.committed = core.committed.max(committed.min(core.log.appended.index));
-                if committed <= core.log.appended.index {
-                    // What is beyond this log has made no output here that could be forgotten.
+                // What gateways have received is committed, or was let out by earlier reigns, of which
+                // this one has gone on with everything. Beyond the log that is held here there may be
+                // outputs of a history that this host never gets.
+                let begins = core.record.as_ref().map(|record| record.begins);
+                let received = committed.max(begins.unwrap_or_default());
+                if received <= core.log.appended.index {
                     core.forget(forget);
                 }
             }
@@ -362,9 +366,13 @@ impl Replica {
         if core.settled() && Self::may_reign(core, from, *version) && tip == core.log.appended {
             self.source = None;
             // A reign that began with everything that had been let out has whatever counts of this
-            // log; of one that did not, or may not have, this may be the only copy.
+            // log; of one that did not, or may not have, this may be the only copy. What reigns in
+            // between began with, and whether they had lost something, is not known here.
+            let own = core.log.appended;
             let kept = core.record.as_ref().is_some_and(|record| {
-                !record.loss && record.begins >= core.let_out.min(core.log.appended.index)
+                !record.loss
+                    && record.follows == own.term
+                    && record.begins >= core.let_out.min(own.index)
             });
             let rest = if kept || core.mutated(Mutation::Careless) {
                 Rest::Delete

@@ -327,6 +327,7 @@ impl World {
     fn release(&mut self, host: usize, term: Term, through: LogIndex) {
         let here = &mut self.hosts[host];
         here.released = here.released.max(through);
+        here.knew = here.knew.max(through);
         here.reign = Some(term);
         self.facts.push(Fact::Released {
             host,

@@ -51,7 +51,8 @@ impl World {
         here.streams.clear();
         here.tag = incarnation;
         self.counts.resynchronisations += 1;
-        self.facts.push(Fact::Dropped { log, aside });
+        let knew = std::mem::take(&mut here.knew);
+        self.facts.push(Fact::Dropped { log, aside, knew });
     }
 
     /// Says once that the disk takes nothing more.

@@ -149,16 +149,16 @@ impl World {
         };
         if std::mem::take(&mut self.hosts[host].accepts_loss) {
             self.counts.losses_accepted += 1;
-            self.loss_is_accepted(host);
+            self.loss_is_accepted(host, false);
         } else if self.loss_was_hidden(&before) {
-            self.loss_is_accepted(host);
+            self.loss_is_accepted(host, true);
         } else if !before.all_copies().any(|copy| *copy == record.primary) {
             self.facts.push(Fact::Lost { before });
         }
     }
 
-    fn loss_is_accepted(&mut self, host: usize) {
-        self.facts.push(Fact::LossAccepted { host });
+    fn loss_is_accepted(&mut self, host: usize, hidden: bool) {
+        self.facts.push(Fact::LossAccepted { host, hidden });
         // Gateways may be ahead of the guest: they begin anew.
         self.gateway.forget_answers();
         self.gateway.restart();
@@ -192,6 +192,10 @@ impl World {
         asked: Moment,
     ) {
         let here = &mut self.hosts[host];
+        if here.deaf > 0 && answer.is_some() {
+            // It waits in vain.
+            return;
+        }
         if !here.asked.remove(&id) {
             return;
         }

@@ -53,10 +53,15 @@ pub(super) enum Fact {
     /// A client got the answer to a request that it sent when it had seen `floor`.
     Answered { key: u32, value: u64, floor: u64 },
     /// An operator accepted loss, or a disk that lied has lost more than the rule survives: history
-    /// goes on from the log of this host.
-    LossAccepted { host: usize },
-    /// A host gives its log up. What is set aside is not deleted.
-    Dropped { log: MemoryStore, aside: bool },
+    /// goes on from the log of this host. `hidden`: nobody can know that.
+    LossAccepted { host: usize, hidden: bool },
+    /// A host gives its log up. What is set aside is not deleted. It has been told, since its process
+    /// began, that output was let out through `knew`.
+    Dropped {
+        log: MemoryStore,
+        aside: bool,
+        knew: LogIndex,
+    },
     /// Something was broken, or repaired: what comes next may take its time.
     Disturbed,
     /// An operator has given the keeper this state of the record again.
@@ -215,7 +220,7 @@ impl Checker {
     fn note(&mut self, fact: &Fact, hosts: &[HostView]) {
         match fact {
             Fact::Lost { .. } | Fact::Booted => self.released = Released::default(),
-            Fact::LossAccepted { host } => {
+            Fact::LossAccepted { host, .. } => {
                 // A log that is longer may still be another one: of an earlier term, on the host that
                 // alone has not lost everything.
                 let host = &hosts[*host];

@@ -104,9 +104,9 @@ const COMMON: [Kind; 21] = [
     Kind::Switchover,
 ];
 
-/// What a seed has or has not as a whole: disks, the keeper, an operator, connections, and hosts or
-/// strangers that mean harm.
-const FAMILIES: [&[Kind]; 5] = [
+/// What a seed has or has not as a whole: disks, the keeper, an operator, connections, primaries that
+/// hear nothing, and hosts or strangers that mean harm.
+const FAMILIES: [&[Kind]; 6] = [
     &[
         Kind::HungDisk,
         Kind::FullDisks,
@@ -130,9 +130,13 @@ const FAMILIES: [&[Kind]; 5] = [
         Kind::AcceptLoss,
         Kind::Switchover,
     ],
-    &[Kind::CloseLink, Kind::OneWay, Kind::Loss, Kind::Deaf],
+    &[Kind::CloseLink, Kind::OneWay, Kind::Loss],
+    &[Kind::Deaf],
     &[Kind::Stranger, Kind::Usurper],
 ];
+
+/// So long nothing else breaks when a primary hears nothing.
+const DEAF_ALONE: Moment = 1_100 * MILLI;
 
 /// The temperament of a seed.
 #[derive(Clone, Debug)]
@@ -190,7 +194,7 @@ impl Faults {
 }
 
 impl World {
-    fn primary(&self) -> Option<usize> {
+    pub(super) fn primary(&self) -> Option<usize> {
         let record = self.witness.record.as_ref()?;
         self.number_of(&record.primary.host)
     }
@@ -205,9 +209,13 @@ impl World {
             return;
         }
         let gap = self.faults.gap;
-        let next = self.now + gap / 4 + self.random.below(gap * 3 / 2);
-        self.queue.plan(next, Event::Break);
+        let mut next = self.now + gap / 4 + self.random.below(gap * 3 / 2);
         let kind = *self.random.pick(&self.faults.kinds);
+        if kind == Kind::Deaf {
+            // What it does wrong it does a second later, and anything else would end it first.
+            next += DEAF_ALONE;
+        }
+        self.queue.plan(next, Event::Break);
         self.counts.faults += 1;
         let mut host = self.any_host();
         if matches!(kind, Kind::KillPrimary | Kind::PausePrimary | Kind::Bridge) {
@@ -334,13 +342,12 @@ impl World {
             }
             Kind::Deaf => {
                 let host = self.primary().unwrap_or(host);
-                for other in (0..self.hosts.len()).filter(|other| *other != host) {
-                    self.network.block(other, host);
-                }
+                self.network.deafen(host);
                 self.gateway_blocks[host] += 1;
                 self.hosts[host].deaf_since.get_or_insert(self.now);
                 self.hosts[host].deaf += 1;
-                self.repair_after(2 * long, Fault::Deaf(host));
+                let span = self.random.between(1_200, 3_000) * MILLI;
+                self.repair_after(span, Fault::Deaf(host));
             }
             Kind::Stranger | Kind::Usurper => self.forge(kind, host),
         }
@@ -432,9 +439,7 @@ impl World {
                 self.witness_blocks[host] -= 1;
             }
             Fault::Deaf(host) => {
-                for other in (0..self.hosts.len()).filter(|other| *other != host) {
-                    self.network.unblock(other, host);
-                }
+                self.network.undeafen(host);
                 self.gateway_blocks[host] -= 1;
                 self.hosts[host].hears_again();
             }

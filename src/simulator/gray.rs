@@ -1,9 +1,10 @@
 //! What stays broken in the end: a cluster that has one fault left must go on all the same, where
 //! its rule allows it.
 
+use super::facts::Fact;
 use super::queue::{MILLI, SECOND};
 use super::world::{Event, World};
-use crate::protocol::{Acks, OnLoss, Record};
+use crate::protocol::{Acks, Input, OnLoss, Operator, Record};
 
 /// The one fault that is not repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +76,7 @@ impl World {
     }
 
     /// The host that is not to be counted on any more.
-    fn lost_host(&self) -> Option<usize> {
+    pub(super) fn lost_host(&self) -> Option<usize> {
         match self.gray {
             Some(Gray::Down(host) | Gray::Hung(host) | Gray::Full(host)) => Some(host),
             _ => None,
@@ -90,6 +91,25 @@ impl World {
     /// Whether this host is not to be started again.
     pub(super) fn stays_down(&self, host: usize) -> bool {
         self.is_gone(host) || self.gray == Some(Gray::Hung(host))
+    }
+
+    /// Whether this host is down and will not be started again.
+    pub(super) fn is_lost(&self, host: usize) -> bool {
+        self.stays_down(host) && !self.hosts[host].is_up()
+    }
+
+    /// What stays broken turns out to be the only host with the log: what was under way when it was
+    /// chosen has cost the others theirs. Then an operator repairs it first.
+    pub(super) fn mend(&mut self, host: usize) -> bool {
+        let only = matches!(self.gray, Some(Gray::Full(gray) | Gray::Hung(gray)) if gray == host);
+        if only {
+            self.gray = None;
+            self.hosts[host].storage.heal();
+            self.make_room(host);
+            self.healed = Some(self.now);
+            self.facts.push(Fact::Disturbed);
+        }
+        only
     }
 
     /// How many copies the record can name in the end, of those it wants; and whether clients get
@@ -120,7 +140,8 @@ impl World {
 
     /// Whether the others can go on without this host: enough of the record's copies are intact.
     fn can_do_without(&self, host: usize) -> bool {
-        let Some(record) = &self.witness.record else {
+        // Not what a keeper has that was set back: it will get the newest one again.
+        let Some(record) = &self.witness.truth else {
             return false;
         };
         let intact = record.all_copies().filter(|copy| {
@@ -135,12 +156,31 @@ impl World {
         record.hosts.len() > 1 && intact.count() >= record.seals().max(1)
     }
 
-    /// The keeper comes back late: what must not depend on it is looked at meanwhile.
+    /// The keeper comes back late: what must not depend on it is looked at meanwhile. It may go in the
+    /// middle of a switchover: then nobody is to stand still for the sake of a claim that has ended.
     pub(super) fn maybe_keep_keeper_away(&mut self) {
-        if self.gray.is_none() && self.random.chance(100) {
-            self.witness.down += 1;
-            let away = self.random.between(3, 9) * SECOND + 500 * MILLI;
-            self.queue.plan(self.now + away, Event::KeeperBack);
+        if self.gray.is_some() || !self.random.chance(150) {
+            return;
+        }
+        let switchover = self.random.chance(600);
+        let (goes, least) = if switchover {
+            let begins = 400 * MILLI;
+            self.queue.plan(self.now + begins, Event::Switchover);
+            let takes = 20 * MILLI + 6 * self.setup.delay + 2 * self.setup.keeper.1;
+            (begins + self.random.below(takes), 8)
+        } else {
+            (0, 3)
+        };
+        let away = self.random.between(least, 9) * SECOND + 500 * MILLI;
+        self.queue.plan(self.now + goes, Event::KeeperAway);
+        self.queue.plan(self.now + goes + away, Event::KeeperBack);
+    }
+
+    /// An operator wants another host to go on.
+    pub(super) fn switch_over(&mut self) {
+        if let Some(primary) = self.primary() {
+            let wish = Operator::Switchover { to: None };
+            self.plan_input(0, primary, Input::Operator(wish));
         }
     }
 }

@@ -91,6 +91,8 @@ pub(super) struct Host {
     pub(super) turn_at: Option<Moment>,
     pub(super) reign: Option<Term>,
     pub(super) released: LogIndex,
+    /// Through where output was let out, as its process knows.
+    pub(super) knew: LogIndex,
     pub(super) machine: u64,
     pub(super) session: Option<Session>,
     pub(super) asked: BTreeSet<u64>,
@@ -136,6 +138,7 @@ impl Host {
             turn_at: None,
             reign: None,
             released: LogIndex::START,
+            knew: LogIndex::START,
             machine: 0,
             session: None,
             asked: BTreeSet::new(),
@@ -178,6 +181,7 @@ impl Host {
             fresh: self.random.next(),
         };
         self.life += 1;
+        self.knew = LogIndex::START;
         self.tag = self.durable.incarnation;
         self.storage.begin();
         self.keeper = KeeperPatience::default();

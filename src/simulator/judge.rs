@@ -67,7 +67,10 @@ impl World {
             return;
         }
         if self.keeper_is_behind() {
-            // Nobody has asked it since: an operator sees it in its status.
+            // Whoever has asked it since has said so. If nobody has, an operator sees it in status.
+            if self.witness.contradicted {
+                self.told(RECOVER);
+            }
             self.witness.set_back = true;
             self.recover();
             return;
@@ -87,7 +90,7 @@ impl World {
         let intact = record.all_copies().filter(|copy| {
             let host = self
                 .number_of(&copy.host)
-                .filter(|host| !self.is_gone(*host));
+                .filter(|host| self.lost_host() != Some(*host));
             host.is_some_and(|host| self.hosts[host].durable.incarnation == copy.incarnation)
         });
         let stumbled = self.stopped;
@@ -101,6 +104,9 @@ impl World {
             (tip.term, tip.index, durable.live.max(durable.booting))
         });
         if let Some(best) = best {
+            if self.mend(best) {
+                return;
+            }
             self.told(ACCEPT_LOSS);
             let here = &self.hosts[best];
             let durable = &here.durable;
@@ -135,7 +141,7 @@ impl World {
         let all = self.hosts.iter().enumerate();
         // Whoever is left out could have seen a newer one.
         let missing = all
-            .filter(|(n, host)| !host.is_up() && !self.is_gone(*n))
+            .filter(|(n, host)| !host.is_up() && !self.is_lost(*n))
             .count();
         if missing > 0 || !(self.witness.set_back || self.keeper_is_behind()) {
             return;

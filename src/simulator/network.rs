@@ -56,6 +56,8 @@ pub(super) struct Network {
     links: BTreeMap<(usize, usize), Link>,
     lanes: BTreeMap<LaneKey, Waiting>,
     blocks: BTreeMap<(usize, usize), u32>,
+    /// Hosts that take nothing of what arrives. Their connections stay.
+    deaf: BTreeMap<usize, u32>,
     next_id: u64,
     /// Connections that were closed and of which nobody has been told yet.
     closed: Vec<(usize, usize)>,
@@ -78,6 +80,7 @@ impl Network {
             links: BTreeMap::new(),
             lanes: BTreeMap::new(),
             blocks: BTreeMap::new(),
+            deaf: BTreeMap::new(),
             next_id: 0,
             closed: Vec::new(),
             random,
@@ -103,7 +106,23 @@ impl Network {
         self.blocks.get(&(from, to)).is_some_and(|count| *count > 0)
     }
 
+    pub(super) fn deafen(&mut self, host: usize) {
+        *self.deaf.entry(host).or_default() += 1;
+    }
+
+    pub(super) fn undeafen(&mut self, host: usize) {
+        if let Some(count) = self.deaf.get_mut(&host) {
+            *count = count.saturating_sub(1);
+        }
+    }
+
+    /// Whether what arrives there is taken.
+    pub(super) fn takes(&self, from: usize, to: usize) -> bool {
+        !self.blocked(from, to) && self.deaf.get(&to).is_none_or(|count| *count == 0)
+    }
+
     pub(super) fn heal(&mut self) {
+        self.deaf.clear();
         self.blocks.clear();
     }
 
@@ -138,7 +157,7 @@ impl Network {
         let lane = message.lane();
         let flight = self.flight();
         if lane == Lane::Datagram {
-            if self.lost() || self.blocked(from, to) {
+            if self.lost() || !self.takes(from, to) {
                 return Travel::Lost;
             }
             let mut at = vec![now + flight];
@@ -179,7 +198,7 @@ impl Network {
             self.lanes.remove(&key);
             return Ok(None);
         }
-        if self.blocked(key.from, key.to) {
+        if !self.takes(key.from, key.to) {
             return Err(now + 7 * MILLI);
         }
         let Some(waiting) = self.lanes.get_mut(&key) else {
@@ -202,7 +221,7 @@ impl Network {
 
     /// Whether what the second sends reaches the first.
     pub(super) fn hears(&self, a: usize, b: usize) -> bool {
-        self.link(a, b).is_some() && !self.blocked(b, a)
+        self.link(a, b).is_some() && self.takes(b, a)
     }
 
     /// Makes and ends connections. `lives` are the numbers of the processes that run, by host.

@@ -67,6 +67,8 @@ pub(super) struct Witness {
     pub(super) set_back: bool,
     /// It has less than it had, and heeds nobody who says so: only hosts can know.
     pub(super) blind: bool,
+    /// Somebody has asked who has seen more.
+    pub(super) contradicted: bool,
     key: [u8; 32],
 }
 
@@ -86,8 +88,9 @@ impl Witness {
         let below = |seen: Seen| {
             had.is_none_or(|had| had.lineage != seen.lineage || had.version < seen.version)
         };
-        if !self.blind && ask.seen().is_some_and(below) {
-            self.set_back = true;
+        if ask.seen().is_some_and(below) {
+            self.contradicted = self.blind;
+            self.set_back |= !self.blind;
         }
         if self.set_back {
             return (Answer::Refused(SET_BACK), false);
@@ -160,5 +163,6 @@ impl Witness {
         self.truth.clone_from(&self.record);
         self.set_back = false;
         self.blind = false;
+        self.contradicted = false;
     }
 }

@@ -17,6 +17,7 @@ use super::witness::{Answer, Ask, Witness};
 use crate::protocol::{
     Committed, HostName, Input, Message, Node, Operator, Record, RoleName, VmRun,
 };
+use replay_log::Store;
 use vmm::model::DISK_SIZE;
 
 /// How long nothing is broken at first: time to pair.
@@ -92,7 +93,10 @@ pub(super) enum Event {
     },
     /// An operator puts the keeper right again.
     Recover,
+    KeeperAway,
     KeeperBack,
+    /// An operator orders one.
+    Switchover,
     GatewayTick,
     GatewayRead(Option<Record>),
     ToHost {
@@ -265,7 +269,7 @@ impl World {
                 to,
                 message,
             } => {
-                if self.network.is_current(link, from, to) && !self.network.blocked(from, to) {
+                if self.network.is_current(link, from, to) && self.network.takes(from, to) {
                     self.deliver(from, to, *message);
                 }
             }
@@ -302,7 +306,9 @@ impl World {
             Event::Forged { to, from, message } => self.hear(to, &from, *message),
             Event::Fill { host, span } => self.fill(host, span),
             Event::Recover => self.recover(),
+            Event::KeeperAway => self.witness.down += 1,
             Event::KeeperBack => self.keeper_back(),
+            Event::Switchover => self.switch_over(),
             Event::GatewayTick => self.gateway_tick(),
             Event::GatewayRead(record) => self.gateway_read(record.as_ref()),
             Event::ToHost {
@@ -414,6 +420,12 @@ impl World {
         match &message {
             Message::Ack(ack) | Message::Report(ack) => {
                 self.hosts[to].streams.acknowledged(from, ack.held);
+            }
+            Message::Heartbeat {
+                version, committed, ..
+            } if version.term <= self.hosts[to].store.tip().term => {
+                let knew = &mut self.hosts[to].knew;
+                *knew = (*knew).max(*committed);
             }
             Message::Hello { .. } if self.hosts[from].lies() && self.reigns(to) => {
                 self.hosts[from].storage.found_out = true;

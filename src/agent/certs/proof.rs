@@ -216,6 +216,7 @@ mod tests {
             policy: Policy::default(),
             through: LogIndex(3),
             begins: LogIndex::START,
+            follows: replay_log::Term(0),
             loss: false,
             failed: None,
         }

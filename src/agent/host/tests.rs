@@ -156,6 +156,7 @@ fn refused(answer: Answer) -> String {
 fn record(primary: &str, hosts: &[&str]) -> Record {
     Record {
         begins: LogIndex::START,
+        follows: replay_log::Term(0),
         loss: false,
         lineage: Lineage(1),
         through: replay_log::LogIndex::START,

@@ -44,6 +44,7 @@ pub(super) fn record(term: u64, epoch: u64, primary: &str, members: &[&str]) -> 
         policy: Policy::default(),
         through: LogIndex::START,
         begins: LogIndex::START,
+        follows: replay_log::Term(0),
         loss: false,
         failed: None,
     }

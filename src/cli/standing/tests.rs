@@ -25,6 +25,7 @@ pub(in crate::cli) fn record(members: &[&str]) -> Record {
     let hosts = ["a"].iter().chain(members).map(|name| host(name));
     Record {
         begins: LogIndex::START,
+        follows: replay_log::Term(0),
         loss: false,
         lineage: Lineage(7),
         term: Term(3),

@@ -50,6 +50,7 @@ fn record(reign: &Reign<usize>, copies: usize) -> Record {
         lineage: Lineage(1),
         through: LogIndex::START,
         begins: LogIndex::START,
+        follows: replay_log::Term(0),
         loss: false,
         failed: None,
         term: reign.term,

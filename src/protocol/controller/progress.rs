@@ -188,6 +188,7 @@ impl Controller {
             policy,
             through: self.chosen.index,
             begins: self.chosen.index,
+            follows: self.chosen.term,
             loss: match self.kind {
                 Kind::Cold | Kind::Forced { .. } => true,
                 Kind::First { .. } => self.base.is_some(),

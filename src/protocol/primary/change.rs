@@ -32,7 +32,7 @@ use super::super::mutation::Mutation;
 use super::super::name::HostName;
 use super::super::node::Turn;
 use super::super::record::{MAX_COPIES, Member, OnLoss, Policy, Record, Version};
-use super::super::time::Time;
+use super::super::time::{Span, Time};
 use super::Primary;
 
 /// A proposed record whose outcome is not known.
@@ -131,11 +131,12 @@ impl Primary {
         all.min().unwrap_or_default()
     }
 
-    /// Whether the keeper has answered since the members were lost that are to go. One that hears
-    /// nothing at all might have lost nobody: its change would reach the keeper, and it could not
-    /// go on.
+    /// Whether the keeper has answered lately, if members are to go that have not been heard lately.
+    /// One that hears nothing at all might have lost nobody: its change would reach the keeper, and it
+    /// could not go on. Lately is half the time after which members count as lost: who was heard when
+    /// they had just fallen silent says nothing of the time since.
     fn hears_the_keeper(&self, core: &mut Core, record: &Record, members: &[Member]) -> bool {
-        let patience = core.config.timing.shrink_after;
+        let patience = Span::from_nanos(core.config.timing.shrink_after.as_nanos() / 2);
         let silent = |member: &Member| {
             let follower = self.followers.get(&member.host);
             follower.is_some_and(|follower| follower.silence(core.awake()) >= patience)
@@ -186,11 +187,6 @@ impl Primary {
             hosts.contains(&member.host) && !(shrinks && self.lost(core, member).is_some())
         };
         let mut members: Vec<_> = record.members.iter().filter(stays).cloned().collect();
-        if members.len() + 1 < record.policy.min_copies as usize {
-            // Removing them would only stall output for another reason.
-            members.clone_from(&record.members);
-            members.retain(|member| hosts.contains(&member.host));
-        }
         for host in hosts.iter().filter(|host| *host != core.host()) {
             let Some(follower) = self.followers.get(host) else {
                 continue;
@@ -203,6 +199,15 @@ impl Primary {
                 members.retain(|member| member.host != *host);
                 members.push(new);
             }
+        }
+        if members.len() + 1 < record.policy.min_copies as usize {
+            // Removing those that are lost would only stall output for another reason. Where others take
+            // their place it does not.
+            let missing = |old: &&Member| {
+                hosts.contains(&old.host) && members.iter().all(|new| new.host != old.host)
+            };
+            let lost: Vec<_> = record.members.iter().filter(missing).cloned().collect();
+            members.extend(lost);
         }
         members.sort();
         members
@@ -270,10 +275,22 @@ impl Primary {
 
     /// Asks the keeper, or asks again for the same.
     pub(super) fn retry_change(&mut self, core: &mut Core) {
-        if let Some(change) = &mut self.change
-            && !change.asking
-            && core.now >= change.again_at
+        let due = |change: &&Change| !change.asking && core.now >= change.again_at;
+        let Some(members) = self
+            .change
+            .as_ref()
+            .filter(due)
+            .map(|c| c.new.members.clone())
+        else {
+            return;
+        };
+        // Since it was proposed this host may have come to hear nobody.
+        if let Some(record) = core.record.clone()
+            && !self.hears_the_keeper(core, &record, &members)
         {
+            return;
+        }
+        if let Some(change) = &mut self.change {
             change.asking = true;
             core.do_(Action::SwapRecord {
                 expect: Some(change.expect),

@@ -366,6 +366,34 @@ fn the_unanswered_end_of_a_dead_primarys_log_is_not_kept() {
     assert_eq!(trio.host("a").dropped, Some(false));
 }
 
+/// What a reign between had begun with is not known: one that began with everything that came after it
+/// may have begun with less than this log has.
+#[test]
+fn a_log_from_before_a_reign_that_it_has_not_seen_is_set_aside() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(3);
+    for host in ["b", "c"] {
+        trio.host(host).cut_off = true;
+    }
+    trio.record_entries(2);
+    for host in ["b", "c"] {
+        trio.host(host).cut_off = false;
+    }
+    trio.host("a").cut_off = true;
+    trio.pass(1_000);
+    assert_eq!(trio.record().primary.host, name("b"));
+    trio.record_on("b", 1);
+    trio.pass(10);
+    trio.host("b").cut_off = true;
+    trio.pass(3_000);
+    assert_eq!(trio.record().primary.host, name("c"), "{:?}", trio.record());
+    assert_eq!(trio.record().follows, Term(2));
+    trio.host("a").cut_off = false;
+    trio.restart("a");
+    trio.pass(1_000);
+    assert_eq!(trio.host("a").dropped, Some(true));
+}
+
 /// All disks are lost: the name is not, and an order boots the guest anew.
 #[test]
 fn a_vm_of_which_nothing_is_left_starts_over_by_an_order() {

@@ -123,3 +123,30 @@ fn a_copy_that_begins_anew_while_it_is_claimed_joins_again() {
     let member = trio.record().member_on(&name("c")).expect("a member");
     assert_eq!(member.incarnation, anew);
 }
+
+/// One that has caught up takes the place of a member that is lost, also where without either there
+/// would be too few copies.
+#[test]
+fn a_lost_member_is_replaced_where_too_few_copies_would_be_left() {
+    let mut trio = Trio::paired(Policy {
+        min_copies: 2,
+        ..START
+    });
+    trio.host("b").cut_off = true;
+    for _ in 0..1_500 {
+        trio.record_entries(1);
+        trio.pass(1);
+    }
+    assert!(trio.record().member_on(&name("b")).is_none());
+    trio.host("c").cut_off = true;
+    trio.host("b").cut_off = false;
+    trio.host("b").keeps_up = true;
+    trio.restart("b");
+    for _ in 0..3_000 {
+        trio.record_entries(1);
+        trio.pass(1);
+    }
+    assert!(trio.record().member_on(&name("b")).is_some());
+    assert!(trio.record().member_on(&name("c")).is_none());
+    assert!(trio.host("a").released > LogIndex(3_000), "output flows");
+}

@@ -156,3 +156,61 @@ fn after_two_reigns_that_fail_at_one_place_nobody_claims() {
     trio.pass(1_000);
     assert_eq!(trio.record().term, Term(3));
 }
+
+/// What the outputs were that a gateway has received, only a log that has them can say: a copy that is
+/// still taking the log makes none of them, and may go on with another history.
+#[test]
+fn a_copy_forgets_no_output_of_a_log_that_it_has_not_got() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(3);
+    trio.host("a").cut_off = true;
+    trio.pass(1_000);
+    assert_eq!(trio.record().primary.host, name("b"));
+    assert!(trio.record().begins > LogIndex(3));
+    trio.host("b").cut_off = true;
+    let version = trio.record().version();
+    // Too few copies: nothing is committed by this reign, and what was before is received.
+    let from_b = |message| Input::Message {
+        from: name("b"),
+        message,
+    };
+    let heartbeat = |number| Message::Heartbeat {
+        version,
+        tail: LogIndex(9),
+        committed: LogIndex::START,
+        forget: FrameNumber(number),
+    };
+    trio.input(&name("c"), from_b(heartbeat(7)));
+    assert_eq!(trio.host("c").node.status().forgotten, FrameNumber(7));
+    let reason = "fsync failed".to_owned();
+    trio.input(&name("c"), Input::StoreFailed { reason });
+    let stream = Message::Stream {
+        authority: Authority::Reign(version),
+        after: LogTip::default(),
+    };
+    trio.input(&name("c"), from_b(stream));
+    trio.input(&name("c"), from_b(heartbeat(8)));
+    assert_eq!(trio.host("c").node.status().forgotten, FrameNumber(0));
+}
+
+/// Whoever has heard the keeper only when its members had just fallen silent may hear nobody since.
+#[test]
+fn the_keepers_word_of_long_ago_does_not_help_a_deaf_primary() {
+    let mut trio = Trio::paired(START);
+    for host in ["b", "c"] {
+        trio.host(host).cut_off = true;
+    }
+    trio.pass(100);
+    let read = Input::RecordRead(Some(super::trio::by_keeper(trio.record().clone())));
+    trio.input(&name("a"), read);
+    trio.host("a").deaf = true;
+    trio.pass(1_050);
+    assert_eq!(trio.record().members.len(), 2, "nobody is removed");
+    trio.host("a").deaf = false;
+    trio.pass(1_500);
+    assert_eq!(
+        trio.record().members.len(),
+        0,
+        "whoever hears the keeper goes on"
+    );
+}

@@ -231,9 +231,14 @@ impl Trio {
 
     /// The guest of `a` makes so many batches.
     pub(super) fn record_entries(&mut self, batches: u64) {
+        self.record_on("a", batches);
+    }
+
+    /// The guest of this host makes so many batches.
+    pub(super) fn record_on(&mut self, host: &str, batches: u64) {
         for _ in 0..batches {
-            let here = self.host("a");
-            let builder = here.builder.as_mut().expect("a records");
+            let here = self.host(host);
+            let builder = here.builder.as_mut().expect("it records");
             let digest = MarkDigest(builder.end().0);
             let at = Position(builder.end().0);
             builder
@@ -241,7 +246,7 @@ impl Trio {
                 .expect("a mark");
             let batch = builder.finish().expect("an entry");
             let run = here.run;
-            self.input(&name("a"), Input::Recorded { run, batch });
+            self.input(&name(host), Input::Recorded { run, batch });
         }
     }
 

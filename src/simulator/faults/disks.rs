@@ -61,7 +61,12 @@ impl World {
         if !self.can_spare(host) || !self.hosts[host].is_up() {
             return;
         }
-        self.crash(host, true, down);
+        // Often much is wrong at once: whoever has the rest of the log is away, and the folder is there.
+        let alone = self.random.chance(600);
+        self.crash(host, true, if alone { down.min(300 * MILLI) } else { down });
+        for other in (0..self.hosts.len()).filter(|other| alone && *other != host) {
+            self.crash(other, false, down.max(SECOND));
+        }
         let here = &mut self.hosts[host];
         if let Some(backup) = here.storage.backup.take() {
             here.store = backup.store;

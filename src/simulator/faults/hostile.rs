@@ -72,6 +72,7 @@ impl World {
             policy: base.map_or_else(Policy::default, |record| record.policy),
             through: replay_log::LogIndex::START,
             begins: replay_log::LogIndex::START,
+            follows: replay_log::Term(0),
             loss: false,
             failed: None,
         };

@@ -58,11 +58,12 @@ impl World {
         if !keeper || named || !here.runs(self.now) {
             return;
         }
-        let log = here.store.clone();
+        let (log, knew) = (here.store.clone(), here.knew);
         self.hosts[host].stop(false);
         self.hosts[host].wipe();
         self.facts.push(Fact::Replaced { host });
-        self.facts.push(Fact::Dropped { log, aside: false });
+        let aside = false;
+        self.facts.push(Fact::Dropped { log, aside, knew });
         self.start_host(host);
     }
 
