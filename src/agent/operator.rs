@@ -58,6 +58,14 @@ pub enum Request {
         /// Who must hold the log before output.
         policy: Policy,
     },
+    /// Start a VM of which no log and no disk is left again from its image, with this host as its
+    /// primary, and copies where its record wants them. Everything it had is lost. An order.
+    StartOver {
+        /// Which VM.
+        vm: VmName,
+        /// The image's name.
+        image: String,
+    },
     /// Of the primary: have copies on exactly these hosts. An order.
     Pair {
         /// Which VM.

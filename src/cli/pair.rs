@@ -50,6 +50,10 @@ pub struct Args {
     /// The image, when the VM is started; the VM's own name when it is left out
     #[arg(long)]
     image: Option<String>,
+    /// Start the VM again from its image, when no host has a log or disks of it any more: everything
+    /// it had is lost
+    #[arg(long)]
+    start_over: bool,
     /// How many seconds to wait until every replica has caught up; 0 does not wait
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     wait: u64,
@@ -75,7 +79,7 @@ enum Acks {
 enum LogFull {
     /// It takes no more, and output waits where the rule needs it
     Stall,
-    /// The primary goes on alone and writes no log any more
+    /// The primary's log grows beyond it; copies whose budget is used up are let go
     Unprotected,
 }
 
@@ -89,6 +93,9 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         }
         let hosts = hosts(args).or_exit(Exit::Usage)?;
         let known = record(&client, &args.vm).await?;
+        if args.start_over {
+            return start_over(&client, args, &primary, known).await;
+        }
         let policy = policy(args, known.as_ref());
         policy.fits(&hosts, &args.primary).or_exit(Exit::Usage)?;
         let order = order(args, known.as_ref(), &hosts, policy)?;
@@ -111,6 +118,29 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             Err(error) => Err(error).or_fail(),
         }
     })
+}
+
+/// Starts a VM of which nothing is left again, as its record wants it.
+async fn start_over(
+    client: &Client,
+    args: &Args,
+    primary: &HostName,
+    known: Option<Record>,
+) -> Result<(), Failure> {
+    let vm = args.vm.clone();
+    let Some(record) = known else {
+        let why = format!("no VM {vm} is known: leave --start-over out, and pair starts it");
+        return Err(why).or_exit(Exit::Usage);
+    };
+    let image = args.image.clone().unwrap_or_else(|| vm.to_string());
+    let order = Request::StartOver { vm, image };
+    let journal = client.order(primary, &order).await.or_fail()?;
+    let wanted = Wanted {
+        hosts: record.hosts,
+        policy: record.policy,
+    };
+    let holds = wait(client, args, &wanted, journal).await?;
+    output::line(holds)
 }
 
 /// The hosts that shall have a copy, each named once: a host that is named twice is most often a

@@ -512,6 +512,41 @@ fn after_a_power_failure_an_order_goes_on_without_the_host_that_is_gone() {
     });
 }
 
+/// All disks are lost. The VM's name is not, and an order boots it anew.
+#[test]
+fn a_vm_of_which_nothing_is_left_starts_over_by_an_order() {
+    on_kvm(async || {
+        let mut theatre = Theatre::open(&["a", "b"], policy(Rule::All)).await;
+        let hosts = ["a", "b"].map(host_name);
+        for host in &hosts {
+            theatre.kill(host);
+            theatre.cluster.forget(&identity(host)).expect("forgets");
+        }
+        for host in &hosts {
+            theatre.start_host(host);
+        }
+        let order = [
+            "pair",
+            "shop",
+            "--image",
+            "ledger",
+            "--primary",
+            "a",
+            "--start-over",
+        ];
+        theatre
+            .until("a start from the image", async |site| {
+                let cluster = site.cluster.folder().display().to_string();
+                let args = order.iter().copied().chain(["--cluster", &cluster]);
+                let done = understudy(&args.collect::<Vec<_>>());
+                done.status.success().then_some(())
+            })
+            .await;
+        theatre.copies(2).await;
+        assert_eq!(count(&mut theatre).await, 0, "everything it had is lost");
+    });
+}
+
 /// The primary dies, and its successor as soon as the record names it; both are healthy hosts' deaths,
 /// and the third has everything.
 #[test]

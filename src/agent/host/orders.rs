@@ -27,11 +27,12 @@ impl Agent {
     /// Takes an operator's request. A VM's image is looked for first, and read for that: heartbeats
     /// do not wait for a disk.
     pub(super) fn asked(&self, asked: Asked) -> Option<Asked> {
-        let Request::Run {
-            vm, image, hosts, ..
-        } = &asked.request
-        else {
-            return Some(asked);
+        let (vm, image, hosts) = match &asked.request {
+            Request::Run {
+                vm, image, hosts, ..
+            } => (vm, image, hosts.as_slice()),
+            Request::StartOver { vm, image } => (vm, image, [].as_slice()),
+            _ => return Some(asked),
         };
         let may_take = || self.may_take(vm).map_err(|error| sentence(&error));
         if let Err(why) = self.check_fit(hosts).and_then(|()| may_take()) {
@@ -78,6 +79,11 @@ impl Agent {
                 self.take(&vm, "an operator creates it")
                     .map_err(|error| sentence(&error))?;
                 (vm, Operator::Create { hosts, policy })
+            }
+            Request::StartOver { vm, .. } => {
+                self.take(&vm, "an operator starts it over")
+                    .map_err(|error| sentence(&error))?;
+                (vm, Operator::StartOver)
             }
             Request::Pair { vm, hosts, policy } => {
                 self.check_fit(&hosts)?;
