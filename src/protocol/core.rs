@@ -212,7 +212,7 @@ impl Core {
         } else if damaged {
             // The driver has set it aside: what is dropped is an empty one.
             self.renew(Rest::Delete, "the log on disk is damaged");
-        } else if elsewhere && !self.mutated(Mutation::Restored) {
+        } else if elsewhere {
             // Whatever was acknowledged, flushed or promised since the copy was made is not in it.
             self.durable.live = Term(0);
             self.durable.booting = Term(0);
@@ -338,8 +338,7 @@ impl Core {
         let through = self.record.as_ref().map(|record| record.through);
         let own = self.log.appended.index;
         let lacks = through.is_some_and(|through| own < through);
-        let believed = self.mutated(Mutation::Amnesia) || self.mutated(Mutation::Restored);
-        if lacks && self.is_copy() && self.settled() && !believed {
+        if lacks && self.is_copy() && self.settled() && !self.mutated(Mutation::Amnesia) {
             let through = through.unwrap_or_default();
             let why = format!(
                 "its log ends at {own}, and the record says that it held {through}: the disk has lost \

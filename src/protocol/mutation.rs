@@ -12,8 +12,6 @@ pub enum Mutation {
     LocalEviction,
     /// A replica that lost acknowledged log keeps its incarnation.
     Amnesia,
-    /// A host takes a folder that was put back from a backup for the holding that it was copied from.
-    Restored,
     /// A host believes a keeper of records that has less than it has seen itself.
     KeeperTrusted,
     /// A claim that is given up is not renounced, and one is given up while its outcome is unknown.
@@ -38,11 +36,10 @@ pub enum Mutation {
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 13] = [
         Self::NoSeal,
         Self::LocalEviction,
         Self::Amnesia,
-        Self::Restored,
         Self::KeeperTrusted,
         Self::ClaimAbandoned,
         Self::StrangersHeard,
@@ -61,7 +58,6 @@ impl Mutation {
             Self::NoSeal => "no-seal",
             Self::LocalEviction => "local-eviction",
             Self::Amnesia => "amnesia",
-            Self::Restored => "restored",
             Self::KeeperTrusted => "keeper-trusted",
             Self::ClaimAbandoned => "claim-abandoned",
             Self::StrangersHeard => "strangers-heard",
