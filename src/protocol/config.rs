@@ -9,6 +9,10 @@ use super::name::{DiskId, HostName, Incarnation, VmName};
 use super::record::{Acks, Committed};
 use super::time::Span;
 
+/// So many entries are executed in no time: nobody waits for them. (The last ones of a log are executed
+/// only when more follows, and from a guest that computes without exits nothing does.)
+pub(super) const BACKLOG_FREE: u64 = 2_000;
+
 /// Everything fixed about a node.
 #[derive(Clone, Debug)]
 pub struct Config {

@@ -25,6 +25,7 @@
 use replay_log::LogIndex;
 
 use super::super::api::{Action, Operator, Swapped};
+use super::super::config::BACKLOG_FREE;
 use super::super::core::Core;
 use super::super::event::Event;
 use super::super::message::Health;
@@ -228,7 +229,9 @@ impl Primary {
         // Nor would clients wait for one that has still to execute what it holds.
         let runs = follower.executed >= self.base.index
             && follower.executed > LogIndex::START
-            && self.pace.lag(core.now, follower.executed) <= core.config.timing.lag_limit.max(away);
+            && (core.log.appended.index.since(follower.executed) <= BACKLOG_FREE
+                || self.pace.lag(core.now, follower.executed)
+                    <= core.config.timing.lag_limit.max(away));
         let well = follower.health() == Health::Well && !follower.forgetful;
         served && well && lively && runs && self.nearly_holds(core, candidate)
     }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use super::super::config::BACKLOG_FREE;
 use super::super::controller::Kind;
 use super::super::core::Core;
 use super::super::event::Event;
@@ -13,8 +14,6 @@ use super::super::record::{Acks, Member, Record, Version};
 use super::super::time::Span;
 use super::{Inquiry, Replica};
 
-/// So many entries are executed in no time: nobody waits for them.
-const BACKLOG_FREE: u64 = 2_000;
 /// About what executing one entry takes.
 const BACKLOG_ENTRY: Span = Span::from_micros(20);
 /// A copy waits no longer than this for one that has executed more.

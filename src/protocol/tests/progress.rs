@@ -89,7 +89,7 @@ fn a_dead_member_that_has_to_stay_does_not_keep_others_out() {
 fn a_host_is_no_member_before_its_guest_has_caught_up() {
     let mut trio = Trio::new();
     trio.create_on(&["a"], START);
-    for _ in 0..2_000 {
+    for _ in 0..4_000 {
         trio.record_entries(1);
         trio.pass(1);
     }
@@ -213,4 +213,22 @@ fn the_keepers_word_of_long_ago_does_not_help_a_deaf_primary() {
         0,
         "whoever hears the keeper goes on"
     );
+}
+
+/// The end of its log is executed by nobody before more follows, and that may never come.
+#[test]
+fn a_guest_that_computes_for_ever_gets_its_copies() {
+    let mut trio = Trio::new();
+    trio.create_on(&["a"], START);
+    trio.record_entries(20);
+    trio.pass(5_000);
+    let hosts = trio.names();
+    let pair = Operator::Pair {
+        hosts,
+        policy: START,
+    };
+    trio.input(&name("a"), Input::Operator(pair));
+    trio.pass(1_000);
+    assert_eq!(trio.host("b").node.status().executed, LogIndex(1));
+    assert_eq!(trio.record().members.len(), 2, "{:?}", trio.record());
 }
