@@ -227,6 +227,9 @@ impl Node {
                 position,
             } => {
                 core.executed(run, through, position);
+                if let Role::Replica(replica) = &mut self.role {
+                    replica.executed(core);
+                }
                 return self.advance();
             }
             Input::VmEnded { run, how } if run == core.run => core.journal(Event::VmEnded { how }),

@@ -26,7 +26,7 @@ use super::detector::Detector;
 use super::event::Event;
 use super::message::{Authority, Claim, Message, Refusal};
 use super::mutation::Mutation;
-use super::name::{HostName, Incarnation};
+use super::name::{HostName, Incarnation, VmRun};
 use super::node::Turn;
 use super::record::{Stumble, Version};
 use super::time::{Span, Time};
@@ -81,6 +81,8 @@ pub(super) struct Replica {
     holdings_for: Version,
     /// When they are asked again.
     ask_at: Time,
+    /// The run of the VMM that the last acknowledgement was about.
+    acked_run: VmRun,
     report_at: Time,
     hello_at: Time,
     read_at: Time,
@@ -108,6 +110,7 @@ impl Replica {
             holdings: BTreeMap::new(),
             holdings_for: Version::default(),
             ask_at: core.now,
+            acked_run: core.run,
             report_at: core.now,
             hello_at: core.now,
             read_at: core.now.plus(core.config.timing.retry),
@@ -656,10 +659,19 @@ impl Replica {
         Turn::Stay
     }
 
+    /// Another VMM has begun to execute: that is told where the order is kept, because datagrams about
+    /// a run that is not known say nothing.
+    pub(super) fn executed(&mut self, core: &mut Core) {
+        if self.acked_run != core.run {
+            self.acknowledge(core);
+        }
+    }
+
     /// What is held has changed: tells whoever sends it.
     pub(super) fn acknowledge(&mut self, core: &mut Core) {
         if let Some(source) = &self.source {
             let ack = core.ack(source.authority.term());
+            self.acked_run = ack.run;
             self.report_at = core.now.plus(core.config.timing.doze());
             core.send(&source.host, Message::Ack(ack));
         }

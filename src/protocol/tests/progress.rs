@@ -232,3 +232,28 @@ fn a_guest_that_computes_for_ever_gets_its_copies() {
     assert_eq!(trio.host("b").node.status().executed, LogIndex(1));
     assert_eq!(trio.record().members.len(), 2, "{:?}", trio.record());
 }
+
+/// A replica's VMM that begins anew is heard of though nothing more is recorded.
+#[test]
+fn what_a_new_vmm_has_executed_is_told_without_new_log() {
+    let mut trio = Trio::new();
+    trio.create_on(&["a"], START);
+    trio.record_entries(5);
+    trio.host("c").has_no_image = true;
+    let pair = Operator::Pair {
+        hosts: ["a", "c"].map(name).to_vec(),
+        policy: START,
+    };
+    trio.input(&name("a"), Input::Operator(pair));
+    trio.pass(300);
+    let run = trio.host("c").node.status().run;
+    let failed = Input::VmFailed {
+        run,
+        reason: "no image".to_owned(),
+        at: Position(0),
+    };
+    trio.input(&name("c"), failed);
+    trio.host("c").has_no_image = false;
+    trio.pass(3_000);
+    assert_eq!(trio.record().members.len(), 1, "{:?}", trio.record());
+}
