@@ -78,7 +78,9 @@ fn linux_guests_end_the_same_on_every_copy() {
 fn comes_to_its_end(site: &Site, case: &Case) {
     site.put_image(case.name, case.command);
     let words = ["pair", case.name, "--primary", "h1", "--image", case.name];
-    let words = [&words[..], &["--replica", "h2", "--replica", "h3"]].concat();
+    // A host is a copy when its guest has executed nearly everything, and emulated hosts are slow.
+    let slow = ["--replica", "h2", "--replica", "h3", "--wait", "400"];
+    let words = [&words[..], &slow].concat();
     site.operate(&words).expect("paired");
     let console = format!("cat /data/config/data/vms/{}/console.log", case.name);
     site.until(&format!("it {}", case.name), |status| {
