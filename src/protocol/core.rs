@@ -660,8 +660,8 @@ impl Core {
         self.keeper_heard.is_some_and(|at| at >= since)
     }
 
-    /// The record names this very holding as the primary, and it does not reign (it has restarted, or
-    /// its store failed): nobody need wait for its silence to say so.
+    /// The record names this host as the primary, and it does not reign (it has restarted, or its store
+    /// failed): nobody need wait for its silence to say so.
     pub(super) fn disclaim(&mut self, host: &HostName) {
         let named = self
             .record
