@@ -16,6 +16,7 @@ mod images;
 mod init;
 mod lab;
 mod log;
+mod naming;
 pub mod operator;
 mod pair;
 mod process;

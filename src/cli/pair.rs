@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use clap::ValueEnum;
 
 use super::failure::{Exit, Failure, OrExit as _};
+use super::naming::name_host;
 use super::operator::{ClusterArgs, known_host, record, refusal, start_vm};
 use super::standing::{Look, Standing};
 use super::{block_on, output};
@@ -128,11 +129,13 @@ async fn start_over(
     known: Option<Record>,
 ) -> Result<(), Failure> {
     let vm = args.vm.clone();
-    let Some(record) = known else {
+    if known.is_none() {
         let why = format!("no VM {vm} is known: leave --start-over out, and pair starts it");
         return Err(why).or_exit(Exit::Usage);
-    };
+    }
     let image = args.image.clone().unwrap_or_else(|| vm.to_string());
+    name_host(client, &vm, primary).await?;
+    let record = client.record(&vm).await.or_fail()?;
     let order = Request::StartOver { vm, image };
     let journal = client.order(primary, &order).await.or_fail()?;
     let wanted = Wanted {

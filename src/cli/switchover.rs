@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::events::events_after;
 use super::failure::{Exit, Failure, OrExit as _};
+use super::naming::name_host;
 use super::operator::{ClusterArgs, known_host, known_vm, last_word, refusal};
 use super::standing::Standing;
 use super::{block_on, output, records};
@@ -180,6 +181,7 @@ async fn accept_loss(client: &Client, args: &Args, to: &HostName) -> Result<(), 
     if args.dry_run {
         return output::line("Nothing has been ordered.");
     }
+    name_host(client, vm, to).await?;
     let order = Request::AcceptLoss { vm: vm.clone() };
     let journal = client.order(to, &order).await.or_fail()?;
     let reigns = wait_until_it_reigns(client, vm, to, journal).await?;

@@ -465,6 +465,7 @@ impl Primary {
         if through > self.committed {
             self.committed = through;
             core.committed = through;
+            core.let_out = core.let_out.max(through);
             self.pace.committed(through);
             core.do_(Action::Release {
                 term: self.term,
@@ -486,6 +487,12 @@ impl Primary {
 
     pub(super) fn tick(&mut self, core: &mut Core) -> Turn {
         core.somebody_runs_it();
+        // A copy has come since that could go on.
+        if self.parked
+            && let Some(reason) = core.full.clone().filter(|_| self.another_has_room(core))
+        {
+            return self.abdicate(core, reason, None);
+        }
         if core.now >= self.beat_at {
             self.announce(core);
         }
@@ -545,14 +552,7 @@ impl Primary {
     /// The disk here takes nothing more. Whoever has room goes on; where nobody has, the guest waits
     /// for room, and nothing is lost.
     pub(super) fn store_full(&mut self, core: &mut Core, reason: String) -> Turn {
-        let able = |member: &Member| {
-            let follower = self.followers.get(&member.host);
-            core.is_up(&member.host)
-                && self.lost(core, member).is_none()
-                && follower.is_some_and(|follower| follower.health() == Health::Well)
-        };
-        let record = core.record.as_ref();
-        if record.is_some_and(|record| record.members.iter().any(able)) {
+        if self.another_has_room(core) {
             return self.abdicate(core, reason, None);
         }
         if matches!(self.phase, Phase::Live) && !self.parked {
@@ -565,6 +565,18 @@ impl Primary {
             });
         }
         self.advance(core)
+    }
+
+    /// Whether a copy could go on whose disk is well.
+    fn another_has_room(&self, core: &Core) -> bool {
+        let able = |member: &Member| {
+            let follower = self.followers.get(&member.host);
+            core.is_up(&member.host)
+                && self.lost(core, member).is_none()
+                && follower.is_some_and(|follower| follower.health() == Health::Well)
+        };
+        let record = core.record.as_ref();
+        record.is_some_and(|record| record.members.iter().any(able))
     }
 
     /// There is room again.

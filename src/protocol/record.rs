@@ -509,6 +509,17 @@ impl Record {
         self.hosts.contains(host) || self.copy_on(host).is_some()
     }
 
+    /// The next state of this record, with one more host on which a copy is wanted: what an operator
+    /// may put in its place, whoever reigns.
+    pub fn wanted_on(&self, host: &HostName) -> Self {
+        let mut next = self.clone();
+        next.epoch = self.epoch.next();
+        next.hosts.push(host.clone());
+        next.hosts.sort();
+        next.hosts.dedup();
+        next
+    }
+
     /// The place of a host in the order of claiming.
     pub fn rank(&self, host: &HostName) -> Option<usize> {
         self.all_copies().position(|copy| copy.host == *host)

@@ -31,6 +31,12 @@ use super::node::Turn;
 use super::record::{Stumble, Version};
 use super::time::{Span, Time};
 
+/// Why a host that the record does not name is not ordered to reign. The command line has the record
+/// name it first.
+const NOT_NAMED: &str = "the record of this VM does not name this host, as far as is known here: when \
+                         none of those that it names can be had, order it from the command line, \
+                         which has the record name it first";
+
 /// Whose log is being taken.
 #[derive(Clone, Debug)]
 struct Source {
@@ -608,6 +614,7 @@ impl Replica {
                 Some(_) if core.keeper_set_back.is_some() => {
                     "the witness was set back: 'understudy witness recover' comes first"
                 }
+                Some(base) if !base.concerns(core.host()) => NOT_NAMED,
                 Some(_) if core.somebody_has_something() => {
                     "a reachable host has a log or disks of this VM: 'understudy switchover --to \
                      HOST --accept-loss' goes on with that"
@@ -627,6 +634,8 @@ impl Replica {
                 Some(_) if self.hears(core) => {
                     "the primary is heard: use a switchover that loses nothing"
                 }
+                // Those who have the VM would take it for a stranger, and it would reign beside them.
+                Some(base) if !base.concerns(core.host()) => NOT_NAMED,
                 Some(base) if core.latest_base() > base.version() => {
                     "another host is about to reign: see whether it does"
                 }

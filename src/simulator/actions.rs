@@ -329,11 +329,13 @@ impl World {
         here.released = here.released.max(through);
         here.knew = here.knew.max(through);
         here.reign = Some(term);
-        self.facts.push(Fact::Released {
-            host,
-            term,
-            through,
-        });
+        if term >= self.given_up_before {
+            self.facts.push(Fact::Released {
+                host,
+                term,
+                through,
+            });
+        }
         self.let_out(host);
     }
 
@@ -347,7 +349,9 @@ impl World {
         let mut messages = Vec::new();
         for output in vm.outbox.release(here.released) {
             let (number, content) = (output.number, content(&output.bytes));
-            self.facts.push(Fact::LetOut { number, content });
+            if term >= self.given_up_before {
+                self.facts.push(Fact::LetOut { number, content });
+            }
             messages.push(ToGateway::Output {
                 number,
                 content,

@@ -149,12 +149,28 @@ impl World {
         };
         if std::mem::take(&mut self.hosts[host].accepts_loss) {
             self.counts.losses_accepted += 1;
+            self.given_up_before = record.term;
             self.loss_is_accepted(host, false);
         } else if self.loss_was_hidden(&before) {
+            self.given_up_before = record.term;
             self.loss_is_accepted(host, true);
         } else if !before.all_copies().any(|copy| *copy == record.primary) {
+            self.given_up_before = record.term;
             self.facts.push(Fact::Lost { before });
+        } else if self.liars(&before) >= before.seals() {
+            // Nothing has left yet that is missing; but the old primary may be frozen on its way to
+            // let out what the others had acknowledged.
+            self.given_up_before = record.term;
         }
+    }
+
+    /// How many of the copies have lost what they had synced, and do not know it.
+    fn liars(&self, before: &Record) -> usize {
+        let liar = |host: &&Host| {
+            let copy = before.copy_on(&host.name);
+            host.lies() && copy.is_some_and(|c| c.incarnation == host.durable.incarnation)
+        };
+        self.hosts.iter().filter(liar).count()
     }
 
     fn loss_is_accepted(&mut self, host: usize, hidden: bool) {
@@ -176,11 +192,8 @@ impl World {
                 .filter(|view| (view.intact || view.lies) && view.incarnation == copy.incarnation);
             view.is_some_and(|view| view.chain_at(released.index) != Some(released.chain))
         };
-        let lies = self.hosts.iter().any(|host| {
-            let copy = before.copy_on(&host.name);
-            host.lies() && copy.is_some_and(|c| c.incarnation == host.durable.incarnation)
-        });
-        lies && before.all_copies().filter(|copy| lacks(copy)).count() >= before.seals()
+        self.liars(before) > 0
+            && before.all_copies().filter(|copy| lacks(copy)).count() >= before.seals()
     }
 
     pub(super) fn answered(

@@ -12,6 +12,9 @@ use super::queue::SECOND;
 use super::world::{Event, World};
 use crate::protocol::{Input, Operator, Record, RoleName};
 
+/// So often an operator looks for an order in the journals before it is given without.
+const LOOKS: u32 = 4;
+
 impl World {
     pub(super) fn heal(&mut self) {
         self.healed = Some(self.now);
@@ -62,14 +65,15 @@ impl World {
             return;
         }
         if self.witness.set_back {
-            self.told(RECOVER);
-            self.recover();
+            if self.told(RECOVER) {
+                self.recover();
+            }
             return;
         }
         if self.keeper_is_behind() {
             // Whoever has asked it since has said so. If nobody has, an operator sees it in status.
-            if self.witness.contradicted {
-                self.told(RECOVER);
+            if self.witness.contradicted && !self.told(RECOVER) {
+                return;
             }
             self.witness.set_back = true;
             self.recover();
@@ -107,7 +111,9 @@ impl World {
             if self.mend(best) {
                 return;
             }
-            self.told(ACCEPT_LOSS);
+            if !self.told(ACCEPT_LOSS) {
+                return;
+            }
             let here = &self.hosts[best];
             let durable = &here.durable;
             let nothing = here.store.tip().index == replay_log::LogIndex::START
@@ -123,11 +129,19 @@ impl World {
         }
     }
 
-    /// Some journal has named this order. If not, that is what is wrong if nothing else is.
-    fn told(&mut self, order: &'static str) {
-        if !self.hosts.iter().any(|host| host.named.contains(order)) {
-            self.untold.get_or_insert(order);
+    /// Whether the operator gives this order now: when some journal has named it, or after a time in
+    /// which one should have, and then that is what is wrong if nothing else is.
+    fn told(&mut self, order: &'static str) -> bool {
+        if self.hosts.iter().any(|host| host.named.contains(order)) {
+            return true;
         }
+        self.unnamed += 1;
+        // With a slow keeper hosts know their record only after seconds, and then wait for one another.
+        if self.unnamed < LOOKS {
+            return false;
+        }
+        self.untold.get_or_insert(order);
+        true
     }
 
     fn keeper_is_behind(&self) -> bool {

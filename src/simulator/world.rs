@@ -147,6 +147,10 @@ pub(super) struct World {
     pub(super) gray: Option<Gray>,
     /// An order that only the simulation knew of.
     pub(super) untold: Option<&'static str>,
+    /// How often an operator has looked for an order in vain.
+    pub(super) unnamed: u32,
+    /// What earlier terms than this let out belongs to a history that was given up, in part.
+    pub(super) given_up_before: replay_log::Term,
     /// Reigns have failed at one place, and nobody claims any more.
     pub(super) stopped: bool,
 }
@@ -188,6 +192,8 @@ impl World {
             next_machine: 0,
             gray: None,
             untold: None,
+            unnamed: 0,
+            given_up_before: replay_log::Term(0),
             stopped: false,
             hosts,
             setup,

@@ -512,6 +512,43 @@ fn after_a_power_failure_an_order_goes_on_without_the_host_that_is_gone() {
     });
 }
 
+/// The hosts that the record names are gone for good. Another one has an old log, and nobody else may
+/// say that it shall reign than an operator.
+#[test]
+fn a_host_that_the_record_does_not_name_goes_on_by_an_order() {
+    on_kvm(async || {
+        let mut theatre = Theatre::open(&["a", "b", "c"], policy(Rule::All)).await;
+        assert_eq!(add(&theatre, 1).await, Some(1));
+        let first = theatre.primary().await;
+        let mut others = ["a", "b", "c"].map(host_name).into_iter();
+        let kept = others.find(|host| *host != first).expect("three hosts");
+        let left = others.find(|host| *host != first).expect("three hosts");
+        let pair = [
+            "pair",
+            "shop",
+            "--primary",
+            first.as_str(),
+            "--replica",
+            kept.as_str(),
+        ];
+        let paired = theatre.order(&pair);
+        assert!(paired.status.success(), "{}", text(&paired));
+        assert_eq!(add(&theatre, 1).await, Some(2));
+        theatre.kill(&first);
+        theatre.kill(&kept);
+        let order = ["switchover", "shop", "--to", left.as_str(), "--accept-loss"];
+        let went = theatre.order(&order);
+        assert!(went.status.success(), "{}", text(&went));
+        assert!(text(&went).contains("names"), "{}", text(&went));
+        assert_eq!(theatre.primary().await, left);
+        assert_eq!(
+            count(&mut theatre).await,
+            1,
+            "what it had when it was left out"
+        );
+    });
+}
+
 /// All disks are lost. The VM's name is not, and an order boots it anew.
 #[test]
 fn a_vm_of_which_nothing_is_left_starts_over_by_an_order() {

@@ -77,6 +77,39 @@ async fn a_record_changes_only_from_what_was_expected_and_by_its_copies() {
 }
 
 #[tokio::test]
+async fn an_operator_may_have_a_host_named_and_change_nothing_else() {
+    let cluster = Cluster::new();
+    let (endpoint, _task) = cluster.start(any_port());
+    let a = cluster.client(Role::Host, "a", &endpoint);
+    let operator = cluster.client(Role::Operator, "admin", &endpoint);
+    let first = record(1, 1, "a", &["b"]);
+    let made = a.swap(&vm(), None, first.clone(), None).await;
+    assert_eq!(done(&made), Some(&first));
+    let named = first.wanted_on(&HostName::new("z").expect("a name"));
+    for changed in [
+        Record {
+            members: vec![],
+            ..named.clone()
+        },
+        Record {
+            term: Term(2),
+            primary: member("z"),
+            ..named.clone()
+        },
+        Record {
+            hosts: vec![],
+            ..named.clone()
+        },
+    ] {
+        let refused = operator.swap(&vm(), version(1, 1), changed, None).await;
+        assert!(matches!(refused, Swapped::Unknown { .. }), "{refused:?}");
+    }
+    let shop = vm();
+    let widened = operator.swap(&shop, version(1, 1), named.clone(), None);
+    assert_eq!(done(&widened.await), Some(&named));
+}
+
+#[tokio::test]
 async fn a_host_that_shall_have_a_copy_may_claim_and_nothing_else() {
     let cluster = Cluster::new();
     let (endpoint, _task) = cluster.start(any_port());

@@ -58,6 +58,25 @@ fn a_primary_whose_disk_is_full_lets_one_with_room_go_on_and_keeps_its_log() {
     assert_eq!(trio.record().members.len(), 2, "{:?}", trio.record);
 }
 
+/// When its disk filled up nobody could go on; then a copy comes back whose disk is well.
+#[test]
+fn a_primary_that_waits_for_room_lets_a_copy_go_on_that_comes_later() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(3);
+    let reason = || "no space left on device".to_owned();
+    trio.host("b").keeps_up = true;
+    for host in ["b", "c", "a"] {
+        trio.input(&name(host), Input::StoreFull { reason: reason() });
+    }
+    trio.pass(300);
+    assert!(trio.host("a").paused);
+    assert_eq!(trio.record().term, Term(1));
+    trio.input(&name("b"), Input::StoreRoom);
+    trio.pass(1_000);
+    assert_eq!(trio.record().primary.host, name("b"), "{:?}", trio.record);
+    assert!(has(&mut trio, "a", "abdicated"));
+}
+
 /// A failed fsync: nobody knows what the disk has. The log is evidence and stays beside.
 #[test]
 fn a_log_that_has_become_doubtful_is_set_aside() {
@@ -260,6 +279,49 @@ fn a_host_that_the_record_does_not_concern_gets_neither_promise_nor_log() {
 }
 
 /// The claimant's word that the primary consents counts for nothing.
+/// An operator asks a host for what it once held. The copies would not even object: it is nobody to
+/// them, and whether the primary lives is not its business.
+#[test]
+fn a_host_that_the_record_does_not_concern_is_not_ordered_to_reign() {
+    let mut trio = Trio::paired(START);
+    let pair = Operator::Pair {
+        hosts: vec![name("a"), name("b")],
+        policy: START,
+    };
+    trio.input(&name("a"), Input::Operator(pair));
+    trio.pass(1_000);
+    let before = trio.record().clone();
+    assert!(!before.concerns(&name("c")), "{before:?}");
+    for order in [Operator::AcceptLoss, Operator::StartOver] {
+        trio.host("c").events.clear();
+        trio.input(&name("c"), Input::Operator(order));
+        trio.pass(500);
+        assert!(has(&mut trio, "c", "operator_refused"));
+        assert_eq!(*trio.record(), before);
+    }
+}
+
+/// The record's keeper takes that from an operator, whoever reigns.
+#[test]
+fn a_primary_goes_on_when_its_record_names_another_host() {
+    let mut trio = Trio::with_hosts(&["a", "b", "d"]);
+    trio.create_on(&["a", "b"], START);
+    trio.record_entries(1);
+    trio.pass(200);
+    let before = trio.record().clone();
+    assert_eq!(before.members.len(), 1);
+    trio.host("d").keeps_up = true;
+    trio.record = Some(before.wanted_on(&name("d")));
+    trio.record_entries(2);
+    // A primary looks into its record now and then.
+    trio.pass(12_000);
+    trio.record_entries(2);
+    assert_eq!(trio.record().term, before.term);
+    assert_eq!(trio.record().members.len(), 2, "{:?}", trio.record);
+    let tip = trio.host("a").tip.index;
+    assert_eq!(trio.host("a").released, tip);
+}
+
 #[test]
 fn consent_is_the_primarys_to_give() {
     let mut trio = Trio::paired(START);
@@ -346,6 +408,24 @@ fn a_log_that_may_be_the_only_one_is_set_aside_and_not_deleted() {
 }
 
 /// What was never let out is held by whoever reigns as far as it counts: it need not be kept.
+/// Both copies' disks had lied. What the old primary has let out is in its log alone.
+#[test]
+fn a_primary_knows_what_it_has_let_out_when_it_is_deposed() {
+    let mut trio = Trio::paired(DISK);
+    trio.record_entries(3);
+    assert_eq!(trio.host("a").released, LogIndex(4));
+    trio.host("a").cut_off = true;
+    for host in ["b", "c"] {
+        trio.host(host).forget_after(LogIndex(2));
+        trio.restart(host);
+    }
+    trio.pass(1_000);
+    assert_eq!(trio.record().begins, LogIndex(2), "{:?}", trio.record);
+    trio.host("a").cut_off = false;
+    trio.pass(1_000);
+    assert_eq!(trio.host("a").dropped, Some(true));
+}
+
 #[test]
 fn the_unanswered_end_of_a_dead_primarys_log_is_not_kept() {
     let mut trio = Trio::paired(START);

@@ -40,8 +40,9 @@ impl World {
         }
     }
 
+    /// What is true, whatever the keeper has lost: else a true primary could be taken for a forger.
     fn known(&self) -> Version {
-        let record = self.witness.record.as_ref();
+        let record = self.witness.truth.as_ref();
         record.map(Record::version).unwrap_or_default()
     }
 
