@@ -47,6 +47,7 @@ use crate::agent::witness::reporter::Reports;
 use crate::config::Config;
 use crate::gateway::frames::Boot;
 use crate::protocol::{self, HostName, Input, Message, Node, Span, Time, VmName};
+use crate::sentence::sentence;
 
 use guest::Guest;
 pub use guest::{Doing, GuestError};
@@ -248,14 +249,18 @@ impl VmDriver {
         let (dir, held) = (home.log_dir(), durable.incarnation);
         let (log, damage) = match LogKeeper::open(&dir, options, held, to_returns.clone()) {
             Ok(log) => (log, None),
-            Err(OpenError::Damaged(damage)) => (
-                LogKeeper::open_anew(&dir, options, held, to_returns)?,
-                Some(damage),
-            ),
+            Err(error @ (OpenError::Damaged(_) | OpenError::Doubtful { .. })) => {
+                // Whatever ends this process next, the empty log is never taken for what was held.
+                home.persist(&protocol::Durable {
+                    incarnation: protocol::Incarnation(0),
+                    ..durable.clone()
+                })?;
+                let anew = LogKeeper::open_anew(&dir, options, held, to_returns)?;
+                (anew, Some(sentence(&error)))
+            }
             Err(other) => return Err(other.into()),
         };
-        if let Some(damage) = &damage {
-            let why = damage.to_string();
+        if let Some(why) = damage.clone() {
             env.journal.write(Some(&vm), Incident::LogSetAside { why });
         }
         if let Some(seen) = &durable.seen {
