@@ -99,7 +99,7 @@ impl Agent {
         let journal = *self.env.journal.written().borrow();
         let ordered = Incident::Ordered {
             operator: who.to_string(),
-            order: format!("{order:?}"),
+            order: order.to_string(),
         };
         self.env.journal.write(Some(&vm), ordered);
         let here = self.drivers.contains_key(&vm);
