@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 use replay_log::disk;
 use serde::{Deserialize, Serialize};
 
+use crate::agent::certs::Identity;
 use crate::agent::durable;
 use crate::protocol::{Record, Seen, VmName};
 
@@ -47,6 +48,20 @@ pub(super) struct Entry {
     /// That a host has seen this newer state, so that the record is not to be changed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) set_back: Option<Seen>,
+    /// Who has brought the name in. Earlier versions did not note it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) named_by: Option<Identity>,
+}
+
+impl Entry {
+    /// Whom the name counts for.
+    pub(super) fn counts_for(&self) -> Option<Identity> {
+        let primary = self.record.as_ref().map(|record| &record.primary.host);
+        let primary = primary.and_then(|host| host.as_str().parse().ok());
+        self.named_by
+            .clone()
+            .or_else(|| primary.map(|name| Identity::host(&name)))
+    }
 }
 
 /// Everything that is kept.
