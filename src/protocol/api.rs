@@ -74,6 +74,14 @@ pub enum Input {
         /// A sentence that says what failed.
         reason: String,
     },
+    /// More was appended than a store that is full keeps waiting: what came after `tip` was not taken
+    /// and is not read by anybody. The log ends there.
+    StoreShort {
+        /// Which holding.
+        incarnation: Incarnation,
+        /// Where the log ends.
+        tip: LogTip,
+    },
     /// It takes more again, and has stored what waited.
     StoreRoom,
     /// [`Action::Persist`] is done.

@@ -469,6 +469,7 @@ impl VmDriver {
                     self.full.log = true;
                     Input::StoreFull { reason }
                 }
+                LogNews::Short(incarnation, tip) => Input::StoreShort { incarnation, tip },
                 LogNews::Room => {
                     self.full.log = false;
                     if self.full.is_anything() {

@@ -280,7 +280,8 @@ async fn a_hung_disk_is_full_after_a_while() {
     }
 }
 
-/// Memory has a bound: beyond the first the store is full, beyond the second nothing more is taken.
+/// Memory has a bound: beyond the first the store is full, beyond the second nothing more is taken. Who
+/// appends is told where the log ends, and it goes on from there when there is room.
 #[tokio::test]
 async fn a_queue_has_an_end() {
     let folder = TempDir::new().expect("a folder");
@@ -293,6 +294,12 @@ async fn a_queue_has_an_end() {
         let one = large(here.log.tip(), seed);
         here.append(one.clone());
         if here.log.tip().index != one.end() {
+            let short = here.news.pop();
+            let end = here.log.tip();
+            assert!(
+                matches!(short, Some(LogNews::Short(Incarnation(1), at)) if at == end),
+                "{short:?}"
+            );
             break;
         }
         let full = here.log.waiting_bytes() >= QUEUE_BYTES;
@@ -312,6 +319,8 @@ async fn a_queue_has_an_end() {
         1,
     ));
     assert_eq!(here.log.tip(), tip);
+    let short = |one: &LogNews| matches!(one, LogNews::Short(..));
+    assert!(!here.news.iter().any(short), "it was told where to go on");
     disk.hang(false);
     here.until(is_room).await;
     // Room for the newest only.
