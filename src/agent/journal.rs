@@ -111,6 +111,13 @@ pub enum Incident {
         /// What is wrong with it, and where.
         why: String,
     },
+    /// A log or disks were moved out of the way and kept, because they may be the way back.
+    SetAside {
+        /// What: `log` or `disks`.
+        what: String,
+        /// The folder that it is in now.
+        folder: String,
+    },
     /// The log of a VM has come to a part of its budget, beyond which it takes nothing more.
     LogFilling {
         /// In percent.
@@ -234,6 +241,18 @@ pub enum Incident {
     },
 }
 
+impl Incident {
+    /// That a folder of a VM is where it is from now on.
+    pub fn set_aside(folder: &Path) -> Self {
+        let name = folder.file_name().unwrap_or_default().to_string_lossy();
+        let what = name.split('.').next().unwrap_or_default();
+        Self::SetAside {
+            what: what.to_owned(),
+            folder: folder.display().to_string(),
+        }
+    }
+}
+
 impl fmt::Display for Incident {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -247,6 +266,16 @@ impl fmt::Display for Incident {
                     "sets its damaged log aside as evidence and begins anew: {why}"
                 )
             }
+            Self::SetAside { what, folder } => write!(
+                f,
+                "has set the {what} of before aside in {folder}: nothing deletes that folder by itself; \
+                 look into it{}, and delete it once another copy of the VM is whole",
+                if what == "log" {
+                    " ('understudy log stat' reads it)"
+                } else {
+                    ""
+                }
+            ),
             Self::LogFilling {
                 percent,
                 used,

@@ -23,7 +23,7 @@ mod tests;
 mod writer;
 
 use std::collections::VecDeque;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
@@ -93,6 +93,8 @@ pub enum LogNews {
     Short(Incarnation, LogTip),
     /// The store works again, and has stored what waited.
     Room,
+    /// A log was set aside in this folder.
+    SetAside(PathBuf),
     /// What the store holds is doubtful.
     Failed(String),
 }
@@ -246,15 +248,15 @@ impl LogKeeper {
     }
 
     /// The same where what is there is damaged: that is set aside as evidence, numbered and never
-    /// deleted by itself, and an empty log begins in its place.
+    /// deleted by itself, and an empty log begins in its place. Also says where it is.
     pub fn open_anew(
         dir: &Path,
         keeping: Keeping,
         incarnation: Incarnation,
         returns: UnboundedSender<FromStore>,
-    ) -> Result<Self, OpenError> {
-        aside::set_aside(dir)?;
-        Self::open(dir, keeping, incarnation, returns)
+    ) -> Result<(Self, Option<PathBuf>), OpenError> {
+        let aside = aside::set_aside(dir)?;
+        Ok((Self::open(dir, keeping, incarnation, returns)?, aside))
     }
 
     /// Stores what was appended, as far as the system takes it, and lets the log's folder go. Gives
@@ -497,7 +499,9 @@ impl LogKeeper {
             self.oldest_since = now();
         }
         if report.log != self.log {
-            // What it reports is about a log that is given up.
+            // What it reports is about a log that is given up, but where another one went.
+            let aside = |one: &LogNews| matches!(one, LogNews::SetAside(_));
+            news.extend(report.news.into_iter().filter(aside));
             return;
         }
         self.bytes = report.bytes;

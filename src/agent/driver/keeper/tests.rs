@@ -165,10 +165,11 @@ async fn damaged_logs_are_set_aside() {
         let opened = LogKeeper::open(&dir, policy, Incarnation(1), returns.clone());
         assert!(matches!(opened, Err(OpenError::Damaged(_))));
         let anew = LogKeeper::open_anew(&dir, policy, Incarnation(1), returns);
-        let mut anew = anew.expect("an empty log");
+        let (mut anew, aside) = anew.expect("an empty log");
+        let kept = folder.path().join(format!("log.aside-{turn}"));
+        assert_eq!(aside.as_ref(), Some(&kept));
         assert_eq!(anew.tip(), LogTip::default());
         anew.close(PATIENCE).await;
-        let kept = folder.path().join(format!("log.aside-{turn}"));
         let kept = kept.join(segment.file_name().expect("a name"));
         assert_eq!(std::fs::read(kept).expect("the evidence"), bytes);
     }
@@ -303,7 +304,8 @@ async fn a_queue_has_an_end() {
             break;
         }
         let full = here.log.waiting_bytes() >= QUEUE_BYTES;
-        assert_eq!(full, here.log.full().is_some());
+        // A slow machine may come to the bound in time first.
+        assert!(!full || here.log.full().is_some());
         taken.push(one);
         assert!(seed < 1_000, "there is no end");
     }
@@ -356,6 +358,13 @@ async fn a_failed_sync_ends_a_log_and_is_no_full_disk() {
     here.append(first.clone());
     here.sync();
     let synced = here.until(|one| matches!(one, LogNews::Synced(..))).await;
+    let kept = folder.path().join("log.aside-1");
+    let where_it_is = |one: &LogNews| matches!(one, LogNews::SetAside(at) if *at == kept);
+    assert_eq!(
+        synced.iter().filter(|one| where_it_is(one)).count(),
+        1,
+        "{synced:?}"
+    );
     assert!(matches!(synced.last(), Some(LogNews::Synced(Incarnation(2), at)) if *at == tip));
     here.log.close(PATIENCE).await;
     let store = FileStore::open(&folder.path().join("log.aside-1"), FileOptions::default());
