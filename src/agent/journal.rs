@@ -134,6 +134,17 @@ pub enum Incident {
         /// How many bytes are free.
         free: u64,
     },
+    /// The logs of the VMs here would not fit if each came to its budget.
+    BudgetsExceedSpace {
+        /// How many VMs.
+        vms: u64,
+        /// How many bytes each of their logs may take.
+        budget: u64,
+        /// How many bytes are lacking.
+        lacking: u64,
+        /// With this budget they would fit.
+        fits: u64,
+    },
     /// Another host needs the log from boot, and its beginning is gone.
     CopyTooLate {
         /// Which.
@@ -292,6 +303,19 @@ impl fmt::Display for Incident {
                 "has used {percent} % of the room for its data, {} MiB are free: make room, or its \
                  copies can acknowledge nothing more",
                 free >> 20
+            ),
+            Self::BudgetsExceedSpace {
+                vms,
+                budget,
+                lacking,
+                fits,
+            } => write!(
+                f,
+                "has room for less log than it promises: {vms} VMs with a budget of {} MiB each lack {} \
+                 MiB; make room, set log.retention to {} MiB or less, or have fewer copies here",
+                budget >> 20,
+                lacking.div_ceil(1 << 20),
+                fits >> 20
             ),
             Self::CopyTooLate { peer } => write!(
                 f,

@@ -51,7 +51,7 @@ use crate::sentence::sentence;
 
 use guest::Guest;
 pub use guest::{Doing, GuestError};
-pub use home::{Home, HomeError};
+pub use home::{Home, HomeError, log_budget};
 use keeper::{FromStore, LogKeeper, LogNews};
 use reaper::Reaper;
 pub use reaper::does_not_die;

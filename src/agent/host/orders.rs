@@ -182,6 +182,7 @@ impl Agent {
             silent: self.unreadable(),
             troubles: self.troubles.values().cloned().collect(),
             space: self.env.space.last(),
+            aside: self.env.space.aside(),
             link: LinkFigures {
                 log_bytes_raw: counters.log_bytes_raw.get(),
                 log_bytes_sent: counters.log_bytes_sent.get(),
