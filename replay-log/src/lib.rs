@@ -9,6 +9,7 @@ pub mod batch;
 pub mod codec;
 mod compress;
 pub mod conformance;
+pub mod disk;
 pub mod entry;
 pub mod folder;
 pub mod position;

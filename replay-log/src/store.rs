@@ -261,6 +261,18 @@ pub enum OpenError {
     /// A segment is damaged.
     #[error(transparent)]
     Damaged(#[from] Damage),
+    /// A sync of it failed in an earlier process.
+    #[error(
+        "nobody knows what the disk has of this log since a sync failed ({reason}): set its folder \
+         aside, or remove {} to believe what is found there",
+        mark.display()
+    )]
+    Doubtful {
+        /// The mark that says so.
+        mark: PathBuf,
+        /// Which sync, and what the system said.
+        reason: String,
+    },
 }
 
 /// Why a batch was not added.

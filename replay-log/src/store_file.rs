@@ -16,6 +16,7 @@
 //! half-way are cut off before anything else is written, and a segment that could not be sealed stays
 //! open. Only a failed sync of the log's files or names ends a store.
 
+mod doubt;
 mod format;
 mod index;
 pub mod inspect;
@@ -32,11 +33,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::batch::Batch;
+use crate::disk;
 use crate::folder;
 use crate::position::{LogIndex, LogTip};
 use crate::store::{
-    AppendError, IoFailure, LogReader, LogSource, OpenError, Poisoned, ReadError, Store, SyncError,
-    TruncateError, check_continues,
+    AppendError, IoFailure, LogReader, LogSource, OpenError, Poisoned, ReadError, Stopped, Store,
+    SyncError, TruncateError, check_continues,
 };
 use index::Shared;
 use survey::{OPEN, Repairs, SEALED, Survey};
@@ -138,7 +140,12 @@ impl FileStore {
                 return Err(IoFailure::new("lock", dir)(error).into());
             }
         }
+        doubt::check(dir)?;
         let unsynced = options.sync == SyncPolicy::Never;
+        if !unsynced {
+            // Whatever is to count as durable is read from where it is.
+            forget_cached(dir, &wrap)?;
+        }
         let Survey { index, repairs } = survey::survey(dir, unsynced)?;
         let mut store = Self {
             dir: dir.to_owned(),
@@ -153,43 +160,42 @@ impl FileStore {
             frame: Vec::new(),
             chunk: Vec::new(),
         };
-        store.repair(&repairs)?;
-        Ok(store)
+        let repaired = store.repair(&repairs);
+        match store.poison(repaired) {
+            Ok(()) => Ok(store),
+            Err(Stopped::Full(failure) | Stopped::Doubtful(failure)) => Err(failure.into()),
+        }
     }
 
-    fn repair(&mut self, repairs: &Repairs) -> Result<(), IoFailure> {
+    fn repair(&mut self, repairs: &Repairs) -> Result<(), Stopped> {
         for path in &repairs.remove {
-            fs::remove_file(path).map_err(IoFailure::new("remove", path))?;
+            let removed = fs::remove_file(path);
+            removed
+                .map_err(IoFailure::new("remove", path))
+                .map_err(Stopped::Full)?;
         }
-        let mut segments = Vec::new();
-        {
-            let mut index = self.index.lock();
-            if let Some(last) = index.segments.last_mut() {
-                // It may have got its trailer and not its name, or its name and not its trailer.
-                let ending = if last.sealed { SEALED } else { OPEN };
-                rename_to(&self.dir, last, ending)?;
-            }
-            segments.extend(index.segments.iter().map(|s| (s.path.clone(), s.sealed)));
+        let mut open = None;
+        if let Some(last) = self.index.lock().segments.last_mut() {
+            // It may have got its trailer and not its name, or its name and not its trailer.
+            let ending = if last.sealed { SEALED } else { OPEN };
+            rename_to(&self.dir, last, ending).map_err(Stopped::Full)?;
+            open = (!last.sealed).then(|| last.path.clone());
         }
-        for (path, sealed) in segments {
-            // Under another policy, or by a process that was ended, any of them may have been
-            // left unsynced.
-            if sealed && !self.syncs() {
-                continue;
-            }
-            let mut writing = self.open_for_writing(&path)?;
-            if let Some(len) = repairs.cut.filter(|_| !sealed) {
+        if let Some(path) = open {
+            let mut writing = self.open_for_writing(&path).map_err(Stopped::Full)?;
+            if let Some(len) = repairs.cut {
                 let cut = writing.io.set_len(len);
-                cut.map_err(IoFailure::new("cut the torn end off", &path))?;
+                cut.map_err(IoFailure::new("cut the torn end off", &path))
+                    .map_err(Stopped::Full)?;
+                if self.syncs() {
+                    let sync = writing.io.sync();
+                    sync.map_err(IoFailure::new("sync", &path))
+                        .map_err(Stopped::Doubtful)?;
+                }
             }
-            if self.syncs() {
-                writing.io.sync().map_err(IoFailure::new("sync", &path))?;
-            }
-            if !sealed {
-                self.writing = Some(writing);
-            }
+            self.writing = Some(writing);
         }
-        self.sync_names()?;
+        self.sync_names().map_err(Stopped::Doubtful)?;
         if self.syncs() {
             self.durable = self.tip();
         }
@@ -204,6 +210,30 @@ impl FileStore {
     fn syncs(&self) -> bool {
         self.options.sync != SyncPolicy::Never
     }
+}
+
+/// Makes everything that is read of a log from now on come from the disk. Under another policy, or by
+/// a process that was ended, any of its files may have been left unsynced; and one whose sync failed
+/// looks whole for as long as the kernel remembers it.
+fn forget_cached(dir: &Path, wrap: &Wrap) -> Result<(), OpenError> {
+    let (segments, _) = survey::list(dir)?;
+    for segment in segments {
+        let path = &segment.path;
+        let file = File::open(path).map_err(IoFailure::new("open", path))?;
+        let again = file.try_clone().map_err(IoFailure::new("open", path))?;
+        if let Err(source) = wrap(again).sync() {
+            let failure = IoFailure::new("sync", path)(source);
+            doubt::leave(dir, &reason(&failure));
+            return Err(failure.into());
+        }
+        disk::drop_pages(&file);
+    }
+    Ok(())
+}
+
+/// What a failure is in the words of those who only have a line for it.
+fn reason(failure: &IoFailure) -> String {
+    format!("{failure}: {}", failure.source)
 }
 
 impl Store for FileStore {

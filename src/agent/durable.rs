@@ -5,6 +5,7 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
+use replay_log::disk;
 use thiserror::Error;
 
 /// Replaces `path` by a file with these contents: written beside it, synced, renamed over it, and
@@ -113,7 +114,7 @@ impl Slots {
         Ok(Self { file, number: 1 })
     }
 
-    /// Opens a file, with its contents; `None` when there is none.
+    /// Opens a file, with its contents as the disk has them; `None` when there is none.
     pub fn open(path: &Path) -> Result<Option<(Self, Vec<u8>)>, OpenSlotsError> {
         let opened = OpenOptions::new().read(true).write(true).open(path);
         let file = match opened {
@@ -121,6 +122,8 @@ impl Slots {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error.into()),
         };
+        // What another process wrote and could not make durable is no promise.
+        disk::forget_cached(&file)?;
         let mut newest = None;
         for at in [0, SLOT] {
             let found = read_slot(&file, at)?;

@@ -212,8 +212,9 @@ async fn run_here(
     let relaying = reporter::relay(&endpoint, Arc::clone(&agent.env.reports));
     let env = Arc::clone(&agent.env);
     let name = env.host.as_str();
+    let budget = super::driver::log_budget(&env.config);
     let outcome = tokio::select! {
-        () = super::space::watch(&env.config.data, name, &env.journal, &env.space) => Ok(()),
+        () = super::space::watch(&env.config.data, name, budget, &env.journal, &env.space) => Ok(()),
         () = agent.serve(events, wished) => Ok(()),
         () = bulk::serve_bases(&endpoint, bases) => Ok(()),
         () = reporting => Ok(()),

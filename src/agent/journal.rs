@@ -111,6 +111,13 @@ pub enum Incident {
         /// What is wrong with it, and where.
         why: String,
     },
+    /// A log or disks were moved out of the way and kept, because they may be the way back.
+    SetAside {
+        /// What: `log` or `disks`.
+        what: String,
+        /// The folder that it is in now.
+        folder: String,
+    },
     /// The log of a VM has come to a part of its budget, beyond which it takes nothing more.
     LogFilling {
         /// In percent.
@@ -126,6 +133,17 @@ pub enum Incident {
         percent: u8,
         /// How many bytes are free.
         free: u64,
+    },
+    /// The logs of the VMs here would not fit if each came to its budget.
+    BudgetsExceedSpace {
+        /// How many VMs.
+        vms: u64,
+        /// How many bytes each of their logs may take.
+        budget: u64,
+        /// How many bytes are lacking.
+        lacking: u64,
+        /// With this budget they would fit.
+        fits: u64,
     },
     /// Another host needs the log from boot, and its beginning is gone.
     CopyTooLate {
@@ -234,6 +252,18 @@ pub enum Incident {
     },
 }
 
+impl Incident {
+    /// That a folder of a VM is where it is from now on.
+    pub fn set_aside(folder: &Path) -> Self {
+        let name = folder.file_name().unwrap_or_default().to_string_lossy();
+        let what = name.split('.').next().unwrap_or_default();
+        Self::SetAside {
+            what: what.to_owned(),
+            folder: folder.display().to_string(),
+        }
+    }
+}
+
 impl fmt::Display for Incident {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -247,6 +277,16 @@ impl fmt::Display for Incident {
                     "sets its damaged log aside as evidence and begins anew: {why}"
                 )
             }
+            Self::SetAside { what, folder } => write!(
+                f,
+                "has set the {what} of before aside in {folder}: nothing deletes that folder by itself; \
+                 look into it{}, and delete it once another copy of the VM is whole",
+                if what == "log" {
+                    " ('understudy log stat' reads it)"
+                } else {
+                    ""
+                }
+            ),
             Self::LogFilling {
                 percent,
                 used,
@@ -263,6 +303,19 @@ impl fmt::Display for Incident {
                 "has used {percent} % of the room for its data, {} MiB are free: make room, or its \
                  copies can acknowledge nothing more",
                 free >> 20
+            ),
+            Self::BudgetsExceedSpace {
+                vms,
+                budget,
+                lacking,
+                fits,
+            } => write!(
+                f,
+                "has room for less log than it promises: {vms} VMs with a budget of {} MiB each lack {} \
+                 MiB; make room, set log.retention to {} MiB or less, or have fewer copies here",
+                budget >> 20,
+                lacking.div_ceil(1 << 20),
+                fits >> 20
             ),
             Self::CopyTooLate { peer } => write!(
                 f,

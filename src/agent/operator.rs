@@ -20,7 +20,7 @@ use super::link::{
     Answers, BindError, Channel, Endpoint, Peer, Reply, RequestError, StreamKind, serve_requests,
 };
 use super::metrics;
-use super::space::Space;
+use super::space::{SetAside, Space};
 use super::witness::client::{AskError, WitnessClient};
 use super::witness::reporter::WitnessHealth;
 use crate::config::{Config, ConfigError};
@@ -152,6 +152,9 @@ pub struct HostStatus {
     /// The room where it keeps everything, once that is known.
     #[serde(default)]
     pub space: Option<Space>,
+    /// The logs and disks that were set aside there: they take room until somebody deletes them.
+    #[serde(default)]
+    pub aside: Vec<SetAside>,
     /// What the link has counted.
     pub link: LinkFigures,
 }

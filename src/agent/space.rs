@@ -1,13 +1,20 @@
-//! How much room there is where a host keeps everything, and a word in time when it becomes little.
+//! How much room there is where a host keeps everything, what of it is set aside, and a word in time
+//! when it becomes little, or when the logs of all VMs together may not fit.
+
+mod folders;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::sys::statvfs::statvfs;
 use serde::{Deserialize, Serialize};
 
 use super::journal::{Incident, Journal};
+use super::link::lock;
+pub use folders::SetAside;
+use folders::{Folders, Logs};
 
 /// How often it is looked at.
 const EVERY: Duration = Duration::from_secs(5);
@@ -25,6 +32,8 @@ pub struct Space {
     pub free: u64,
     /// All of it.
     pub total: u64,
+    /// So little is left that it was told.
+    pub low: bool,
 }
 
 impl Space {
@@ -35,6 +44,7 @@ impl Space {
         Ok(Self {
             free: figures.blocks_available().saturating_mul(unit),
             total: figures.blocks().saturating_mul(unit),
+            low: false,
         })
     }
 
@@ -50,6 +60,8 @@ impl Space {
 pub struct SpaceFigures {
     free: AtomicU64,
     total: AtomicU64,
+    low: AtomicBool,
+    aside: Mutex<Vec<SetAside>>,
 }
 
 impl SpaceFigures {
@@ -58,11 +70,18 @@ impl SpaceFigures {
         let space = Space {
             free: self.free.load(Ordering::Relaxed),
             total: self.total.load(Ordering::Relaxed),
+            low: self.low.load(Ordering::Relaxed),
         };
         (space.total > 0).then_some(space)
     }
 
+    /// The logs and disks that are set aside.
+    pub fn aside(&self) -> Vec<SetAside> {
+        lock(&self.aside).clone()
+    }
+
     fn set(&self, space: Space) {
+        self.low.store(space.low, Ordering::Relaxed);
         self.free.store(space.free, Ordering::Relaxed);
         self.total.store(space.total, Ordering::Relaxed);
     }
@@ -101,16 +120,64 @@ impl Warning {
     }
 }
 
-/// Watches over the room in a host's data folder. Never ends.
-pub async fn watch(folder: &Path, host: &str, journal: &Journal, figures: &SpaceFigures) {
+/// Whether the logs of all VMs here would fit if each came to its budget, with a word when that
+/// changes: it is better told while the VMs are few and their logs small.
+#[derive(Debug)]
+struct Admission {
+    budget: u64,
+    /// So many VMs were told of.
+    told: usize,
+}
+
+impl Admission {
+    fn see(&mut self, space: Space, logs: Logs) -> Option<Incident> {
+        let vms = logs.vms as u64;
+        let budgets = self.budget.saturating_mul(vms);
+        let room = space.free.saturating_add(logs.bytes);
+        if budgets <= room {
+            // What goes a little to and fro is told once.
+            if budgets <= room / 20 * 19 {
+                self.told = 0;
+            }
+            return None;
+        }
+        if self.told == logs.vms {
+            return None;
+        }
+        self.told = logs.vms;
+        Some(Incident::BudgetsExceedSpace {
+            vms,
+            budget: self.budget,
+            lacking: budgets - room,
+            fits: room / vms.max(1),
+        })
+    }
+}
+
+/// Watches over the room in a host's data folder, where each log may come to this budget. Never ends.
+pub async fn watch(
+    folder: &Path,
+    host: &str,
+    budget: u64,
+    journal: &Journal,
+    figures: &SpaceFigures,
+) {
     let mut warning = Warning::of(host);
+    let mut admission = Admission { budget, told: 0 };
     loop {
         let folder = folder.to_owned();
+        let look = move || Space::of(&folder).map(|space| (space, Folders::of(&folder)));
         // A disk that hangs keeps this waiting, and nobody else.
-        match tokio::task::spawn_blocking(move || Space::of(&folder)).await {
-            Ok(Ok(space)) => {
+        match tokio::task::spawn_blocking(look).await {
+            Ok(Ok((mut space, found))) => {
+                let low = warning.see(space);
+                space.low = warning.is_little;
                 figures.set(space);
-                if let Some(incident) = warning.see(space) {
+                *lock(&figures.aside) = found.aside;
+                for incident in [low, admission.see(space, found.logs)]
+                    .into_iter()
+                    .flatten()
+                {
                     journal.write(None, incident);
                 }
             }
@@ -132,6 +199,7 @@ mod tests {
         let used = |per_mille| Space {
             free: 1_000_000 - per_mille * 1_000,
             total: 1_000_000,
+            low: false,
         };
         let mut warning = Warning::of("a");
         let from = warning.from;
@@ -151,6 +219,41 @@ mod tests {
             .map(|host| Warning::of(host).from)
             .into();
         assert!(all.len() > 2, "hosts differ: {all:?}");
+    }
+
+    /// Told when it comes about and whenever a VM is added, and never again and again.
+    #[test]
+    fn logs_that_may_not_fit_are_told_once_for_each_vm() {
+        let space = |free| Space {
+            free,
+            total: 1_000,
+            low: false,
+        };
+        let logs = |vms, bytes| Logs { vms, bytes };
+        let mut admission = Admission {
+            budget: 100,
+            told: 0,
+        };
+        assert_eq!(admission.see(space(150), logs(1, 0)), None);
+        // What the logs take already need not be free.
+        assert_eq!(admission.see(space(150), logs(2, 50)), None);
+        let told = admission.see(space(150), logs(2, 10));
+        assert_eq!(
+            told,
+            Some(Incident::BudgetsExceedSpace {
+                vms: 2,
+                budget: 100,
+                lacking: 40,
+                fits: 80,
+            })
+        );
+        assert!(told.expect("some").to_string().contains("log.retention"));
+        assert_eq!(admission.see(space(140), logs(2, 20)), None);
+        assert_eq!(admission.see(space(190), logs(2, 10)), None, "just enough");
+        assert_eq!(admission.see(space(150), logs(2, 10)), None);
+        assert!(admission.see(space(150), logs(3, 10)).is_some());
+        assert_eq!(admission.see(space(900), logs(3, 10)), None);
+        assert!(admission.see(space(150), logs(3, 10)).is_some());
     }
 
     #[test]

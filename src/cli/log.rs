@@ -239,9 +239,13 @@ fn stat(place: &Where) -> Result<(), Failure> {
         ]);
     }
     output::line(format_args!("{table}\n"))?;
+    let terms: Vec<_> = summary.terms.iter().map(ToString::to_string).collect();
     output::line(format_args!(
-        "entries {}..{} over {} landmarks, terms {:?}",
-        summary.first, summary.end, summary.landmarks, summary.terms
+        "entries {}..{} over {} landmarks, terms {}",
+        summary.first,
+        summary.end,
+        summary.landmarks,
+        terms.join(", ")
     ))?;
     for (kind, count) in &summary.entries {
         output::line(format_args!("  {kind:<8} {count}"))?;

@@ -1,6 +1,6 @@
 //! `simulate`: whole clusters from one seed, in which everything fails, and every promise checked.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
@@ -49,7 +49,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         for line in &report.trace {
             output::line(line)?;
         }
-        output::line(format_args!("seed {seed}: {:?}", report.counts))?;
+        output::line(format_args!("seed {seed}: {}", words(&report.counts)))?;
         output::line(format_args!("trace {:016x}", report.trace_hash))?;
         return verdict(&[report]);
     }
@@ -68,11 +68,30 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     });
     bar.finish_and_clear();
     output::line(format_args!(
-        "{} seeds in {}: {total:?}",
+        "{} seeds in {}: {}",
         args.seeds,
-        output::span(began.elapsed())
+        output::span(began.elapsed()),
+        words(&total)
     ))?;
     verdict(&failed)
+}
+
+/// What happened, in words.
+fn words(counts: &Counts) -> String {
+    format!(
+        "{} steps in {} of simulated time, {} faults; {} answers, {} promotions, {} switchovers, \
+         {} cold boots, {} losses accepted, {} records, {} resynchronisations",
+        counts.steps,
+        output::span(Duration::from_nanos(counts.simulated)),
+        counts.faults,
+        counts.answers,
+        counts.promotions,
+        counts.switchovers,
+        counts.cold_boots,
+        counts.losses_accepted,
+        counts.records,
+        counts.resynchronisations
+    )
 }
 
 /// Prints every violation, with the command that replays it.

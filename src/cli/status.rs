@@ -14,12 +14,15 @@ use super::run::LONG_DEFERRAL;
 use super::standing::{self, Look, Standing, ago};
 use super::{block_on, output};
 use crate::agent::operator::{GuestStatus, HostStatus, OperatorError, VmStatus};
+use crate::agent::space::Space;
 use crate::protocol::{HostName, RoleName, Span, Time, VmName};
 use crate::sentence::sentence;
 
 /// A guest that comes past no landmark for so long does nothing but compute: others come past
 /// several a second.
 const NO_EXIT: Span = Span::from_millis(1_000);
+/// A sync that takes so long is worth a word: the disk is busy, or does not come back.
+const LONG_SYNC: Span = Span::from_millis(1_000);
 /// Between two looks of `--watch`.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// Clears the screen and goes to its first line.
@@ -127,7 +130,7 @@ fn text(look: &Look, witness: &WitnessState) -> String {
     for standing in &vms {
         // Writing to a string cannot fail.
         let _ = writeln!(text, "VM {}: {}", standing.vm(), standing.sentence());
-        let mut table = output::table(["host", "role", "position", "log", "lag", "log bytes", ""]);
+        let mut table = output::table(["host", "role", "position", "log", "lag", "log size", ""]);
         for (host, status) in look {
             match status {
                 Ok(status) => {
@@ -152,10 +155,20 @@ fn text(look: &Look, witness: &WitnessState) -> String {
                 let connected = status.peers.values().filter(|up| **up).count();
                 let _ = writeln!(
                     text,
-                    "host {host}: up, version {}, connected with {connected} of {} others",
+                    "host {host}: up, version {}, connected with {connected} of {} others{}",
                     status.version,
-                    status.peers.len()
+                    status.peers.len(),
+                    status.space.map_or_else(String::new, room)
                 );
+                for aside in &status.aside {
+                    let _ = writeln!(
+                        text,
+                        "host {host}: {} takes {}: it was set aside; delete it when the VM has another \
+                         whole copy",
+                        aside.folder,
+                        output::bytes(aside.bytes)
+                    );
+                }
                 for (vm, why) in &status.silent {
                     let _ = writeln!(text, "host {host}: can tell nothing of {vm}: {why}");
                 }
@@ -175,6 +188,36 @@ fn text(look: &Look, witness: &WitnessState) -> String {
         text.push_str("witness: up\n");
     }
     text
+}
+
+/// The room that a host has left.
+fn room(space: Space) -> String {
+    let (free, total) = (output::bytes(space.free), output::bytes(space.total));
+    let low = if space.low { ", LOW: make room" } else { "" };
+    format!(", {free} of {total} free{low}")
+}
+
+/// What a log takes, and may take.
+fn log_size(seen: &VmStatus) -> String {
+    let budget = output::bytes(seen.store.budget);
+    let used = seen.log_bytes.map(output::bytes);
+    used.map_or_else(String::new, |used| format!("{used} of {budget}"))
+}
+
+/// What is to be said of the store of a log.
+fn store_state(seen: &VmStatus) -> Option<String> {
+    let why = seen.node.full.as_ref().or(seen.store.full.as_ref());
+    if let Some(why) = why {
+        return Some(format!("its disk takes nothing more: {why}"));
+    }
+    let oldest = seen.store.oldest_sync?;
+    (oldest >= LONG_SYNC).then(|| {
+        let oldest = Duration::from_nanos(oldest.as_nanos());
+        format!(
+            "its disk has not come back from a sync for {}",
+            output::span(oldest)
+        )
+    })
 }
 
 /// What is said where no VM is to be seen: nothing is known by whom nobody answers.
@@ -232,9 +275,7 @@ fn row(
             output::bytes(fetching.of)
         ));
     }
-    if let Some(why) = &node.full {
-        remarks.push(format!("its disk takes nothing more: {why}"));
-    }
+    remarks.extend(store_state(seen));
     remarks.extend(seen.failure.clone());
     if !standing.record.concerns(host) {
         remarks.push(format!(
@@ -248,7 +289,7 @@ fn row(
         node.position.to_string(),
         node.stored.to_string(),
         lag.map_or(String::new(), output::span),
-        seen.log_bytes.map_or(String::new(), output::bytes),
+        log_size(seen),
         remarks.join(", "),
     ]
 }
@@ -305,6 +346,7 @@ pub const fn role(role: RoleName) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::agent::space::SetAside;
     use crate::cli::standing::tests::{Told, host, node, record};
 
     const WELL: WitnessState = WitnessState {
@@ -341,6 +383,46 @@ mod tests {
             rows.iter().any(|row| row.contains(&command))
         };
         assert!(offers("c") && !offers("b"), "{rows:?}");
+    }
+
+    #[test]
+    fn disks_are_told_before_and_when_they_are_full() {
+        let record = record(&["b"]);
+        let mut told = Told::default()
+            .says("a", node(RoleName::Primary, &record))
+            .says("b", node(RoleName::Member, &record));
+        let a = told.0.get_mut(&host("a")).and_then(|a| a.as_mut().ok());
+        let a = a.expect("answers");
+        a.space = Some(Space {
+            free: 3_000_000,
+            total: 100_000_000,
+            low: true,
+        });
+        a.aside = vec![SetAside {
+            folder: "vms/shop/log.aside-1".to_owned(),
+            bytes: 5_000,
+        }];
+        a.vms[0].log_bytes = Some(2_000_000);
+        a.vms[0].store.budget = 8_000_000;
+        a.vms[0].store.full = Some("the log has come to its budget".to_owned());
+        let b = told.0.get_mut(&host("b")).and_then(|b| b.as_mut().ok());
+        let b = &mut b.expect("answers").vms[0];
+        b.store.oldest_sync = Some(Span::from_millis(4_000));
+        let all = text(&told.0, &WELL);
+        for words in [
+            "3.0 MB of 100.0 MB free, LOW: make room",
+            "host a: vms/shop/log.aside-1 takes 5.0 kB: it was set aside",
+            "2.0 MB of 8.0 MB",
+            "its disk takes nothing more: the log has come to its budget",
+            "its disk has not come back from a sync for 4000.0 ms",
+        ] {
+            assert!(all.contains(words), "{words}: {all}");
+        }
+        let json = serde_json::to_value(Json::of(&told.0, &WELL)).expect("plain data");
+        let a = &json["hosts"]["a"];
+        assert_eq!(a["space"]["low"], true, "{json}");
+        assert_eq!(a["aside"][0]["bytes"], 5_000, "{json}");
+        assert_eq!(a["vms"][0]["store"]["budget"], 8_000_000, "{json}");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::agent::clock;
 use crate::agent::journal::Line;
 use crate::agent::operator::{Client, HostStatus, OperatorError, Request};
 use crate::cli::operator::start_vm;
-use crate::cli::status::lag_of;
+use crate::cli::status::{lag_of, role};
 use crate::config::{Config, ConfigError};
 use crate::protocol::{HostName, Policy, Record, RoleName, Rule, Time, VmName};
 
@@ -425,7 +425,7 @@ fn tell(hosts: &Hosts) -> String {
             let roles: Vec<_> = status
                 .vms
                 .iter()
-                .map(|vm| format!("{:?}", vm.node.role))
+                .map(|vm| role(vm.node.role).to_owned())
                 .collect();
             format!(
                 "{name} is {}",

@@ -14,6 +14,8 @@
 //! - What an earlier holding or an earlier run of the VM still reports may be handed in; the
 //!   [`Incarnation`] and [`VmRun`] it carries let the node ignore it.
 
+use std::fmt;
+
 use replay_log::{Batch, FrameNumber, LogIndex, LogTip, Position, Term};
 use serde::{Deserialize, Serialize};
 
@@ -71,6 +73,14 @@ pub enum Input {
     StoreFull {
         /// A sentence that says what failed.
         reason: String,
+    },
+    /// More was appended than a store that is full keeps waiting: what came after `tip` was not taken
+    /// and is not read by anybody. The log ends there.
+    StoreShort {
+        /// Which holding.
+        incarnation: Incarnation,
+        /// Where the log ends.
+        tip: LogTip,
     },
     /// It takes more again, and has stored what waited.
     StoreRoom,
@@ -196,6 +206,36 @@ pub enum Operator {
     /// Go live with what this host holds, though it may not be all that was acknowledged. The
     /// exposure goes into the journal. Everything else must have failed.
     AcceptLoss,
+}
+
+impl fmt::Display for Operator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Create { hosts, policy } => {
+                write!(
+                    f,
+                    "start the VM, with copies on {} ({policy})",
+                    names(hosts)
+                )
+            }
+            Self::Pair { hosts, policy } => {
+                write!(f, "have copies on {} ({policy})", names(hosts))
+            }
+            Self::Switchover { to: Some(to) } => write!(f, "let {to} reign"),
+            Self::Switchover { to: None } => f.write_str("let a replica reign"),
+            Self::StartOver => f.write_str("boot the guest anew from its image"),
+            Self::AcceptLoss => f.write_str("go on with what is here, whatever is lost"),
+        }
+    }
+}
+
+fn names(hosts: &[HostName]) -> String {
+    let names: Vec<_> = hosts.iter().map(HostName::as_str).collect();
+    if names.is_empty() {
+        "this host alone".to_owned()
+    } else {
+        names.join(", ")
+    }
 }
 
 /// Something to be done outside.

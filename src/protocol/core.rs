@@ -511,6 +511,20 @@ impl Core {
         }
     }
 
+    /// The store has not taken what was appended after here: nobody has been told that it is held, and
+    /// nobody has had it from here. Says whether the log is shorter for it.
+    pub(super) fn shortened(&mut self, incarnation: Incarnation, tip: LogTip) -> bool {
+        let shorter = self.is_current(incarnation) && tip.index < self.log.appended.index;
+        if shorter {
+            self.log.appended = tip;
+            self.executed = self.executed.min(tip.index);
+            self.committed = self.committed.min(tip.index);
+            // They would go on from where it ended before.
+            self.feeds.stop_all(&mut self.actions);
+        }
+        shorter
+    }
+
     /// The store failed: what it held may be gone.
     pub(super) fn store_failed(&mut self, reason: String) {
         self.journal(Event::StoreFailed { reason });

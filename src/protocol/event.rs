@@ -384,7 +384,7 @@ impl fmt::Display for Event {
                 )
             }
             Self::Refused { peer, term, why } => {
-                write!(f, "refuses {peer} under term {term}: {why:?}")
+                write!(f, "refuses {peer} under term {term}: {why}")
             }
             Self::SealsWon {
                 term,
@@ -514,6 +514,37 @@ impl fmt::Display for Event {
                 write!(f, "is not the holding that the record may name: {why}")
             }
             Self::PeerMisbehaved { peer, what } => write!(f, "{peer} {what}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What people read names things as people do, and not as this program's source does.
+    #[test]
+    fn refusals_are_told_in_words() {
+        for why in [
+            Refusal::RecordMovedOn,
+            Refusal::Sealed,
+            Refusal::Promised,
+            Refusal::PrimaryAlive,
+            Refusal::NotACopy,
+            Refusal::Starting,
+            Refusal::Forgotten,
+            Refusal::Full,
+        ] {
+            let refused = Event::Refused {
+                peer: HostName::new("b").expect("a name"),
+                term: Term(3),
+                why,
+            };
+            let told = refused.to_string();
+            assert!(told.starts_with("refuses b under term 3: "), "{told}");
+            let source = format!("{why:?}");
+            assert!(!told.contains(&source), "{told}");
+            assert!(why.to_string().split(' ').count() > 3, "{told}");
         }
     }
 }

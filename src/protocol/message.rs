@@ -2,6 +2,8 @@
 //!
 //! The transport keeps the order of messages within a lane and knows nothing else of them.
 
+use std::fmt;
+
 use replay_log::{Batch, FrameNumber, LogIndex, LogTip, Position, Term};
 use serde::{Deserialize, Serialize};
 
@@ -123,6 +125,24 @@ impl Refusal {
             Self::Starting | Self::Forgotten => "too few copies are ready",
             Self::Full => "too few copies have room on their disks",
         }
+    }
+}
+
+/// What the one who refuses says of itself.
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::RecordMovedOn => "it knows a later state of the record",
+            Self::Sealed => "it is sealed, and hears nobody who reigns by this state of the record",
+            Self::Promised => "it has promised itself to another claim",
+            Self::PrimaryAlive => "it hears the primary, or is the primary",
+            Self::NotACopy => "it is no copy of this VM by the record",
+            Self::Starting => "it has restarted, and does not know yet what it is",
+            Self::Forgotten => {
+                "the other has less log than it had acknowledged, and must take another incarnation"
+            }
+            Self::Full => "its disk takes nothing more",
+        })
     }
 }
 

@@ -201,6 +201,7 @@ impl Node {
             }
             Input::StoreFailed { reason } => return self.store_failed(reason),
             Input::StoreFull { reason } => return self.store_full(reason),
+            Input::StoreShort { incarnation, tip } => return self.store_short(incarnation, tip),
             Input::StoreRoom => return self.store_room(),
             Input::Persisted(durable) => {
                 let settled = core.persisted(durable);
@@ -509,6 +510,29 @@ impl Node {
             }
             Role::Claimant(controller) => controller.store_full(&mut self.core),
             Role::Primary(primary) => primary.store_full(&mut self.core, reason),
+        }
+    }
+
+    /// The store has not taken all that it was given. What is missing is had again from a peer, as after
+    /// a connection that was lost.
+    fn store_short(&mut self, incarnation: Incarnation, tip: LogTip) -> Turn {
+        if !self.core.shortened(incarnation, tip) {
+            return Turn::Stay;
+        }
+        match &mut self.role {
+            Role::Replica(replica) => {
+                replica.store_short(&mut self.core);
+                Turn::Stay
+            }
+            Role::Claimant(controller) => controller.store_full(&mut self.core),
+            Role::Primary(primary) => {
+                // Its guest has gone on where no log follows. What it has done there nobody has seen.
+                let why =
+                    "the disk here does not take the guest's log fast enough: the guest goes on \
+                           from where the log ends"
+                        .to_owned();
+                primary.abdicate(&mut self.core, why, None)
+            }
         }
     }
 

@@ -332,6 +332,7 @@ impl Primary {
             core.journal(Event::WentLive { term: self.term });
             core.durable.live = self.term;
             core.persist();
+            self.park_if_full(core);
         }
         self.advance(core)
     }
@@ -555,7 +556,13 @@ impl Primary {
         if self.another_has_room(core) {
             return self.abdicate(core, reason, None);
         }
-        if matches!(self.phase, Phase::Live) && !self.parked {
+        self.park_if_full(core);
+        self.advance(core)
+    }
+
+    /// A guest that went on while the disk takes nothing would fill the memory instead.
+    pub(super) fn park_if_full(&mut self, core: &mut Core) {
+        if core.full.is_some() && matches!(self.phase, Phase::Live) && !self.parked {
             self.parked = true;
             core.do_(Action::PauseVm { run: core.run });
             core.journal(Event::Waiting {
@@ -564,7 +571,6 @@ impl Primary {
                     .to_owned(),
             });
         }
-        self.advance(core)
     }
 
     /// Whether a copy could go on whose disk is well.
@@ -581,7 +587,9 @@ impl Primary {
 
     /// There is room again.
     pub(super) fn store_room(&mut self, core: &mut Core) {
-        if std::mem::take(&mut self.parked) {
+        // In a switchover the guest is paused for that, too.
+        let would_run = matches!(self.phase, Phase::Live | Phase::Asking { .. });
+        if std::mem::take(&mut self.parked) && would_run {
             core.do_(Action::ResumeVm { run: core.run });
         }
     }

@@ -267,6 +267,28 @@ impl Policy {
     }
 }
 
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let acks = match self.acks {
+            Acks::Memory => "memory",
+            Acks::Disk => "disk",
+        };
+        let on_loss = match self.on_loss {
+            OnLoss::Shrink => "lost replicas are let go",
+            OnLoss::Stall => "lost replicas are waited for",
+        };
+        let log_full = match self.log_full {
+            LogFull::Stall => "a log at its budget takes no more",
+            LogFull::Unprotected => "the primary's log may grow beyond its budget",
+        };
+        write!(
+            f,
+            "rule {}, acknowledged from {acks}, {on_loss}, output with {} copies at least, {log_full}",
+            self.rule, self.min_copies
+        )
+    }
+}
+
 impl Default for Policy {
     fn default() -> Self {
         Self {

@@ -457,6 +457,13 @@ impl Replica {
         }
     }
 
+    /// The log here is shorter than what was sent: no more is taken of what follows on the rest. The
+    /// primary is asked again when there is room, or with one of its next heartbeats.
+    pub(super) fn store_short(&mut self, core: &Core) {
+        self.source = None;
+        self.hello_at = core.now.plus(core.config.timing.retry);
+    }
+
     /// The disk takes more again: what was not taken is asked for.
     pub(super) fn store_room(&mut self, core: &mut Core) {
         self.acknowledge(core);

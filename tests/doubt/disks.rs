@@ -18,6 +18,8 @@ pub enum Fault {
     Slow(u32),
     /// A sync fails.
     Fails,
+    /// It does not have what was written last, which shows when the page cache forgets it.
+    Lost,
 }
 
 /// A library that is preloaded into processes, and the file that tells it what is broken.
@@ -58,15 +60,25 @@ impl FaultyDisks {
 
     /// From now on the disk that a folder is on is like this, and no other is broken.
     pub fn break_disk(&self, of: &Path, fault: Fault) {
-        let what = match fault {
-            Fault::Hangs => "hang".to_owned(),
-            Fault::Slow(millis) => format!("delay:{millis}"),
-            Fault::Fails => "fail".to_owned(),
+        self.break_disks(&[(of, fault)]);
+    }
+
+    /// From now on the disks that these files or folders are on are like this, and no others are
+    /// broken.
+    pub fn break_disks(&self, faults: &[(&Path, Fault)]) {
+        let line = |(of, fault): &(&Path, Fault)| {
+            let what = match fault {
+                Fault::Hangs => "hang".to_owned(),
+                Fault::Slow(millis) => format!("delay:{millis}"),
+                Fault::Fails => "fail".to_owned(),
+                Fault::Lost => "lost".to_owned(),
+            };
+            format!("{what} {}\n", of.display())
         };
-        let line = format!("{what} {}\n", of.display());
+        let lines: String = faults.iter().map(line).collect();
         // Whole or not at all: it is read at every sync.
         let new = self.folder.path().join("faults.new");
-        fs::write(&new, line).expect("writes");
+        fs::write(&new, lines).expect("writes");
         fs::rename(new, self.list()).expect("renames");
     }
 

@@ -22,7 +22,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use understudy::agent::certs::Identity;
-use understudy::protocol::{Acks, HostName, OnLoss, Policy, RoleName, Rule};
+use understudy::protocol::{Acks, HostName, Incarnation, OnLoss, Policy, RoleName, Rule};
 
 use disks::{Fault, FaultyDisks, SmallDisks, copy_folder, put_back};
 use loopback::{host_name, identity, on_kvm, understudy};
@@ -65,6 +65,14 @@ impl Theatre {
             printed.contains(words).then_some(())
         })
         .await;
+    }
+
+    /// The holding that a host has now.
+    async fn incarnation(&mut self, host: &HostName) -> Incarnation {
+        self.until("the host's answer", async |site| {
+            Some(site.seen(host).await?.1.node.incarnation)
+        })
+        .await
     }
 
     fn stop(&mut self, who: &Identity) {
@@ -350,6 +358,71 @@ fn a_failed_sync_makes_a_log_doubtful_and_deletes_nothing() {
                 (named == now).then_some(())
             })
             .await;
+        flawless(load).await;
+    });
+}
+
+/// The process ends after the failed sync, and before anything else of it is durable. The next one
+/// reads a whole log in the page cache.
+#[test]
+fn a_doubtful_log_is_no_better_in_the_next_process() {
+    on_kvm(async || {
+        let disks = FaultyDisks::new();
+        let mut theatre = Theatre::open(&["a", "b", "c"], DISK).await;
+        theatre.with(&disks).await;
+        let load = theatre.load().await;
+        theatre.answers(&load, 200).await;
+        let b = host_name("b");
+        let held = theatre.incarnation(&b).await;
+        let vm = theatre.data(&identity(&b)).join("vms/shop");
+        disks.break_disks(&[
+            (&vm.join("log"), Fault::Fails),
+            (&vm.join("state"), Fault::Hangs),
+        ]);
+        theatre
+            .until("a doubtful log", async |site| {
+                site.journal_has(&b, "store_failed").await.then_some(())
+            })
+            .await;
+        theatre.kill(&b);
+        disks.repair();
+        theatre.start_host(&b);
+        theatre
+            .until("what was there, kept aside", async |site| {
+                let aside = vm.join("log.aside-1").exists();
+                (aside && site.journal_has(&b, "log_set_aside").await).then_some(())
+            })
+            .await;
+        theatre.copies(3).await;
+        assert_ne!(theatre.incarnation(&b).await, held);
+        flawless(load).await;
+    });
+}
+
+/// The same where not even a mark could be left beside the log: what is believed is what the disk has.
+#[test]
+fn what_only_the_page_cache_has_is_not_believed() {
+    on_kvm(async || {
+        let disks = FaultyDisks::new();
+        let mut theatre = Theatre::open(&["a", "b", "c"], DISK).await;
+        theatre.with(&disks).await;
+        let load = theatre.load().await;
+        theatre.answers(&load, 200).await;
+        let b = host_name("b");
+        let held = theatre.incarnation(&b).await;
+        let log = theatre.data(&identity(&b)).join("vms/shop/log");
+        theatre.kill(&b);
+        disks.break_disk(&log, Fault::Lost);
+        theatre.start_host(&b);
+        theatre
+            .until("another holding", async |site| {
+                let now = site.seen(&b).await?.1.node.incarnation;
+                (now != held).then_some(())
+            })
+            .await;
+        assert!(theatre.journal_has(&b, "holding_lost").await);
+        disks.repair();
+        theatre.copies(3).await;
         flawless(load).await;
     });
 }

@@ -19,7 +19,7 @@ use std::time::Instant;
 use super::index::{Segment, segment_path};
 use super::scan::Checkpoint;
 use super::survey::{MAKING, OPEN, SEALED};
-use super::{FileStore, SegmentIo, SyncPolicy, format};
+use super::{FileStore, SegmentIo, SyncPolicy, doubt, format, reason};
 use crate::batch::Batch;
 use crate::compress::Compressor;
 use crate::position::LogTip;
@@ -69,7 +69,8 @@ impl FileStore {
     /// Notes a failure after which nobody knows what the disk holds.
     pub(super) fn poison<T>(&mut self, done: Result<T, Stopped>) -> Result<T, Stopped> {
         if let Err(Stopped::Doubtful(failure)) = &done {
-            let reason = format!("{failure}: {}", failure.source);
+            let reason = reason(failure);
+            doubt::leave(&self.dir, &reason);
             self.poisoned = Some(Poisoned { reason });
         }
         done

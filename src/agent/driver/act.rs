@@ -1,5 +1,6 @@
 //! The driver's hands: the protocol's actions are carried out, in their order.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ use crate::agent::vm_process::ToVm;
 use crate::gateway::frames::Boot;
 use crate::protocol::{
     Action, Durable, Event, HostName, Input, LogFull, Message, Record, RoleName, Seen, Version,
-    VmRun,
+    VmName, VmRun,
 };
 use crate::sentence::sentence;
 
@@ -408,12 +409,12 @@ impl VmDriver {
         self.known_term = self.known_term.max(term);
         self.awaiting_parts = Some(run);
         let (home, back, env) = (self.home.clone(), self.to_back.clone(), self.env.clone());
-        let reaper = self.reaper.clone();
+        let (reaper, vm) = (self.reaper.clone(), self.vm.clone());
         tokio::spawn(async move {
             let parts = async {
                 // The run before may still write to the disks that this one boots from, or removes.
                 reaper.all_gone(reaper::PATIENCE).await?;
-                blocking(move || boot_parts(&home, &env, term, cold)).await
+                blocking(move || boot_parts(&home, &env, &vm, term, cold)).await
             };
             let _ = back.send(Back::Parts(run, true, parts.await));
         });
@@ -584,7 +585,13 @@ fn replica_parts(home: &Home, env: &Surroundings, header: Header) -> Result<Part
 }
 
 /// What a machine boots from: the image, and fresh or left-over disks. Blocks.
-fn boot_parts(home: &Home, env: &Surroundings, term: Term, cold: bool) -> Result<Parts, HomeError> {
+fn boot_parts(
+    home: &Home,
+    env: &Surroundings,
+    vm: &VmName,
+    term: Term,
+    cold: bool,
+) -> Result<Parts, HomeError> {
     let image = home.image(&env.library)?;
     let bases = if cold {
         home.seal_disks()?
@@ -593,8 +600,9 @@ fn boot_parts(home: &Home, env: &Surroundings, term: Term, cold: bool) -> Result
     };
     let header = super::home::new_header(&image, &bases, term)?;
     home.keep_header(&header)?;
+    let tell = |folder: &Path| env.journal.write(Some(vm), Incident::set_aside(folder));
     Ok(Parts {
-        disks: home.boot_disks(&header, cold)?,
+        disks: home.boot_disks(&header, cold, tell)?,
         header,
         image: image.boot(),
         binary: env.vmm_binary.clone(),

@@ -129,8 +129,13 @@ pub fn log_options(config: &Config, acks: Acks) -> Keeping {
             sync,
             ..FileOptions::default()
         },
-        budget: spread(config.log.retention.0, config.name.as_str()),
+        budget: log_budget(config),
     }
+}
+
+/// How many bytes the log of a VM may take on this host.
+pub fn log_budget(config: &Config) -> u64 {
+    spread(config.log.retention.0, config.name.as_str())
 }
 
 /// A limit as it holds on this host: up to 5 % lower, by the host's name. Copies hold the same bytes,

@@ -12,7 +12,9 @@
 //! read from the files. The store is *full* when the system takes no more, when the budget is used up,
 //! when too much waits for it ([`QUEUE_BYTES`]) or when it has not come back for too long ([`STUCK`]):
 //! then nothing more is acknowledged, what waits stays in order, and it ends by itself when all of
-//! that is stored. It has *failed* when a sync did, and then only another log helps.
+//! that is stored. What is appended beyond a second bound ([`QUEUE_MAX`]) is not taken, and said so
+//! at once: the log ends before it, and its owner gets it again from a peer. It has *failed* when a
+//! sync did, and then only another log helps.
 
 mod cursor;
 mod header;
@@ -21,7 +23,7 @@ mod tests;
 mod writer;
 
 use std::collections::VecDeque;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
@@ -48,7 +50,8 @@ use writer::{Condition, Open, Order, Report, Work, Writer};
 const RECENT_BYTES: usize = 8 << 20;
 /// When so many bytes of batches wait for the store, it is full.
 const QUEUE_BYTES: usize = 32 << 20;
-/// Beyond so many no more are taken: whoever goes on appending to a full store loses the log's end.
+/// Beyond so many no more are taken: whoever goes on appending to a full store is told where its log
+/// ends.
 const QUEUE_MAX: usize = 2 * QUEUE_BYTES;
 /// A store that has not come back with anything for this long is full.
 const STUCK: Span = Span::from_millis(3_000);
@@ -86,8 +89,12 @@ pub enum LogNews {
     /// The store takes nothing more at the moment, for this reason. What was appended is kept in
     /// order, and what is acknowledged stays true; until [`Self::Room`] nothing more is.
     Full(String),
+    /// What was appended after here is not taken: the log ends here, and goes on from here.
+    Short(Incarnation, LogTip),
     /// The store works again, and has stored what waited.
     Room,
+    /// A log was set aside in this folder.
+    SetAside(PathBuf),
     /// What the store holds is doubtful.
     Failed(String),
 }
@@ -241,15 +248,15 @@ impl LogKeeper {
     }
 
     /// The same where what is there is damaged: that is set aside as evidence, numbered and never
-    /// deleted by itself, and an empty log begins in its place.
+    /// deleted by itself, and an empty log begins in its place. Also says where it is.
     pub fn open_anew(
         dir: &Path,
         keeping: Keeping,
         incarnation: Incarnation,
         returns: UnboundedSender<FromStore>,
-    ) -> Result<Self, OpenError> {
-        aside::set_aside(dir)?;
-        Self::open(dir, keeping, incarnation, returns)
+    ) -> Result<(Self, Option<PathBuf>), OpenError> {
+        let aside = aside::set_aside(dir)?;
+        Ok((Self::open(dir, keeping, incarnation, returns)?, aside))
     }
 
     /// Stores what was appended, as far as the system takes it, and lets the log's folder go. Gives
@@ -325,7 +332,8 @@ impl LogKeeper {
         }
         let bytes = batch.payload().len();
         if self.pending_bytes + bytes > QUEUE_MAX {
-            tracing::warn!(at = %batch.first(), "a full store takes no more of the log");
+            // Taken up by nobody else, what follows on this would not fit either, for ever.
+            news.push(LogNews::Short(self.incarnation, self.tip));
             return;
         }
         self.tip = batch.tip(self.tip.chain);
@@ -491,7 +499,9 @@ impl LogKeeper {
             self.oldest_since = now();
         }
         if report.log != self.log {
-            // What it reports is about a log that is given up.
+            // What it reports is about a log that is given up, but where another one went.
+            let aside = |one: &LogNews| matches!(one, LogNews::SetAside(_));
+            news.extend(report.news.into_iter().filter(aside));
             return;
         }
         self.bytes = report.bytes;

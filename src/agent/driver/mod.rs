@@ -47,10 +47,11 @@ use crate::agent::witness::reporter::Reports;
 use crate::config::Config;
 use crate::gateway::frames::Boot;
 use crate::protocol::{self, HostName, Input, Message, Node, Span, Time, VmName};
+use crate::sentence::sentence;
 
 use guest::Guest;
 pub use guest::{Doing, GuestError};
-pub use home::{Home, HomeError};
+pub use home::{Home, HomeError, log_budget};
 use keeper::{FromStore, LogKeeper, LogNews};
 use reaper::Reaper;
 pub use reaper::does_not_die;
@@ -246,18 +247,25 @@ impl VmDriver {
         let (to_returns, returns) = unbounded_channel();
         let options = home::log_options(&env.config, durable.acks);
         let (dir, held) = (home.log_dir(), durable.incarnation);
-        let (log, damage) = match LogKeeper::open(&dir, options, held, to_returns.clone()) {
-            Ok(log) => (log, None),
-            Err(OpenError::Damaged(damage)) => (
-                LogKeeper::open_anew(&dir, options, held, to_returns)?,
-                Some(damage),
-            ),
+        let (log, damaged) = match LogKeeper::open(&dir, options, held, to_returns.clone()) {
+            Ok(log) => (log, false),
+            Err(error @ (OpenError::Damaged(_) | OpenError::Doubtful { .. })) => {
+                // Whatever ends this process next, the empty log is never taken for what was held.
+                home.persist(&protocol::Durable {
+                    incarnation: protocol::Incarnation(0),
+                    ..durable.clone()
+                })?;
+                let why = sentence(&error);
+                let (anew, aside) = LogKeeper::open_anew(&dir, options, held, to_returns)?;
+                let incident = Incident::LogSetAside { why };
+                env.journal.write(Some(&vm), incident);
+                if let Some(folder) = aside {
+                    env.journal.write(Some(&vm), Incident::set_aside(&folder));
+                }
+                (anew, true)
+            }
             Err(other) => return Err(other.into()),
         };
-        if let Some(damage) = &damage {
-            let why = damage.to_string();
-            env.journal.write(Some(&vm), Incident::LogSetAside { why });
-        }
         if let Some(seen) = &durable.seen {
             env.reports.saw(&vm, seen);
         }
@@ -265,7 +273,7 @@ impl VmDriver {
         let restored = protocol::Restored {
             durable: durable.clone(),
             log: log.tip(),
-            damaged: damage.is_some(),
+            damaged,
             disk: home.disk_id(fresh)?,
             fresh,
         };
@@ -464,6 +472,7 @@ impl VmDriver {
                     self.full.log = true;
                     Input::StoreFull { reason }
                 }
+                LogNews::Short(incarnation, tip) => Input::StoreShort { incarnation, tip },
                 LogNews::Room => {
                     self.full.log = false;
                     if self.full.is_anything() {
@@ -472,6 +481,11 @@ impl VmDriver {
                     Input::StoreRoom
                 }
                 LogNews::Failed(reason) => Input::StoreFailed { reason },
+                LogNews::SetAside(folder) => {
+                    let incident = Incident::set_aside(&folder);
+                    self.env.journal.write(Some(&self.vm), incident);
+                    continue;
+                }
                 LogNews::Filling {
                     percent,
                     used,

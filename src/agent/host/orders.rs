@@ -99,7 +99,7 @@ impl Agent {
         let journal = *self.env.journal.written().borrow();
         let ordered = Incident::Ordered {
             operator: who.to_string(),
-            order: format!("{order:?}"),
+            order: order.to_string(),
         };
         self.env.journal.write(Some(&vm), ordered);
         let here = self.drivers.contains_key(&vm);
@@ -182,6 +182,7 @@ impl Agent {
             silent: self.unreadable(),
             troubles: self.troubles.values().cloned().collect(),
             space: self.env.space.last(),
+            aside: self.env.space.aside(),
             link: LinkFigures {
                 log_bytes_raw: counters.log_bytes_raw.get(),
                 log_bytes_sent: counters.log_bytes_sent.get(),

@@ -51,7 +51,7 @@ pub enum RequestError {
         reason: String,
     },
     /// No answer in time.
-    #[error("{peer} did not answer within {after:?}: see whether it is overloaded or cut off")]
+    #[error("{peer} did not answer within {} ms: see whether it is overloaded or cut off", after.as_millis())]
     TimedOut {
         /// Who.
         peer: Identity,

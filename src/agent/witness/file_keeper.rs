@@ -14,10 +14,11 @@ use tokio::sync::{oneshot, watch};
 use super::folder::{self, Folder, Opened};
 use super::keeper::{
     Change, KeeperError, KeeperHealth, Kept, OpenError, RecordKeeper, Restored, SetBack, Swap,
-    VMS_MAX,
+    VMS_MAX, VMS_OF_A_HOST,
 };
 use super::store::{Entries, Entry, Store};
 use crate::agent::certs::proof::{SignError, Signer};
+use crate::agent::certs::{Identity, Role};
 use crate::agent::link::lock;
 use crate::protocol::{Record, Seen, VmName};
 
@@ -57,7 +58,7 @@ type Reply<T> = oneshot::Sender<Result<T, KeeperError>>;
 
 enum Job {
     Swap(Box<Change>, Reply<Swap>),
-    SetBack(VmName, Seen, Reply<()>),
+    SetBack(VmName, Seen, Identity, Reply<()>),
     Restore {
         newest: BTreeMap<VmName, Record>,
         forced: bool,
@@ -90,10 +91,15 @@ impl FileKeeper {
             disk: TestDisk::default(),
         });
         let (jobs, received) = channel();
+        let mut names = BTreeMap::new();
+        for by in entries.values().filter_map(Entry::counts_for) {
+            *names.entry(by).or_default() += 1;
+        }
         let mut worker = Worker {
             folder,
             store,
             entries,
+            names,
             copied,
             signer,
             shared: Arc::clone(&shared),
@@ -154,6 +160,8 @@ struct Worker {
     store: Store,
     /// What is on the disk.
     entries: Entries,
+    /// How many names of those each asker has brought in.
+    names: BTreeMap<Identity, usize>,
     copied: bool,
     signer: Signer,
     shared: Arc<Shared>,
@@ -167,6 +175,8 @@ type Replying = Box<dyn FnOnce(Option<&KeeperError>) + Send>;
 struct Batch {
     /// What is to be written.
     changes: Entries,
+    /// Who brings in the names among them that are new.
+    new: Vec<Identity>,
     /// The same as readers will see it.
     signed: BTreeMap<VmName, Kept>,
     /// The folder is to be settled in.
@@ -224,8 +234,33 @@ impl Worker {
             .unwrap_or_default()
     }
 
+    /// Whether a name is new.
+    fn is_new(&self, batch: &Batch, vm: &VmName) -> bool {
+        !batch.changes.contains_key(vm) && !self.entries.contains_key(vm)
+    }
+
+    /// Whether there is room for what this asker says of a VM.
+    fn check_room(&self, batch: &Batch, vm: &VmName, by: &Identity) -> Result<(), KeeperError> {
+        if !self.is_new(batch, vm) {
+            return Ok(());
+        }
+        if self.entries.len() + batch.new.len() >= VMS_MAX {
+            return Err(KeeperError::TooMany);
+        }
+        let before = self.names.get(by).copied().unwrap_or_default();
+        let now = batch.new.iter().filter(|other| *other == by).count();
+        // Operators decide what the cluster is for.
+        if by.role == Role::Host && before + now >= VMS_OF_A_HOST {
+            return Err(KeeperError::TooManyOfOne { by: by.clone() });
+        }
+        Ok(())
+    }
+
     fn put(&self, batch: &mut Batch, vm: VmName, entry: Entry) -> Result<Kept, KeeperError> {
         let kept = sign(&self.signer, &vm, &entry)?;
+        if self.is_new(batch, &vm) {
+            batch.new.extend(entry.counts_for());
+        }
         batch.signed.insert(vm.clone(), kept.clone());
         batch.changes.insert(vm, entry);
         Ok(kept)
@@ -237,8 +272,8 @@ impl Worker {
                 let answer = self.swap(batch, *change);
                 batch.reply(reply, answer);
             }
-            Job::SetBack(vm, seen, reply) => {
-                let answer = self.set_back(batch, vm, seen);
+            Job::SetBack(vm, seen, by, reply) => {
+                let answer = self.set_back(batch, vm, seen, by);
                 batch.reply(reply, answer);
             }
             Job::Restore {
@@ -264,6 +299,7 @@ impl Worker {
             expect,
             new,
             seen,
+            by,
         } = change;
         let kept = self.kept(batch, &vm);
         if let Some(committed) = &kept.committed
@@ -283,18 +319,24 @@ impl Worker {
         if current.map(Record::version) != expect {
             return Ok(Swap::Conflict(kept.committed));
         }
-        if current.is_none() && self.entries.len() + batch.changes.len() >= VMS_MAX {
-            return Err(KeeperError::TooMany);
-        }
+        self.check_room(batch, &vm, &by)?;
+        let named_by = self.entry(batch, &vm).counts_for().or(Some(by));
         let entry = Entry {
             record: Some(new),
             set_back: None,
+            named_by,
         };
         let kept = self.put(batch, vm, entry)?;
         Ok(kept.committed.map_or(Swap::Conflict(None), Swap::Done))
     }
 
-    fn set_back(&self, batch: &mut Batch, vm: VmName, seen: Seen) -> Result<(), KeeperError> {
+    fn set_back(
+        &self,
+        batch: &mut Batch,
+        vm: VmName,
+        seen: Seen,
+        by: Identity,
+    ) -> Result<(), KeeperError> {
         let mut entry = self.entry(batch, &vm);
         let kept = seen_of(entry.record.as_ref());
         let newer = entry
@@ -303,10 +345,9 @@ impl Worker {
         if SetBack::judge(kept, seen).is_none() || !newer {
             return Ok(());
         }
-        if kept.is_none() && self.entries.len() + batch.changes.len() >= VMS_MAX {
-            return Err(KeeperError::TooMany);
-        }
+        self.check_room(batch, &vm, &by)?;
         tracing::error!(%vm, "{}", SetBack { kept, seen });
+        entry.named_by = entry.counts_for().or(Some(by));
         entry.set_back = Some(seen);
         self.put(batch, vm, entry).map(drop)
     }
@@ -337,6 +378,7 @@ impl Worker {
         let entry = Entry {
             record: Some(record),
             set_back: None,
+            named_by: before.named_by,
         };
         if old != Some(new) || before.set_back.is_some() {
             self.put(batch, vm.clone(), entry)?;
@@ -358,6 +400,9 @@ impl Worker {
             tracing::error!(%error, "records are not kept");
         } else {
             self.entries.extend(batch.changes);
+            for by in batch.new {
+                *self.names.entry(by).or_default() += 1;
+            }
             let mut kept = lock(&self.shared.kept);
             for (vm, now) in batch.signed {
                 let slot = kept.entry(vm).or_default();
@@ -418,8 +463,8 @@ impl RecordKeeper for FileKeeper {
         self.ask(|reply| Job::Swap(Box::new(change), reply)).await
     }
 
-    async fn set_back(&self, vm: VmName, seen: Seen) -> Result<(), KeeperError> {
-        self.ask(|reply| Job::SetBack(vm, seen, reply)).await
+    async fn set_back(&self, vm: VmName, seen: Seen, by: Identity) -> Result<(), KeeperError> {
+        self.ask(|reply| Job::SetBack(vm, seen, by, reply)).await
     }
 
     async fn restore(

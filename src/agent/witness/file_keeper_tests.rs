@@ -12,12 +12,18 @@ fn open(folder: &Path) -> FileKeeper {
     FileKeeper::open(folder, signer()).expect("records")
 }
 
+fn host(name: &str) -> Identity {
+    Identity::host(&name.parse().expect("a name"))
+}
+
 fn change(vm: VmName, expect: Option<Version>, new: Record) -> Change {
+    let by = host(new.primary.host.as_str());
     Change {
         vm,
         expect,
         new,
         seen: None,
+        by,
     }
 }
 
@@ -141,4 +147,57 @@ async fn of_two_that_expect_the_same_in_one_batch_one_is_done() {
     assert!(matches!(first, Ok(Swap::Done(done)) if done.record == one));
     assert!(matches!(second, Ok(Swap::Conflict(Some(found))) if found.record == one));
     assert!(matches!(again, Ok(Swap::Done(done)) if done.record == one));
+}
+
+fn numbered(number: usize) -> VmName {
+    VmName::new(&format!("vm{number}")).expect("a name")
+}
+
+/// A host that makes up names, by new records or by what it says it has seen, takes the room of nobody
+/// else, and goes on with the names that it has.
+#[tokio::test]
+async fn one_host_cannot_take_the_names_of_all() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let keeper = Arc::new(open(folder.path()));
+    let mut asked = tokio::task::JoinSet::new();
+    for number in 0..VMS_OF_A_HOST + 10 {
+        let keeper = Arc::clone(&keeper);
+        asked.spawn(async move {
+            let new = record(1, 1, "a", &["b"]);
+            if number % 2 == 0 {
+                let swap = keeper.swap(change(numbered(number), None, new)).await;
+                swap.map(drop)
+            } else {
+                let noted = keeper.set_back(numbered(number), new.seen(), host("a"));
+                noted.await
+            }
+        });
+    }
+    let (mut taken, mut refused) = (0, 0);
+    while let Some(answer) = asked.join_next().await {
+        match answer.expect("no panic") {
+            Ok(()) => taken += 1,
+            Err(KeeperError::TooManyOfOne { by }) if by == host("a") => refused += 1,
+            Err(other) => panic!("{other}"),
+        }
+    }
+    assert_eq!((taken, refused), (VMS_OF_A_HOST, 10));
+    let keeper = Arc::try_unwrap(keeper).ok().expect("the only one");
+    drop(keeper);
+    // It is remembered, and is about that host alone.
+    let keeper = open(folder.path());
+    let swap = async |change| keeper.swap(change).await;
+    let another = change(vm(), None, record(1, 1, "a", &[]));
+    let refusal = swap(another).await.expect_err("too many");
+    assert!(refusal.to_string().contains("another host"), "{refusal}");
+    let elsewhere = swap(change(vm(), None, record(1, 1, "b", &["a"]))).await;
+    assert!(matches!(elsewhere, Ok(Swap::Done(_))), "{elsewhere:?}");
+    let known = keeper.list().await.expect("an answer");
+    let (of_a, kept) = known
+        .iter()
+        .find(|(_, kept)| kept.committed.is_some())
+        .expect("half of them");
+    assert!(kept.set_back.is_none());
+    let goes_on = swap(change(of_a.clone(), version(1, 1), record(1, 2, "a", &[])));
+    assert!(matches!(goes_on.await, Ok(Swap::Done(_))));
 }

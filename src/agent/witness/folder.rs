@@ -252,6 +252,7 @@ impl Before {
         Ok(Entry {
             record: Some(record),
             set_back: None,
+            named_by: None,
         })
     }
 }

@@ -10,6 +10,7 @@ fn with_a_record(path: &Path) {
     let entry = Entry {
         record: Some(record(1, 1, "a", &["b"])),
         set_back: None,
+        named_by: None,
     };
     let changes = Entries::from([(vm(), entry)]);
     opened

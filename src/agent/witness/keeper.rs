@@ -10,12 +10,16 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::sync::watch;
 
+use crate::agent::certs::Identity;
 use crate::agent::certs::proof::SignError;
 use crate::agent::lock::LockFolderError;
 use crate::protocol::{Committed, Record, Seen, Version, VmName};
 
 /// The most VMs that one keeper takes.
 pub(super) const VMS_MAX: usize = 65_536;
+/// The most of them that one host may have brought in: what it says is not to take the room of all
+/// others.
+pub(super) const VMS_OF_A_HOST: usize = 4_096;
 
 /// What came of a compare-and-set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,6 +115,8 @@ pub struct Change {
     pub new: Record,
     /// What the asker has seen.
     pub seen: Option<Seen>,
+    /// Who asks.
+    pub by: Identity,
 }
 
 /// Keeps the records of all VMs. Whoever implements it promises: a swap that was answered with
@@ -124,11 +130,12 @@ pub trait RecordKeeper: Send + Sync + 'static {
     fn swap(&self, change: Change) -> impl Future<Output = Result<Swap, KeeperError>> + Send;
 
     /// A host has seen this of a VM, and it is newer than what is kept: from now on, over restarts,
-    /// the record is not changed.
+    /// the record is not changed. `by` says so.
     fn set_back(
         &self,
         vm: VmName,
         seen: Seen,
+        by: Identity,
     ) -> impl Future<Output = Result<(), KeeperError>> + Send;
 
     /// Puts the newest that hosts have seen in the place of what is kept, where it is newer. With
@@ -171,6 +178,16 @@ pub enum KeeperError {
     /// There are too many VMs.
     #[error("the witness keeps {VMS_MAX} records and no more: start another cluster")]
     TooMany,
+    /// One host has brought in too many of them.
+    #[error(
+        "the witness keeps {VMS_OF_A_HOST} VMs that {by} has named, and takes no new name from it: start \
+         the VM with another host as its primary, or use the name of one that is not needed any more \
+         ('understudy pair --start-over')"
+    )]
+    TooManyOfOne {
+        /// Which host.
+        by: Identity,
+    },
 }
 
 /// Why records could not be opened.

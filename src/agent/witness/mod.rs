@@ -166,6 +166,12 @@ pub enum Refusal {
         /// Why.
         reason: String,
     },
+    /// One host has brought in as many names as it may.
+    #[error("{reason}")]
+    TooManyNames {
+        /// How many, and what to do.
+        reason: String,
+    },
     /// What is said to be committed is not signed by a witness of this cluster.
     #[error("what is said to be the record of {vm} is not believed: {reason}")]
     BadProof {
@@ -283,6 +289,7 @@ impl<K: RecordKeeper> Server<K> {
                     expect,
                     new: *new,
                     seen,
+                    by: from.clone(),
                 };
                 self.swap(&from, change).await
             }
@@ -293,10 +300,17 @@ impl<K: RecordKeeper> Server<K> {
                 settle,
             } => self.restore(&from, newest, forced, settle).await,
         };
-        let answer = answer.unwrap_or_else(|error| {
-            tracing::error!(%error, "a record is not kept");
-            Answer::Failed {
-                reason: error.to_string(),
+        let answer = answer.unwrap_or_else(|error| match error {
+            KeeperError::TooManyOfOne { .. } => {
+                let reason = error.to_string();
+                tracing::warn!("{reason}");
+                Answer::Refused(Refusal::TooManyNames { reason })
+            }
+            error => {
+                tracing::error!(%error, "a record is not kept");
+                Answer::Failed {
+                    reason: error.to_string(),
+                }
             }
         });
         // Fails only when the asker is gone: it will read the record when it is back.
@@ -343,8 +357,8 @@ impl<K: RecordKeeper> Server<K> {
         let host = HostName::from(&from.name);
         let credible = record.is_none_or(|record| record.concerns(&host));
         if from.role == Role::Host && credible {
-            let noted = self.keeper.set_back(vm.clone(), behind.seen).await;
-            if let Err(error) = noted {
+            let noted = self.keeper.set_back(vm.clone(), behind.seen, from.clone());
+            if let Err(error) = noted.await {
                 tracing::error!(%vm, %error, "that the record was set back is not noted");
             }
         }
@@ -417,7 +431,8 @@ impl<K: RecordKeeper> Server<K> {
                     tracing::warn!(%from, %vm, %error, "reports a record that is not believed");
                     continue;
                 }
-                self.keeper.set_back(vm.clone(), behind.seen).await?;
+                let noted = self.keeper.set_back(vm.clone(), behind.seen, from.clone());
+                noted.await?;
             }
             if let Some(fact) = kept.set_back.or(behind) {
                 set_back.insert(vm, fact);

@@ -19,8 +19,10 @@ use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
+use replay_log::disk;
 use serde::{Deserialize, Serialize};
 
+use crate::agent::certs::Identity;
 use crate::agent::durable;
 use crate::protocol::{Record, Seen, VmName};
 
@@ -46,6 +48,20 @@ pub(super) struct Entry {
     /// That a host has seen this newer state, so that the record is not to be changed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) set_back: Option<Seen>,
+    /// Who has brought the name in. Earlier versions did not note it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) named_by: Option<Identity>,
+}
+
+impl Entry {
+    /// Whom the name counts for.
+    pub(super) fn counts_for(&self) -> Option<Identity> {
+        let primary = self.record.as_ref().map(|record| &record.primary.host);
+        let primary = primary.and_then(|host| host.as_str().parse().ok());
+        self.named_by
+            .clone()
+            .or_else(|| primary.map(|name| Identity::host(&name)))
+    }
 }
 
 /// Everything that is kept.
@@ -107,6 +123,7 @@ impl Store {
         let mut best: Option<(usize, Slot)> = None;
         for (index, name) in NAMES.iter().enumerate() {
             let path = folder.join(name);
+            forget_cached(&path)?;
             let bytes = durable::read_bounded(&path, SLOT_MAX);
             let bytes = bytes.map_err(|source| StoreError::Io { path, source })?;
             let Some(slot) = bytes.as_deref().and_then(Slot::parse) else {
@@ -291,6 +308,20 @@ impl Store {
         // With the length: a file may have grown.
         self.slots[slot].sync_all()
     }
+}
+
+/// Sees to it that what is read of a file is what the disk has: records that another process could not
+/// make durable are not kept.
+fn forget_cached(path: &Path) -> Result<(), StoreError> {
+    let forgotten = match File::open(path) {
+        Ok(file) => disk::forget_cached(&file),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    };
+    forgotten.map_err(|source| StoreError::Io {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 fn open_slots(folder: &Path) -> Result<[File; 2], StoreError> {

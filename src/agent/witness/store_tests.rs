@@ -10,6 +10,7 @@ fn changes(epoch: u64) -> Entries {
     let entry = Entry {
         record: Some(record(1, epoch, "a", &["b"])),
         set_back: None,
+        named_by: None,
     };
     Entries::from([(vm, entry)])
 }
@@ -157,6 +158,7 @@ fn more_entries_than_a_file_began_with_make_it_grow() {
                 let entry = Entry {
                     record: Some(record(1, 1, "a", &["b"])),
                     set_back: None,
+                    named_by: None,
                 };
                 (vm, entry)
             })

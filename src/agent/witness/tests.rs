@@ -231,8 +231,8 @@ impl RecordKeeper for SlowKeeper {
         self.keeper.swap(change).await
     }
 
-    async fn set_back(&self, vm: VmName, seen: Seen) -> Result<(), KeeperError> {
-        self.keeper.set_back(vm, seen).await
+    async fn set_back(&self, vm: VmName, seen: Seen, by: Identity) -> Result<(), KeeperError> {
+        self.keeper.set_back(vm, seen, by).await
     }
 
     async fn restore(

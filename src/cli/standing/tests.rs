@@ -107,6 +107,7 @@ impl Told {
             witness: None,
             vms: vec![vm],
             space: None,
+            aside: Vec::new(),
             link: LinkFigures::default(),
             silent: BTreeMap::new(),
             troubles: Vec::new(),

@@ -158,6 +158,7 @@ fn start_hosts(copies: usize, at_once: bool) -> Hosts {
                 expect: known.committed.map(|known| known.record.version()),
                 new: record(&reign, copies),
                 seen: None,
+                by: Identity::host(&"a".parse().expect("a name")),
             };
             match keeper.swap(change).await.expect("records") {
                 Swap::Done(committed) => reports.saw(&vm(), &committed),

@@ -270,10 +270,12 @@ impl Primary {
                 to: to.clone(),
                 why: why.to_owned(),
             });
-            if !runs {
+            self.phase = Phase::Live;
+            if !runs && core.full.is_none() {
+                self.parked = false;
                 core.do_(Action::ResumeVm { run: core.run });
             }
-            self.phase = Phase::Live;
+            self.park_if_full(core);
             self.record_held_back(core);
         }
     }

@@ -77,6 +77,100 @@ fn a_primary_that_waits_for_room_lets_a_copy_go_on_that_comes_later() {
     assert!(has(&mut trio, "a", "abdicated"));
 }
 
+/// More was sent than a store that hangs keeps waiting. What it did not take is sent again, with or
+/// without a word that there is room, and nothing is missing in between.
+#[test]
+fn a_copy_whose_store_did_not_take_all_has_the_rest_again() {
+    for acks in [Acks::Memory, Acks::Disk] {
+        for told in [true, false] {
+            let mut trio = Trio::paired(Policy {
+                acks,
+                on_loss: OnLoss::Stall,
+                ..START
+            });
+            let before = trio.host("c").durable.incarnation;
+            trio.record_entries(2);
+            trio.host("c").store_overflows = true;
+            trio.record_entries(3);
+            if told {
+                let reason = "64 MiB of the log wait for the disk".to_owned();
+                trio.input(&name("c"), Input::StoreFull { reason });
+            }
+            trio.pass(300);
+            assert_eq!(
+                trio.host("a").released,
+                LogIndex(3),
+                "c does not have the rest"
+            );
+            trio.host("c").store_overflows = false;
+            if told {
+                trio.input(&name("c"), Input::StoreRoom);
+            }
+            trio.pass(1_000);
+            let all = trio.host("a").tip;
+            assert_eq!(trio.host("c").tip, all, "told: {told}");
+            assert_eq!(trio.host("a").released, LogIndex(6));
+            assert_eq!(
+                trio.host("c").durable.incarnation,
+                before,
+                "it is the same holding"
+            );
+        }
+    }
+}
+
+/// A guest that has gone on beyond its log is gone: it goes on from where the log ends, here or elsewhere.
+#[test]
+fn a_primary_whose_store_did_not_take_all_goes_on_from_the_end_of_its_log() {
+    for hosts in [&["a", "b"][..], &["a"]] {
+        let mut trio = Trio::with_hosts(hosts);
+        trio.create_on(hosts, DISK);
+        trio.record_entries(3);
+        trio.pass(300);
+        for host in hosts {
+            trio.host(host).keeps_up = true;
+        }
+        trio.record_entries(1);
+        let released = trio.host("a").released;
+        trio.host("a").store_overflows = true;
+        trio.record_entries(2);
+        assert!(has(&mut trio, "a", "abdicated"));
+        trio.host("a").store_overflows = false;
+        trio.pass(5_000);
+        assert!(trio.record().term > Term(1), "{:?}", trio.record());
+        let reigns = trio.record().primary.host.clone();
+        trio.record_on(reigns.as_str(), 2);
+        trio.pass(500);
+        let end = trio.host("a").tip;
+        assert_eq!(end.index, LogIndex(released.0 + 2), "{hosts:?}");
+        assert_eq!(trio.host(reigns.as_str()).released, end.index, "{hosts:?}");
+    }
+}
+
+/// What else pauses a guest and lets it go on does not let it go on while the disk takes nothing.
+#[test]
+fn a_switchover_that_fails_does_not_let_a_guest_go_on_that_has_no_room() {
+    let mut trio = Trio::paired(DISK);
+    trio.record_entries(3);
+    for host in ["b", "c", "a"] {
+        let reason = "no space left on device".to_owned();
+        trio.input(&name(host), Input::StoreFull { reason });
+    }
+    assert!(trio.host("a").paused);
+    let order = Operator::Switchover {
+        to: Some(name("b")),
+    };
+    trio.input(&name("a"), Input::Operator(order));
+    trio.pass(20_000);
+    assert!(has(&mut trio, "a", "switchover_failed") || has(&mut trio, "a", "operator_refused"));
+    assert!(trio.host("a").paused, "there is no room yet");
+    for host in ["b", "c", "a"] {
+        trio.input(&name(host), Input::StoreRoom);
+    }
+    trio.pass(500);
+    assert!(!trio.host("a").paused, "and goes on by itself");
+}
+
 /// A failed fsync: nobody knows what the disk has. The log is evidence and stays beside.
 #[test]
 fn a_log_that_has_become_doubtful_is_set_aside() {

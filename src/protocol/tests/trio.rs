@@ -26,6 +26,8 @@ pub(super) struct Host {
     pub(super) cut_off: bool,
     /// Nothing is known to be stored.
     pub(super) store_is_stuck: bool,
+    /// Nothing more is taken of what is appended: too much waits.
+    pub(super) store_overflows: bool,
     /// No machine can be started.
     pub(super) has_no_image: bool,
     /// Its machine executes whatever comes at once; else only the beginning of the log.
@@ -339,6 +341,7 @@ impl Host {
             live_at: None,
             cut_off: false,
             store_is_stuck: false,
+            store_overflows: false,
             has_no_image: false,
             keeps_up: false,
             deaf: false,
@@ -354,7 +357,12 @@ impl Host {
                 self.durable = durable.clone();
                 return vec![Input::Persisted(durable)];
             }
+            Action::Append { .. } if self.store_overflows => {
+                let (incarnation, tip) = (self.durable.incarnation, self.tip);
+                return vec![Input::StoreShort { incarnation, tip }];
+            }
             Action::Append { batch } => {
+                assert_eq!(batch.first(), self.tip.index, "a gap in the log");
                 self.tip = batch.tip(self.tip.chain);
                 self.batches.push(batch);
                 let mut inputs = self.begun();

@@ -65,9 +65,17 @@ impl SegmentIo for Faulty {
 }
 
 pub(super) fn open_faulty(dir: &Path, options: FileOptions, faults: &Arc<Faults>) -> FileStore {
+    try_open_faulty(dir, options, faults).unwrap()
+}
+
+fn try_open_faulty(
+    dir: &Path,
+    options: FileOptions,
+    faults: &Arc<Faults>,
+) -> Result<FileStore, OpenError> {
     let faults = Arc::clone(faults);
     let wrap = move |file| Box::new(Faulty(file, Arc::clone(&faults))) as Box<dyn SegmentIo>;
-    FileStore::open_with(dir, options, Box::new(wrap)).unwrap()
+    FileStore::open_with(dir, options, Box::new(wrap))
 }
 
 /// Wherever a write stops, in a batch, a trailer or a header: the log is what it was, for those who
@@ -139,11 +147,46 @@ fn a_failed_sync_is_not_acknowledged() {
         assert!(store.sync().is_err(), "a later sync proves nothing");
         assert_eq!(store.durable_tip(), durable);
         drop(store);
+        // The process may have ended before anybody else was told: the next one is.
+        let refused = FileStore::open(dir.path(), SMALL);
+        let Err(OpenError::Doubtful { mark, reason }) = refused else {
+            panic!("a doubtful log is opened as if nothing had happened: {refused:?}");
+        };
+        assert!(reason.contains("the disk is gone"), "{reason}");
+        // Who looks into the evidence is not hindered.
+        assert!(verify(dir.path(), |_| {}).is_ok());
+        fs::remove_file(mark).unwrap();
         // What was not acknowledged is not found again.
         let store = FileStore::open(dir.path(), SMALL).unwrap();
         let acknowledged = 1 + usize::from(appended.is_ok());
         assert_eq!(read_all(&store).unwrap(), batches[..acknowledged]);
     }
+}
+
+/// Opening syncs what another process wrote, before any of it is believed. If that fails the log is
+/// refused, and is no better at the next attempt, when there is nothing left to sync.
+#[test]
+fn a_sync_that_fails_on_opening_makes_a_log_doubtful() {
+    let dir = TempDir::new().unwrap();
+    fill(dir.path(), SMALL, 30);
+    let faults = Arc::new(Faults::default());
+    faults.fail_syncs.store(true, Ordering::Relaxed);
+    let refused = try_open_faulty(dir.path(), SMALL, &faults).unwrap_err();
+    assert!(matches!(refused, OpenError::Io(_)), "{refused}");
+    faults.fail_syncs.store(false, Ordering::Relaxed);
+    let again = try_open_faulty(dir.path(), SMALL, &faults).unwrap_err();
+    assert!(matches!(again, OpenError::Doubtful { .. }), "{again}");
+}
+
+/// A copy that never syncs believes nothing of its disk, and does not wait for it.
+#[test]
+fn a_log_that_is_never_synced_is_opened_without() {
+    let dir = TempDir::new().unwrap();
+    fill(dir.path(), UNSYNCED, 30);
+    let faults = Arc::new(Faults::default());
+    faults.fail_syncs.store(true, Ordering::Relaxed);
+    drop(open_faulty(dir.path(), UNSYNCED, &faults));
+    assert_eq!(faults.syncs.load(Ordering::Relaxed), 0);
 }
 
 /// A cut that the system stops leaves a whole log that is longer than wanted, and is done later.

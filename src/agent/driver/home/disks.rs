@@ -69,8 +69,14 @@ impl Home {
     }
 
     /// Disks for a machine that boots with this header, with nothing written to them. `sealed`: what
-    /// was here has been made part of their bases; otherwise it is set aside. Blocks.
-    pub fn boot_disks(&self, header: &Header, sealed: bool) -> Result<Vec<DiskSetup>, HomeError> {
+    /// was here has been made part of their bases; otherwise it is set aside, and `tell` hears where.
+    /// Blocks.
+    pub fn boot_disks(
+        &self,
+        header: &Header,
+        sealed: bool,
+        mut tell: impl FnMut(&Path),
+    ) -> Result<Vec<DiskSetup>, HomeError> {
         let _turn = self
             .disks_turn
             .lock()
@@ -87,8 +93,8 @@ impl Home {
         for old in [self.recorded_disks(), disks.clone()] {
             if sealed || old.join(REPLICA).exists() {
                 aside::delete(&old)?;
-            } else {
-                aside::set_aside(&old)?;
+            } else if let Some(folder) = aside::set_aside(&old)? {
+                tell(&folder);
             }
         }
         fs::rename(&making, &disks).map_err(io_error("rename", &making))?;

@@ -125,7 +125,7 @@ impl Disks {
 fn a_replay_keeps_the_disks_that_are_the_way_back() {
     let here = Disks::new();
     let first = Disks::header(1, vec![Disks::zeros()]);
-    let setup = here.home.boot_disks(&first, false).expect("disks");
+    let setup = here.home.boot_disks(&first, false, |_| {}).expect("disks");
     here.write(&setup[0], first.disks[0], &[1; 512]);
     assert_eq!(here.cold(), [1; 512]);
     // Replays, of the same log and of others', which come to nothing.
@@ -162,15 +162,18 @@ fn a_replay_keeps_the_disks_that_are_the_way_back() {
     let cold = Disks::header(5, bases);
     here.home.keep_header(&cold).expect("kept");
     assert_eq!(here.cold(), [3; 512]);
-    let setup = here.home.boot_disks(&cold, true).expect("disks");
+    let setup = here.home.boot_disks(&cold, true, |_| {}).expect("disks");
     assert_eq!(here.cold(), [3; 512]);
     here.write(&setup[0], cold.disks[0], &[5; 512]);
     assert_eq!(here.cold(), [5; 512]);
     // And a first boot in the same place throws nothing away.
     let anew = Disks::header(6, vec![Disks::zeros()]);
-    here.home.boot_disks(&anew, false).expect("disks");
+    let mut told = Vec::new();
+    let tell = |folder: &Path| told.push(folder.to_owned());
+    here.home.boot_disks(&anew, false, tell).expect("disks");
     assert_eq!(here.cold(), [0; 512]);
     let aside = here.home.dir.join("disks.aside-1");
+    assert_eq!(told, std::slice::from_ref(&aside));
     assert!(aside.join("0").exists());
 }
 
@@ -179,7 +182,7 @@ fn a_replay_keeps_the_disks_that_are_the_way_back() {
 fn disks_of_an_earlier_version_are_kept_too() {
     let here = Disks::new();
     let first = Disks::header(1, vec![Disks::zeros()]);
-    let setup = here.home.boot_disks(&first, false).expect("disks");
+    let setup = here.home.boot_disks(&first, false, |_| {}).expect("disks");
     here.write(&setup[0], first.disks[0], &[4; 512]);
     here.home.keep_header(&first).expect("kept");
     for file in ["header", "recorded"] {

@@ -165,10 +165,11 @@ async fn damaged_logs_are_set_aside() {
         let opened = LogKeeper::open(&dir, policy, Incarnation(1), returns.clone());
         assert!(matches!(opened, Err(OpenError::Damaged(_))));
         let anew = LogKeeper::open_anew(&dir, policy, Incarnation(1), returns);
-        let mut anew = anew.expect("an empty log");
+        let (mut anew, aside) = anew.expect("an empty log");
+        let kept = folder.path().join(format!("log.aside-{turn}"));
+        assert_eq!(aside.as_ref(), Some(&kept));
         assert_eq!(anew.tip(), LogTip::default());
         anew.close(PATIENCE).await;
-        let kept = folder.path().join(format!("log.aside-{turn}"));
         let kept = kept.join(segment.file_name().expect("a name"));
         assert_eq!(std::fs::read(kept).expect("the evidence"), bytes);
     }
@@ -280,7 +281,8 @@ async fn a_hung_disk_is_full_after_a_while() {
     }
 }
 
-/// Memory has a bound: beyond the first the store is full, beyond the second nothing more is taken.
+/// Memory has a bound: beyond the first the store is full, beyond the second nothing more is taken. Who
+/// appends is told where the log ends, and it goes on from there when there is room.
 #[tokio::test]
 async fn a_queue_has_an_end() {
     let folder = TempDir::new().expect("a folder");
@@ -293,10 +295,17 @@ async fn a_queue_has_an_end() {
         let one = large(here.log.tip(), seed);
         here.append(one.clone());
         if here.log.tip().index != one.end() {
+            let short = here.news.pop();
+            let end = here.log.tip();
+            assert!(
+                matches!(short, Some(LogNews::Short(Incarnation(1), at)) if at == end),
+                "{short:?}"
+            );
             break;
         }
         let full = here.log.waiting_bytes() >= QUEUE_BYTES;
-        assert_eq!(full, here.log.full().is_some());
+        // A slow machine may come to the bound in time first.
+        assert!(!full || here.log.full().is_some());
         taken.push(one);
         assert!(seed < 1_000, "there is no end");
     }
@@ -312,6 +321,8 @@ async fn a_queue_has_an_end() {
         1,
     ));
     assert_eq!(here.log.tip(), tip);
+    let short = |one: &LogNews| matches!(one, LogNews::Short(..));
+    assert!(!here.news.iter().any(short), "it was told where to go on");
     disk.hang(false);
     here.until(is_room).await;
     // Room for the newest only.
@@ -347,6 +358,13 @@ async fn a_failed_sync_ends_a_log_and_is_no_full_disk() {
     here.append(first.clone());
     here.sync();
     let synced = here.until(|one| matches!(one, LogNews::Synced(..))).await;
+    let kept = folder.path().join("log.aside-1");
+    let where_it_is = |one: &LogNews| matches!(one, LogNews::SetAside(at) if *at == kept);
+    assert_eq!(
+        synced.iter().filter(|one| where_it_is(one)).count(),
+        1,
+        "{synced:?}"
+    );
     assert!(matches!(synced.last(), Some(LogNews::Synced(Incarnation(2), at)) if *at == tip));
     here.log.close(PATIENCE).await;
     let store = FileStore::open(&folder.path().join("log.aside-1"), FileOptions::default());

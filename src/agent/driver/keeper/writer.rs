@@ -295,7 +295,7 @@ impl Writer {
             Work::Keep(keeping) => self.keep(*keeping),
             Work::Begin { keeping, aside } => {
                 self.keeping = *keeping;
-                self.begin(*aside)
+                self.begin(*aside, news)
             }
         }
     }
@@ -350,16 +350,17 @@ impl Writer {
 
     /// Moves the folder out of the way and begins another log in its place. What is refused is tried
     /// again from where it was.
-    fn begin(&mut self, is_evidence: bool) -> Result<(), Undone> {
+    fn begin(&mut self, is_evidence: bool, news: &mut Vec<LogNews>) -> Result<(), Undone> {
         // The lock on the folder goes with the store.
         self.store = None;
         if !self.cleared {
             let cleared = if is_evidence {
-                aside::set_aside(&self.dir).map(drop)
+                aside::set_aside(&self.dir)
             } else {
-                aside::delete(&self.dir)
+                aside::delete(&self.dir).map(|()| None)
             };
-            cleared.map_err(|failure| Undone::Refused(sentence(&failure)))?;
+            let aside = cleared.map_err(|failure| Undone::Refused(sentence(&failure)))?;
+            news.extend(aside.map(LogNews::SetAside));
             self.cleared = true;
         }
         self.store = Some(self.open_store()?);
