@@ -521,7 +521,7 @@ impl Node {
         }
         match &mut self.role {
             Role::Replica(replica) => {
-                replica.store_short(&mut self.core);
+                replica.store_short(&self.core);
                 Turn::Stay
             }
             Role::Claimant(controller) => controller.store_full(&mut self.core),
