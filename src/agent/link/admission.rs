@@ -27,7 +27,7 @@ const MOST_OF_A_PREFIX: usize = 24;
 /// that stop half-way keep nobody out.
 const GIVES_WAY_AFTER: Duration = Duration::from_millis(500);
 /// A peer that is known by an address that it did not come from is asked to come again no more often.
-const COME_AGAIN_AFTER: Duration = Duration::from_secs(60);
+const COME_AGAIN_AFTER: Duration = Duration::from_mins(1);
 
 /// What to do with a first packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -384,10 +384,7 @@ mod tests {
             .filter_map(|n| admission.begin(at(n), now))
             .collect();
         let later = now + GIVES_WAY_AFTER;
-        assert_eq!(
-            admission.judge(at(99), true, later - Duration::from_millis(1)),
-            Verdict::Drop
-        );
+        assert_eq!(admission.judge(at(99), true, now), Verdict::Drop);
         assert_eq!(admission.judge(at(99), true, later), Verdict::Admit);
         let newer = admission.begin(at(99), later).expect("a place");
         let gone = |one: &mut UnderWay| {
