@@ -64,6 +64,14 @@ pub fn ordinary(nice: i32) -> bool {
     inherited < nice
 }
 
+/// Puts the calling thread behind the one that heartbeats live on, if that has made it, and before all that
+/// computes. For threads that hand on what clients wait for, and whose work is bounded.
+pub fn behind_heartbeats() {
+    if getpriority_process(None).is_ok_and(|inherited| inherited < AHEAD) {
+        set_nice(AHEAD);
+    }
+}
+
 /// Calls `start` with a little more than ordinary priority: a thread that it makes inherits that. For
 /// threads that hand on what clients wait for, and compute nothing themselves. `may`: this process
 /// has the right to it.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use quinn::{RecvStream, SendStream};
 use tokio::sync::mpsc;
@@ -13,8 +13,9 @@ use super::close::{CloseReason, Ended};
 use super::counters::LinkCounters;
 use super::endpoint::{HANDSHAKE_TIMEOUT, lock};
 use super::kind::StreamKind;
+use super::steering::{Tags, Whose};
 use super::tls::{self, Purpose};
-use crate::agent::certs::Identity;
+use crate::agent::certs::{Identity, Role};
 
 /// How long the opener of a stream may take to say what kind it is.
 const KIND_TIMEOUT: Duration = Duration::from_secs(3);
@@ -47,50 +48,43 @@ pub(super) struct Acceptor {
     pub(super) lanes: Mutex<Option<mpsc::Sender<IncomingLanes>>>,
     pub(super) counters: Arc<LinkCounters>,
     pub(super) admission: Arc<Admission>,
-    /// First packets have come through the door, which has judged them.
-    judged: bool,
+    /// First packets have come through the door, which has judged them: to ids that are not ours.
+    behind_door: Option<Tags>,
     /// How many connections for services each certificate has.
     open: Mutex<HashMap<Identity, usize>>,
 }
 
 impl Acceptor {
-    pub(super) fn new(admission: Arc<Admission>, judged: bool) -> Self {
+    pub(super) fn new(behind_door: Option<Tags>) -> Self {
         Self {
             services: Mutex::default(),
             lanes: Mutex::default(),
             counters: Arc::default(),
-            admission,
-            judged,
+            admission: Arc::new(Admission::new()),
+            behind_door,
             open: Mutex::default(),
         }
     }
 
     /// Begins a handshake, unless there are too many.
     fn begin(&self, incoming: quinn::Incoming) -> Option<(quinn::Connecting, UnderWay)> {
-        let (from, proven) = (
-            incoming.remote_address(),
-            incoming.remote_address_validated(),
-        );
-        if !self.judged {
-            match self
-                .admission
-                .judge(from, proven, std::time::Instant::now())
-            {
-                Verdict::Admit => {}
-                Verdict::Prove => {
-                    // What may not be asked for a proof again has shown one.
-                    if let Err(again) = incoming.retry() {
-                        again.into_incoming().ignore();
-                    }
-                    return None;
+        let now = Instant::now();
+        let from = incoming.remote_address();
+        match self.judge(&incoming, now) {
+            Verdict::Admit => {}
+            Verdict::Prove => {
+                // What may not be asked for a proof again has shown one.
+                if let Err(again) = incoming.retry() {
+                    again.into_incoming().ignore();
                 }
-                Verdict::Drop => {
-                    incoming.ignore();
-                    return None;
-                }
+                return None;
+            }
+            Verdict::Drop => {
+                incoming.ignore();
+                return None;
             }
         }
-        let Some(under_way) = self.admission.begin(from) else {
+        let Some(under_way) = self.admission.begin(from, now) else {
             incoming.ignore();
             return None;
         };
@@ -102,35 +96,64 @@ impl Acceptor {
             }
         }
     }
+
+    fn judge(&self, incoming: &quinn::Incoming, now: Instant) -> Verdict {
+        let proven = incoming.remote_address_validated();
+        match &self.behind_door {
+            None => self.admission.judge(incoming.remote_address(), proven, now),
+            // Whoever has learned how our ids begin goes past the door with no address of its own.
+            Some(tags) if !proven && tags.of_id(&incoming.orig_dst_cid()) != Whose::Stranger => {
+                Verdict::Drop
+            }
+            Some(_) => Verdict::Admit,
+        }
+    }
+}
+
+/// Which of an endpoint's two threads accepts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum At {
+    /// The one that heartbeats live on: configured peers come here.
+    Main,
+    /// The other one.
+    Hall,
 }
 
 /// Accepts until the endpoint is closed. `keep`: what must live as long.
-pub(super) async fn accept_all<K>(socket: quinn::Endpoint, acceptor: Arc<Acceptor>, keep: K) {
+pub(super) async fn accept_all<K>(
+    socket: quinn::Endpoint,
+    at: At,
+    acceptor: Arc<Acceptor>,
+    keep: K,
+) {
     while let Some(incoming) = socket.accept().await {
-        let Some((connecting, under_way)) = acceptor.begin(incoming) else {
+        let Some((connecting, mut under_way)) = acceptor.begin(incoming) else {
             continue;
         };
         let acceptor = Arc::clone(&acceptor);
         tokio::spawn(async move {
-            let shaken = timeout(HANDSHAKE_TIMEOUT, connecting).await;
+            let shaken = tokio::select! {
+                shaken = timeout(HANDSHAKE_TIMEOUT, connecting) => shaken.ok(),
+                () = under_way.gives_way() => None,
+            };
             drop(under_way);
             match shaken {
-                Ok(Ok(connection)) => accepted(&acceptor, connection).await,
-                Ok(Err(error)) => {
+                Some(Ok(connection)) => accepted(&acceptor, at, connection).await,
+                Some(Err(error)) => {
                     let ended = Ended::from(&error);
                     if ended == Ended::Certificate {
                         acceptor.counters.refused_certificates.add(1);
                     }
                     tracing::info!(%ended, "a connection was refused");
                 }
-                Err(_) => tracing::debug!("a handshake took too long"),
+                None => tracing::debug!("a handshake took too long"),
             }
         });
     }
     drop(keep);
 }
 
-async fn accepted(acceptor: &Arc<Acceptor>, connection: quinn::Connection) {
+async fn accepted(acceptor: &Arc<Acceptor>, at: At, connection: quinn::Connection) {
     let (Some(from), Some(purpose)) = (tls::peer_of(&connection), Purpose::of(&connection)) else {
         acceptor.counters.refused_peers.add(1);
         return CloseReason::WrongName.close(&connection);
@@ -146,6 +169,11 @@ async fn accepted(acceptor: &Arc<Acceptor>, connection: quinn::Connection) {
             serve_streams(acceptor, from, connection).await;
             drop(place);
         }
+        // Heartbeats live on the other thread. Now that its address is known, it is let in there.
+        Purpose::Lanes if at == At::Hall && comes_again(acceptor, &from, &connection) => {
+            tracing::info!(%from, at = %connection.remote_address(), "a host comes from another address");
+            CloseReason::Replaced.close(&connection);
+        }
         Purpose::Lanes => {
             let lanes = lock(&acceptor.lanes).clone();
             match lanes {
@@ -154,6 +182,12 @@ async fn accepted(acceptor: &Arc<Acceptor>, connection: quinn::Connection) {
             }
         }
     }
+}
+
+fn comes_again(acceptor: &Acceptor, from: &Identity, connection: &quinn::Connection) -> bool {
+    let at = connection.remote_address();
+    let admission = &acceptor.admission;
+    from.role == Role::Host && admission.comes_again(&from.name, at, Instant::now())
 }
 
 /// One of the connections that a certificate may have.

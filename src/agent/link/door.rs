@@ -1,29 +1,28 @@
 //! The door: packets of strangers come to a socket and a thread of their own.
 //!
 //! ```text
-//!                                     our connection id ──▶ main socket ──▶ the runtime's thread:
-//!   datagrams to one port ──▶ kernel ─┤                          ▲          connections, heartbeats
-//!                             (BPF)   everything else            │ admitted
-//!                                     └──▶ door's socket ──▶ the door's thread: Retry
+//!                               main's ids ──────────▶ main socket ──▶ the thread that heartbeats live on
+//!                                                          ▲ configured peers, proven
+//!   datagrams to one port ──▶ kernel ── the rest ──▶ door's socket ──▶ the door's thread: Retry
+//!                             (BPF)                        ▼ everybody else who is admitted
+//!                               hall's ids ──────────▶ hall's socket ──▶ the hall's thread: handshakes
 //! ```
 //!
-//! Two sockets share the port. The ids of our connections begin with four secret bytes, by which the
-//! kernel tells what belongs to a connection from what does not. So a flood of first packets fills
-//! another socket's buffer and takes another thread's time than heartbeats do. What may begin a
-//! handshake ([`Admission`]) is handed on to the main socket; handshakes themselves, which are bounded in
-//! rate, run there.
+//! Three sockets share the port. The ids of our connections begin with four secret bytes, by which the
+//! kernel tells what belongs to a connection from what does not ([`super::steering`]). So a flood of
+//! first packets fills another socket's buffer and takes another thread's time than connections do.
+//! What may begin a handshake ([`Admission`]) is handed on: to the main endpoint, where heartbeats are
+//! sent and heard, if a configured peer has proven its address; else to the hall ([`super::hall`]).
 
 use std::io::{self, IoSliceMut};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::UdpSocket;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
-use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{setsockopt, sockopt};
 use quinn::udp::{EcnCodepoint, RecvMeta, Transmit, UdpSocketState};
 use quinn::{EndpointConfig, ServerConfig};
 use quinn_proto::{DatagramEvent, Endpoint as Packets};
@@ -31,14 +30,10 @@ use std::os::fd::AsFd as _;
 use tokio::sync::mpsc;
 
 use super::admission::{Admission, Bucket, Verdict};
-use super::socket::open_udp;
+use super::steering::{Tags, Whose};
 use crate::agent::thread::ordinary;
 
-/// How our connections' ids begin.
-pub(super) type Tag = [u8; 4];
-/// The length of our connections' ids.
-pub(super) const ID_LENGTH: usize = 8;
-/// Datagrams that may wait to be taken by the main socket's thread; more are dropped.
+/// Datagrams that may wait to be taken by another thread; more are dropped.
 const WAITING: usize = 256;
 /// Datagrams taken from the kernel at once.
 const AT_ONCE: usize = 16;
@@ -58,84 +53,28 @@ pub(super) struct LetIn {
     pub(super) bytes: Bytes,
 }
 
-/// The two sockets of one port.
-pub(super) struct Sockets {
-    /// For what belongs to connections.
-    pub(super) main: UdpSocket,
-    /// For the rest; `None` where the kernel cannot tell them apart: then all comes to the main one.
-    pub(super) door: Option<UdpSocket>,
+/// What was let in, on its way to the threads that take it.
+#[derive(Debug)]
+struct Outlets {
+    main: mpsc::Sender<LetIn>,
+    hall: mpsc::Sender<LetIn>,
 }
 
-impl Sockets {
-    /// Opens a port that nobody else has.
-    pub(super) fn open(address: SocketAddr, tag: Tag) -> io::Result<Self> {
-        // Not shared when it is bound: another process on this port is an error.
-        let first = open_udp(address)?;
-        match second(&first, tag) {
-            Ok(main) => Ok(Self {
-                main,
-                door: Some(first),
-            }),
-            Err(error) => {
-                tracing::warn!(%error, "strangers' packets are not kept apart from heartbeats");
-                setsockopt(&first, sockopt::ReusePort, &false)?;
-                Ok(Self {
-                    main: first,
-                    door: None,
-                })
-            }
-        }
+/// The other ends.
+pub(super) struct Inlets {
+    pub(super) main: mpsc::Receiver<LetIn>,
+    pub(super) hall: mpsc::Receiver<LetIn>,
+}
+
+impl Outlets {
+    fn new() -> (Self, Inlets) {
+        let ((main, to_main), (hall, to_hall)) = (mpsc::channel(WAITING), mpsc::channel(WAITING));
+        let inlets = Inlets {
+            main: to_main,
+            hall: to_hall,
+        };
+        (Self { main, hall }, inlets)
     }
-}
-
-/// The second socket of the port, for all packets whose connection id begins with the tag.
-fn second(first: &UdpSocket, tag: Tag) -> io::Result<UdpSocket> {
-    setsockopt(first, sockopt::ReusePort, &true)?;
-    let second = super::socket::open_shared_udp(first.local_addr()?)?;
-    let mut steps = steering(tag);
-    let program = libc::sock_fprog {
-        len: steps.len() as u16,
-        filter: steps.as_mut_ptr(),
-    };
-    setsockopt(&second, sockopt::AttachReusePortCbpf, &program)?;
-    Ok(second)
-}
-
-/// The number of the socket that gets a packet: 1 (bound later) for our connections' ids, 0 for the
-/// rest. A packet that is too short to be read ends the program with 0.
-fn steering(tag: Tag) -> [libc::sock_filter; 10] {
-    let step = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
-        code: code as u16,
-        jt,
-        jf,
-        k,
-    };
-    let load = |width: u32, at: u32| step(libc::BPF_LD | width | libc::BPF_ABS, 0, 0, at);
-    let jump = |test: u32, k: u32, jt: u8, jf: u8| step(libc::BPF_JMP | test, jt, jf, k);
-    let answer = |socket: u32| step(libc::BPF_RET | libc::BPF_K, 0, 0, socket);
-    [
-        // Where the id of the destination is depends on the form of the header.
-        load(libc::BPF_B, 0),
-        jump(libc::BPF_JSET, 0x80, 0, 4),
-        load(libc::BPF_B, 5),
-        jump(libc::BPF_JEQ, ID_LENGTH as u32, 0, 5),
-        load(libc::BPF_W, 6),
-        jump(libc::BPF_JA, 1, 0, 0),
-        load(libc::BPF_W, 1),
-        jump(libc::BPF_JEQ, u32::from_be_bytes(tag), 0, 1),
-        answer(1),
-        answer(0),
-    ]
-}
-
-/// The same in Rust: a piece of several packets was steered by its first.
-fn is_ours(packet: &[u8], tag: Tag) -> bool {
-    let id = match packet {
-        [first, id @ ..] if first & 0x80 == 0 => id,
-        [_, _, _, _, _, length, id @ ..] if usize::from(*length) == ID_LENGTH => id,
-        _ => return false,
-    };
-    id.starts_with(&tag)
 }
 
 /// The thread behind the door. It ends when this is dropped.
@@ -145,39 +84,38 @@ pub(super) struct Door {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the door needs of the endpoint it guards.
+/// What the door needs of the endpoints it guards.
 pub(super) struct Guarded {
-    pub(super) tag: Tag,
+    pub(super) tags: Tags,
+    /// With ids that are the door's.
     pub(super) endpoint: EndpointConfig,
-    /// The same as the endpoint's: what is proven here is taken for proven there.
+    /// The same as the endpoints': what is proven here is taken for proven there.
     pub(super) server: ServerConfig,
     pub(super) admission: Arc<Admission>,
 }
 
 impl Door {
-    /// Opens the door; what it lets in comes by the channel.
-    pub(super) fn open(
-        socket: UdpSocket,
-        guarded: Guarded,
-    ) -> io::Result<(Self, mpsc::Receiver<LetIn>)> {
-        let (let_in, inlet) = mpsc::channel(WAITING);
+    /// Opens the door; what it lets in comes by the channels.
+    pub(super) fn open(socket: UdpSocket, guarded: Guarded) -> io::Result<(Self, Inlets)> {
+        let (outlets, inlets) = Outlets::new();
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK)?);
         let state = UdpSocketState::new((&socket).into())?;
         let Guarded {
-            tag,
+            tags,
             endpoint,
             server,
             admission,
         } = guarded;
         let now = Instant::now();
         let mut keeper = Keeper {
-            tag,
+            tags,
             socket,
             state,
             packets: Packets::new(Arc::new(endpoint), Some(Arc::new(server)), true, None),
             admission,
-            let_in,
+            outlets,
             first_packets: Bucket::new(LOOKED_INTO.0, LOOKED_INTO.1, now),
+            first_of_peers: Bucket::new(LOOKED_INTO.0, LOOKED_INTO.1, now),
             with_proof: Bucket::new(LOOKED_INTO.0, LOOKED_INTO.1, now),
             loose: Bucket::new(LOOSE.0, LOOSE.1, now),
             loose_of_peers: Bucket::new(LOOSE.0, LOOSE.1, now),
@@ -194,7 +132,7 @@ impl Door {
             stop,
             thread: Some(thread),
         };
-        Ok((door, inlet))
+        Ok((door, inlets))
     }
 }
 
@@ -210,14 +148,15 @@ impl Drop for Door {
 }
 
 struct Keeper {
-    tag: Tag,
+    tags: Tags,
     socket: UdpSocket,
     state: UdpSocketState,
     /// Reads and answers packets; it never has a connection.
     packets: Packets,
     admission: Arc<Admission>,
-    let_in: mpsc::Sender<LetIn>,
+    outlets: Outlets,
     first_packets: Bucket,
+    first_of_peers: Bucket,
     with_proof: Bucket,
     loose: Bucket,
     loose_of_peers: Bucket,
@@ -268,21 +207,28 @@ impl Keeper {
     }
 
     fn packet(&mut self, packet: &[u8], from: RecvMeta, now: Instant) {
-        if is_ours(packet, self.tag) {
-            return self.hand_on(packet, from);
+        match self.tags.whose(packet) {
+            Whose::Main => return hand_on(&self.outlets.main, packet, from),
+            Whose::Hall => return hand_on(&self.outlets.hall, packet, from),
+            Whose::Stranger => {}
         }
-        let (bucket, loose) = match kind(packet) {
-            Kind::First => (&mut self.first_packets, false),
-            Kind::FirstWithProof => (&mut self.with_proof, false),
-            Kind::Other if self.admission.is_peer(from.addr) => (&mut self.loose_of_peers, true),
-            Kind::Other => (&mut self.loose, true),
+        let kind = kind(packet);
+        let peer = self.admission.is_peer(from.addr);
+        let bucket = match (&kind, peer) {
+            (Kind::First, false) => &mut self.first_packets,
+            (Kind::First, true) => &mut self.first_of_peers,
+            (Kind::FirstWithProof, _) => &mut self.with_proof,
+            (Kind::Other, false) => &mut self.loose,
+            (Kind::Other, true) => &mut self.loose_of_peers,
         };
         if !bucket.take(now) {
             return;
         }
-        if loose {
-            // A reset is known by its end, and only by whoever has the connection.
-            return self.hand_on(packet, from);
+        if matches!(kind, Kind::Other) {
+            // A reset is known by its end, and only by whoever has the connection. Who has had one
+            // answers with a reset of its own, which nobody takes for the other's.
+            hand_on(&self.outlets.main, packet, from);
+            return hand_on(&self.outlets.hall, packet, from);
         }
         let mut answer = Vec::new();
         let ecn = from
@@ -302,7 +248,12 @@ impl Keeper {
                 match verdict {
                     Verdict::Admit => {
                         self.packets.ignore(incoming);
-                        return self.hand_on(packet, from);
+                        let outlet = if peer {
+                            &self.outlets.main
+                        } else {
+                            &self.outlets.hall
+                        };
+                        return hand_on(outlet, packet, from);
                     }
                     Verdict::Drop => return self.packets.ignore(incoming),
                     Verdict::Prove => match self.packets.retry(incoming, &mut answer) {
@@ -328,19 +279,19 @@ impl Keeper {
         // An answer that finds no room is lost, as on any network.
         let _ = self.state.try_send((&self.socket).into(), &transmit);
     }
+}
 
-    fn hand_on(&self, packet: &[u8], from: RecvMeta) {
-        let let_in = LetIn {
-            from: RecvMeta {
-                len: packet.len(),
-                stride: packet.len(),
-                ..from
-            },
-            bytes: Bytes::copy_from_slice(packet),
-        };
-        // Beyond the limit it is lost, and sent again by whoever sent it.
-        let _ = self.let_in.try_send(let_in);
-    }
+fn hand_on(outlet: &mpsc::Sender<LetIn>, packet: &[u8], from: RecvMeta) {
+    let let_in = LetIn {
+        from: RecvMeta {
+            len: packet.len(),
+            stride: packet.len(),
+            ..from
+        },
+        bytes: Bytes::copy_from_slice(packet),
+    };
+    // Beyond the limit it is lost, and sent again by whoever sent it.
+    let _ = outlet.try_send(let_in);
 }
 
 enum Kind {
@@ -372,63 +323,8 @@ fn kind(packet: &[u8]) -> Kind {
 
 #[cfg(test)]
 mod tests {
+    use super::super::steering::tests::long;
     use super::*;
-
-    const TAG: Tag = *b"ours";
-
-    fn short(id: &[u8]) -> Vec<u8> {
-        [&[0x40], id, &[0; 30]].concat()
-    }
-
-    fn long(first: u8, id: &[u8], token: &[u8]) -> Vec<u8> {
-        let lengths = [id.len() as u8];
-        let token_length = [token.len() as u8];
-        let head = [&[first, 0, 0, 0, 1][..], &lengths, id, &[0]].concat();
-        [&head[..], &token_length, token, &[0; 30]].concat()
-    }
-
-    #[test]
-    fn the_kernel_sends_each_packet_where_it_belongs() {
-        let tag = TAG;
-        let Sockets { main, door } =
-            Sockets::open(([127, 0, 0, 1], 0).into(), tag).expect("a port");
-        let door = door.expect("the kernel can tell them apart");
-        let to = main.local_addr().expect("bound");
-        assert_eq!(door.local_addr().expect("bound"), to);
-        let sender = UdpSocket::bind("127.0.0.1:0").expect("a port");
-        for socket in [&main, &door] {
-            socket.set_nonblocking(false).expect("a socket");
-            let patience = std::time::Duration::from_secs(10);
-            socket.set_read_timeout(Some(patience)).expect("a socket");
-        }
-        for (packet, ours) in [
-            (short(b"ours1234"), true),
-            (short(b"ourz1234"), false),
-            (long(0xc0, b"ours1234", b""), true),
-            (long(0xe0, b"ours1234", b""), true),
-            (long(0xc0, b"ours12345", b""), false),
-            (long(0xc0, b"abcd1234", b""), false),
-            (vec![0x40, b'o', b'u', b'r'], false),
-            (vec![0xc0], false),
-            (vec![0xc0, 0, 0, 0, 1, 8, b'o', b'u', b'r'], false),
-        ] {
-            assert_eq!(is_ours(&packet, tag), ours, "{packet:?}");
-            sender.send_to(&packet, to).expect("sent");
-            let mut buffer = [0; 100];
-            let socket = if ours { &main } else { &door };
-            let length = socket.recv(&mut buffer).expect("it came there");
-            assert_eq!(buffer[..length], packet);
-        }
-    }
-
-    #[test]
-    fn nobody_else_gets_the_port() {
-        let first = Sockets::open(([127, 0, 0, 1], 0).into(), TAG).expect("a port");
-        let taken = first.main.local_addr().expect("bound");
-        assert!(Sockets::open(taken, TAG).is_err());
-        drop(first);
-        assert!(Sockets::open(taken, TAG).is_ok());
-    }
 
     #[test]
     fn first_packets_are_told_by_their_headers() {

@@ -10,20 +10,20 @@ use quinn::{
     AckFrequencyConfig, ClientConfig, ConnectionId, ConnectionIdGenerator, EndpointConfig,
     IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
 };
-use ring::rand::SecureRandom as _;
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::accept::{Acceptor, IncomingLanes, IncomingStream, accept_all};
+use super::accept::{Acceptor, At, IncomingLanes, IncomingStream, accept_all};
 use super::address::{Address, AddressBook, Peer, Tried};
-use super::admission::Admission;
 use super::close::{CloseReason, Ended};
 use super::counters::LinkCounters;
-use super::door::{Door, Guarded, ID_LENGTH, Sockets, Tag};
+use super::door::{Door, Guarded, LetIn};
+use super::hall::{Furnishing, Hall};
 use super::kind::StreamKind;
 use super::socket::{self, QuietRuntime};
+use super::steering::{self, ID_LENGTH, Sockets, Tag, Tags, fresh_tag, random};
 use super::tls::{self, Purpose, TlsError};
 use crate::agent::certs::{Credentials, Identity};
 
@@ -50,6 +50,10 @@ const STREAM_WINDOW: u32 = 8 * 1024 * 1024;
 const CONNECTION_WINDOW: u32 = 32 * 1024 * 1024;
 /// Old datagrams are thrown away beyond this: a heartbeat is worth nothing later.
 const DATAGRAM_BUFFER: usize = 64 * 1024;
+/// What the keys of stateless resets are for.
+const MAIN: &str = "understudy 2025 quic stateless reset";
+const HALL: &str = "understudy 2026 quic stateless reset in the hall";
+const DOOR: &str = "understudy 2026 quic stateless reset at the door";
 /// The largest UDP payload worth trying: jumbo frames and loopback.
 pub(super) const MTU_MAX: u16 = 8_900;
 
@@ -59,12 +63,46 @@ struct Shared {
     lanes_client: ClientConfig,
     services_client: ClientConfig,
     acceptor: Arc<Acceptor>,
-    /// Where the kernel keeps strangers' packets apart from connections'.
-    door: Mutex<Option<Door>>,
+    /// Where the kernel can tell whose packets are whose.
+    apart: Mutex<Option<Apart>>,
     addresses: AddressBook,
     /// Dials addresses of the family that the socket is not of, when there is one to be dialled.
     other_family: Mutex<Option<quinn::Endpoint>>,
     credentials: Credentials,
+}
+
+/// The threads that strangers come to, and everybody who is no configured peer. They end with this.
+struct Apart {
+    /// Before the hall, into which it leads.
+    _door: Door,
+    hall: Hall,
+}
+
+impl Apart {
+    /// Opens both; what the door lets in to the main endpoint comes by the channel.
+    fn open(
+        sockets: steering::Apart,
+        tags: Tags,
+        credentials: &Credentials,
+        server: &ServerConfig,
+        acceptor: &Arc<Acceptor>,
+    ) -> io::Result<(Self, mpsc::Receiver<LetIn>)> {
+        let guarded = Guarded {
+            tags,
+            endpoint: endpoint_config(credentials, tags.door, DOOR)?,
+            server: server.clone(),
+            admission: Arc::clone(&acceptor.admission),
+        };
+        let (door, inlets) = Door::open(sockets.door, guarded)?;
+        let hall = Hall::open(Furnishing {
+            socket: sockets.hall,
+            inlet: inlets.hall,
+            endpoint: endpoint_config(credentials, tags.hall, HALL)?,
+            server: server.clone(),
+            acceptor: Arc::clone(acceptor),
+        })?;
+        Ok((Self { _door: door, hall }, inlets.main))
+    }
 }
 
 impl Shared {
@@ -203,25 +241,18 @@ impl Endpoint {
         server.transport_config(transport());
         server.migration(false);
         let failed = |source| BindError::Socket { address, source };
-        let tag = fresh_tag().map_err(failed)?;
-        let Sockets { main, door } = Sockets::open(address, tag).map_err(failed)?;
-        let admission = Arc::new(Admission::new());
-        let (door, inlet) = match door {
+        let tags = Tags::fresh().map_err(failed)?;
+        let Sockets { main, apart } = Sockets::open(address, &tags).map_err(failed)?;
+        let acceptor = Arc::new(Acceptor::new(apart.is_some().then_some(tags)));
+        let (apart, inlet) = match apart {
             None => (None, None),
-            Some(socket) => {
-                // Ids that the kernel takes for strangers'.
-                let ids = tag.map(|byte| !byte);
-                let guarded = Guarded {
-                    tag,
-                    endpoint: endpoint_config(credentials, ids).map_err(failed)?,
-                    server: server.clone(),
-                    admission: Arc::clone(&admission),
-                };
-                let (door, inlet) = Door::open(socket, guarded).map_err(failed)?;
-                (Some(door), Some(inlet))
+            Some(sockets) => {
+                let (apart, inlet) =
+                    Apart::open(sockets, tags, credentials, &server, &acceptor).map_err(failed)?;
+                (Some(apart), Some(inlet))
             }
         };
-        let config = endpoint_config(credentials, tag).map_err(failed)?;
+        let config = endpoint_config(credentials, tags.main, MAIN).map_err(failed)?;
         let main = socket::quiet(main, inlet).map_err(failed)?;
         let socket = quinn::Endpoint::new_with_abstract_socket(
             config,
@@ -229,11 +260,11 @@ impl Endpoint {
             main,
             Arc::new(QuietRuntime),
         );
-        let acceptor = Acceptor::new(admission, door.is_some());
-        let endpoint = Self::with(credentials, socket.map_err(failed)?, acceptor, door)?;
+        let endpoint = Self::with(credentials, socket.map_err(failed)?, acceptor, apart)?;
         let shared = &endpoint.shared;
         tokio::spawn(accept_all(
             shared.socket.clone(),
+            At::Main,
             Arc::clone(&shared.acceptor),
             Arc::clone(shared),
         ));
@@ -250,15 +281,15 @@ impl Endpoint {
             address: ipv4,
             source,
         })?;
-        let acceptor = Acceptor::new(Arc::new(Admission::new()), false);
+        let acceptor = Arc::new(Acceptor::new(None));
         Self::with(credentials, socket, acceptor, None)
     }
 
     fn with(
         credentials: &Credentials,
         socket: quinn::Endpoint,
-        acceptor: Acceptor,
-        door: Option<Door>,
+        acceptor: Arc<Acceptor>,
+        apart: Option<Apart>,
     ) -> Result<Self, BindError> {
         let client = |purpose| -> Result<ClientConfig, TlsError> {
             let mut config = ClientConfig::new(Arc::new(tls::client(credentials, purpose)?));
@@ -271,8 +302,8 @@ impl Endpoint {
             socket,
             lanes_client,
             services_client,
-            acceptor: Arc::new(acceptor),
-            door: Mutex::new(door),
+            acceptor,
+            apart: Mutex::new(apart),
             addresses: AddressBook::default(),
             other_family: Mutex::default(),
             credentials: credentials.clone(),
@@ -317,15 +348,14 @@ impl Endpoint {
         purpose: Purpose,
     ) -> Result<quinn::Connection, DialError> {
         let Peer { identity, address } = peer;
-        let found = self.shared.addresses.find(address).await;
+        let found = match purpose {
+            Purpose::Lanes => self.locate(peer).await,
+            Purpose::Services => self.shared.addresses.find(address).await,
+        };
         let found = found.map_err(|error| DialError::Lookup {
             address: address.clone(),
             reason: error.to_string(),
         })?;
-        if purpose == Purpose::Lanes {
-            let admission = &self.shared.acceptor.admission;
-            admission.peer_is_at(&identity.name, &found);
-        }
         let failed = match self.dial_first(&found, identity, purpose).await {
             Ok(connection) => return Ok(connection),
             Err(failed) => failed,
@@ -379,18 +409,43 @@ impl Endpoint {
 
     /// Closes every connection and takes no more; returns when the peers have been told.
     pub async fn close(&self) {
-        let done = CloseReason::Done;
-        self.shared
-            .socket
-            .close(done.code(), done.word().as_bytes());
+        let apart = lock(&self.shared.apart).take();
         let other = lock(&self.shared.other_family).take();
-        if let Some(other) = other {
-            other.close(done.code(), done.word().as_bytes());
-            other.wait_idle().await;
+        let hall = apart.as_ref().map(|apart| apart.hall.endpoint());
+        let done = CloseReason::Done;
+        let all = [Some(&self.shared.socket), other.as_ref(), hall];
+        for endpoint in all.into_iter().flatten() {
+            endpoint.close(done.code(), done.word().as_bytes());
         }
-        self.shared.socket.wait_idle().await;
+        for endpoint in all.into_iter().flatten() {
+            endpoint.wait_idle().await;
+        }
         // The port is free when this is done.
-        drop(lock(&self.shared.door).take());
+        drop(apart);
+    }
+
+    /// From now on connections for lanes with this peer are expected.
+    pub(super) fn expect(&self, peer: &Identity) {
+        self.shared.acceptor.admission.peer_is_at(&peer.name, &[]);
+    }
+
+    /// Looks up where a peer is, so that it is known by its address when it dials.
+    pub(super) async fn locate(&self, peer: &Peer) -> io::Result<Vec<SocketAddr>> {
+        let found = self.shared.addresses.find(&peer.address).await?;
+        let admission = &self.shared.acceptor.admission;
+        admission.peer_is_at(&peer.identity.name, &found);
+        Ok(found)
+    }
+
+    /// How many connections live on the thread that heartbeats live on, and how many in the hall.
+    #[cfg(test)]
+    pub(super) fn connections(&self) -> (usize, usize) {
+        let apart = lock(&self.shared.apart);
+        let in_hall = apart.as_ref().map(|apart| apart.hall.endpoint());
+        (
+            self.shared.socket.open_connections(),
+            in_hall.map_or(0, quinn::Endpoint::open_connections),
+        )
     }
 }
 
@@ -429,30 +484,20 @@ fn transport() -> Arc<TransportConfig> {
 
 /// A socket that only dials.
 fn dialler(credentials: &Credentials, address: SocketAddr) -> io::Result<quinn::Endpoint> {
-    let config = endpoint_config(credentials, fresh_tag()?)?;
+    let config = endpoint_config(credentials, fresh_tag()?, MAIN)?;
     let socket = socket::quiet(socket::open_udp(address)?, None)?;
     quinn::Endpoint::new_with_abstract_socket(config, None, socket, Arc::new(QuietRuntime))
 }
 
-fn random<const N: usize>() -> io::Result<[u8; N]> {
-    let mut bytes = [0; N];
-    ring::rand::SystemRandom::new()
-        .fill(&mut bytes)
-        .map_err(|_| io::Error::other("the system has no random numbers"))?;
-    Ok(bytes)
-}
-
-fn fresh_tag() -> io::Result<Tag> {
-    random()
-}
-
 /// A key that is the same after a restart lets our new process tell peers at once that their
-/// connections to the old one are gone (a stateless reset), instead of leaving them to time out.
-fn endpoint_config(credentials: &Credentials, tag: Tag) -> io::Result<EndpointConfig> {
-    let reset_key = blake3::derive_key(
-        "understudy 2025 quic stateless reset",
-        credentials.key.secret_der(),
-    );
+/// connections to the old one are gone (a stateless reset), instead of leaving them to time out. Each part
+/// of an endpoint has its own (`of`): what is said for one resets no connection of another.
+fn endpoint_config(
+    credentials: &Credentials,
+    tag: Tag,
+    of: &'static str,
+) -> io::Result<EndpointConfig> {
+    let reset_key = blake3::derive_key(of, credentials.key.secret_der());
     let reset_key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &reset_key);
     let seed = random()?;
     let mut config = EndpointConfig::new(Arc::new(reset_key));
@@ -463,7 +508,7 @@ fn endpoint_config(credentials: &Credentials, tag: Tag) -> io::Result<EndpointCo
     Ok(config)
 }
 
-/// Connection ids that nobody can foresee, with a beginning in common (see [`super::door`]). Quinn's own generator takes only ids of the running
+/// Connection ids that nobody can foresee, with a beginning in common (see [`super::steering`]). Quinn's own generator takes only ids of the running
 /// process for its own, and would never reset a connection of the process before.
 struct ConnectionIds {
     tag: Tag,

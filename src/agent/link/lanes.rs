@@ -89,6 +89,7 @@ impl<M: LinkMessage> Link<M> {
         let mut tasks = JoinSet::new();
         let mut doors = HashMap::new();
         for peer in peers {
+            endpoint.expect(&peer.identity);
             let (door, accepted) = mpsc::channel(4);
             doors.insert(peer.identity.clone(), door);
             tasks.spawn(keep(Arc::clone(&shared), peer, accepted));
@@ -261,6 +262,8 @@ impl<M: LinkMessage> Keeper<M> {
         } = self;
         let dialling = async {
             if !dials_first {
+                // Where it cannot be found, it is not known by its address, and dialling says why.
+                let _ = shared.endpoint.locate(peer).await;
                 tokio::time::sleep(shared.give_way).await;
             } else if again {
                 rest(pause).await;

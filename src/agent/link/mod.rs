@@ -14,11 +14,13 @@ mod counters;
 mod door;
 mod endpoint;
 pub mod frame;
+mod hall;
 mod kind;
 mod lanes;
 mod request;
 mod session;
 mod socket;
+mod steering;
 mod tls;
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The link over real QUIC on loopback.
 
 mod addresses;
+mod hall;
 mod strangers;
 
 use std::net::{Ipv4Addr, SocketAddr};
@@ -338,7 +339,7 @@ async fn ends_of(text: &str, send: &[u8]) -> (Ended, u64, u64) {
     let dialler = host(&authority, text);
     let friend = Peer {
         identity: Identity::host(&name("a")),
-        address: ANY.into(),
+        address: dialler.local_address().expect("bound").into(),
     };
     let (_link, _events) = Link::<Said>::start(&target, vec![friend]);
     let connection = dialler
