@@ -192,6 +192,12 @@ impl Faults {
         }
     }
 
+    /// Among all that goes wrong, folders are put back from backups often.
+    pub(super) fn put_folders_back(&mut self) {
+        let others = self.kinds.len();
+        self.kinds.extend(vec![Kind::PutBack; others.max(4)]);
+    }
+
     fn is_patient(&self) -> bool {
         self.gap >= 2 * SECOND
     }

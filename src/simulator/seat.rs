@@ -195,10 +195,12 @@ impl Seat {
     /// Whether the holding is still the one that a record with this incarnation names, and would
     /// be after a restart.
     pub(super) fn keeps(&self) -> bool {
-        let keeps = self.durable.acks == Acks::Disk && !self.damaged;
-        // One that has started and is about to take another incarnation has lost something.
+        let disk = self.durable.disk == self.disk;
+        let keeps = self.durable.acks == Acks::Disk && !self.damaged && disk;
+        // One that has started and is about to take another incarnation has lost something. One that
+        // has not believes in what it has found, on whichever disk.
         let same = |node: &Node| node.incarnation() == self.durable.incarnation;
-        self.node.as_ref().map_or(keeps, same) && self.durable.disk == self.disk
+        self.node.as_ref().map_or(keeps, same)
     }
 
     /// Whether the disk has lost what it had synced, and nobody has found out yet.

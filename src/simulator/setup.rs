@@ -88,6 +88,9 @@ pub(super) struct Several {
     pub(super) vms: usize,
     /// Of each VM.
     pub(super) gateways: usize,
+    /// Folders are put back from backups again and again: a fault that needs two strokes of chance,
+    /// and so is rare in other worlds.
+    pub(super) put_backs: bool,
     pub(super) random: Random,
 }
 
@@ -96,9 +99,11 @@ impl Several {
         let mut random = Random::new(!seed);
         let mut one_or_two = || 1 + usize::from(random.chance(SEVERAL));
         let (gateways, vms) = (one_or_two(), one_or_two());
+        let put_backs = gateways + vms > 2 && random.chance(500);
         Self {
             vms,
             gateways,
+            put_backs,
             random,
         }
     }

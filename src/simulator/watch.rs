@@ -7,7 +7,6 @@ use super::facts::{Fact, Queued, Watched};
 use super::gateway::Gateway;
 use super::ids::SeatId;
 use super::queue::{Moment, SECOND};
-use super::seat::BOUNDS;
 use super::world::{Event, WATCH, World};
 use crate::protocol::{HostName, OnLoss, Record};
 
@@ -17,8 +16,10 @@ const SERVE: Moment = 12 * SECOND;
 const PAUSE: Moment = 5 * SECOND;
 /// More datagrams lost than this, of a thousand, and nothing is expected of anybody.
 const LOSSES: u64 = 50;
-/// Files that may wait to be replaced.
-const FILES: usize = 64;
+/// Files that may wait to be replaced: each of them says something new.
+const FILES: usize = 24;
+/// Bytes of log that may wait for room: what came before the node was told that there is none.
+const LOG: usize = 4 << 10;
 
 impl World {
     pub(super) fn watch(&mut self) {
@@ -160,7 +161,7 @@ impl World {
             queues.push(Queued {
                 what: "bytes of log for a disk without room",
                 len: seat.storage.waiting.iter().map(bytes).sum(),
-                most: 2 * BOUNDS.uncommitted_log as usize + 2 * self.setup.window.min(64 << 10),
+                most: LOG,
             });
         }
         queues

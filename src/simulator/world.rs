@@ -171,7 +171,10 @@ impl World {
         }
         let network = Network::new(&setup, random.fork());
         let witness = Witness::new(guests.len(), &mut random);
-        let faults = Faults::choose(&mut random);
+        let mut faults = Faults::choose(&mut random);
+        if several.put_backs {
+            faults.put_folders_back();
+        }
         let zeros = vec![0; DISK_SIZE as usize];
         let bases = Bases::from([(Disk::base(&zeros).digest, zeros)]);
         Self {
