@@ -203,7 +203,10 @@ impl Core {
     /// Decides whether the holding found on disk is still the one that was acknowledged.
     fn begin(&mut self, damaged: bool, disk: DiskId) {
         let had = self.durable.incarnation != Incarnation(0);
-        let elsewhere = had && self.durable.disk != disk && self.durable.disk != DiskId(0);
+        let elsewhere = had
+            && self.durable.disk != disk
+            && self.durable.disk != DiskId(0)
+            && !self.mutated(Mutation::PutBackBelieved);
         self.durable.disk = disk;
         self.holdings.push(self.durable.incarnation);
         if !had {
@@ -706,8 +709,13 @@ impl Core {
     }
 
     /// What no keeper can be below that is the one asked before.
-    pub(super) fn seen(&self) -> Option<Seen> {
+    fn seen(&self) -> Option<Seen> {
         self.record.as_ref().map(Record::seen)
+    }
+
+    /// The same, for the keeper: it may not know that it has less than it had.
+    pub(super) fn seen_to_tell(&self) -> Option<Seen> {
+        self.seen().filter(|_| !self.mutated(Mutation::SeenUntold))
     }
 
     /// The latest record with its keeper's proof.
@@ -745,7 +753,7 @@ impl Core {
             .is_none_or(|since| self.now.since(since) > patience)
         {
             self.reading = Some(self.now);
-            let seen = self.seen();
+            let seen = self.seen_to_tell();
             self.do_(Action::ReadRecord { seen });
         }
     }

@@ -14,6 +14,12 @@ pub enum Mutation {
     Amnesia,
     /// A host believes a keeper of records that has less than it has seen itself.
     KeeperTrusted,
+    /// A host does not tell the keeper of records what it has seen.
+    SeenUntold,
+    /// A host takes a folder that was put back from a backup for the one that it is a copy of.
+    PutBackBelieved,
+    /// A replica whose disk takes nothing more takes log all the same.
+    FullTakesMore,
     /// A claim that is given up is not renounced, and one is given up while its outcome is unknown.
     ClaimAbandoned,
     /// A host believes whoever says that it reigns, and seals for whoever asks.
@@ -36,11 +42,14 @@ pub enum Mutation {
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 16] = [
         Self::NoSeal,
         Self::LocalEviction,
         Self::Amnesia,
         Self::KeeperTrusted,
+        Self::SeenUntold,
+        Self::PutBackBelieved,
+        Self::FullTakesMore,
         Self::ClaimAbandoned,
         Self::StrangersHeard,
         Self::SilenceOnly,
@@ -59,6 +68,9 @@ impl Mutation {
             Self::LocalEviction => "local-eviction",
             Self::Amnesia => "amnesia",
             Self::KeeperTrusted => "keeper-trusted",
+            Self::SeenUntold => "seen-untold",
+            Self::PutBackBelieved => "put-back-believed",
+            Self::FullTakesMore => "full-takes-more",
             Self::ClaimAbandoned => "claim-abandoned",
             Self::StrangersHeard => "strangers-heard",
             Self::SilenceOnly => "silence-only",

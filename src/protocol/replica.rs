@@ -320,7 +320,7 @@ impl Replica {
         if source.host != *from || source.authority.term() != term || !core.settled() {
             return;
         }
-        if core.full.is_some() {
+        if core.full.is_some() && !core.mutated(Mutation::FullTakesMore) {
             // Nothing more is taken until there is room: then it is asked for from here on.
             self.source = None;
             return;

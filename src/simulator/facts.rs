@@ -35,8 +35,12 @@ pub(super) enum Fact {
         term: Term,
         through: LogIndex,
     },
-    /// One of them.
-    LetOut { number: FrameNumber, content: u64 },
+    /// One of them, for this gateway or for all.
+    LetOut {
+        number: FrameNumber,
+        content: u64,
+        to: Option<usize>,
+    },
     /// A gateway passed an output.
     Passed {
         gateway: u64,
@@ -86,8 +90,8 @@ pub(super) enum Fact {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Watched {
     pub(super) now: Moment,
-    /// Enough healthy copies are connected, with one another, the keeper and the gateway.
-    pub(super) could_serve: bool,
+    /// For each gateway: enough healthy copies are connected, with one another, the keeper and it.
+    pub(super) could_serve: Vec<bool>,
     /// Within so long they have to serve.
     pub(super) within: Moment,
     /// For how long a guest has stood paused without need, and how long it may.

@@ -8,6 +8,7 @@ mod orders;
 use replay_log::Store;
 
 use super::facts::Fact;
+use super::ids::{GatewayId, SeatId};
 use super::queue::{MILLI, Moment, SECOND};
 use super::random::Random;
 use super::world::{Event, World};
@@ -24,7 +25,10 @@ pub(super) enum Fault {
     WitnessSlow,
     WitnessRefuses,
     WitnessBlocked(usize),
-    GatewayBlocked(usize),
+    /// It does not reach a host.
+    GatewayBlocked(GatewayId, usize),
+    /// It reaches none.
+    GatewayAway(GatewayId),
     SlowDisk(usize),
     Hung(usize),
     Full(usize),
@@ -188,15 +192,40 @@ impl Faults {
         }
     }
 
+    /// Among all that goes wrong, folders are put back from backups often.
+    pub(super) fn put_folders_back(&mut self) {
+        let others = self.kinds.len();
+        self.kinds.extend(vec![Kind::PutBack; others.max(4)]);
+    }
+
     fn is_patient(&self) -> bool {
         self.gap >= 2 * SECOND
     }
 }
 
 impl World {
-    pub(super) fn primary(&self) -> Option<usize> {
-        let record = self.witness.record.as_ref()?;
-        self.number_of(&record.primary.host)
+    pub(super) fn primary(&self, vm: usize) -> Option<SeatId> {
+        let record = self.witness.record(vm)?;
+        let host = self.number_of(&record.primary.host)?;
+        Some(SeatId { vm, host })
+    }
+
+    /// One of several. Where there is only one, nothing is drawn.
+    fn any_of(&mut self, several: usize) -> usize {
+        if several > 1 {
+            self.random.below(several as u64) as usize
+        } else {
+            0
+        }
+    }
+
+    pub(super) fn any_vm(&mut self) -> usize {
+        self.any_of(self.guests.len())
+    }
+
+    fn any_gateway(&mut self, vm: usize) -> GatewayId {
+        let number = self.any_of(self.guests[vm].gateways.len());
+        GatewayId { vm, number }
     }
 
     pub(super) fn any_host(&mut self) -> usize {
@@ -217,19 +246,22 @@ impl World {
         }
         self.queue.plan(next, Event::Break);
         self.counts.faults += 1;
-        let mut host = self.any_host();
+        let host = self.any_host();
+        let vm = self.any_vm();
+        let mut seat = SeatId { vm, host };
         if matches!(kind, Kind::KillPrimary | Kind::PausePrimary | Kind::Bridge) {
-            host = self.primary().unwrap_or(host);
+            seat = self.primary(vm).unwrap_or(seat);
         }
         if self.options.trace {
-            self.trace
-                .say(self.now, &format!("*** {kind:?} at host{host}"));
+            self.trace.say(self.now, &format!("*** {kind:?} at {seat}"));
         }
-        self.facts.push(Fact::Disturbed);
-        self.inflict(kind, host);
+        self.disturbed();
+        self.inflict(kind, seat);
     }
 
-    fn inflict(&mut self, kind: Kind, host: usize) {
+    /// What goes wrong with a host goes wrong for every VM on it.
+    fn inflict(&mut self, kind: Kind, seat: SeatId) {
+        let host = seat.host;
         let short = self.random.between(20, 400) * MILLI;
         let most = if self.faults.is_patient() { 12 } else { 2 };
         let long = self.random.between(100, most * 1_000) * MILLI;
@@ -256,7 +288,7 @@ impl World {
                     self.network.block(host, other);
                     self.network.block(other, host);
                 }
-                self.gateway_blocks[host] += 1;
+                self.block_gateways(host);
                 self.witness_blocks[host] += 1;
                 self.repair_after(long, Fault::Isolation(host));
             }
@@ -268,13 +300,13 @@ impl World {
                 self.witness_blocks[host] += 1;
                 self.repair_after(long, Fault::WitnessBlocked(host));
             }
-            Kind::GatewayBlocked => {
-                self.gateway_blocks[host] += 1;
-                self.repair_after(short, Fault::GatewayBlocked(host));
+            Kind::GatewayBlocked => self.block_gateway(seat, short, long),
+            Kind::GatewayRestart => {
+                let gateway = self.any_gateway(seat.vm);
+                self.gateway(gateway).restart();
             }
-            Kind::GatewayRestart => self.gateway.restart(),
             Kind::SlowDisk => {
-                self.hosts[host].storage.slow += 1;
+                self.hosts[host].drive.slow += 1;
                 self.repair_after(long, Fault::SlowDisk(host));
             }
             Kind::SlowVm => {
@@ -282,31 +314,33 @@ impl World {
                 self.repair_after(long, Fault::SlowVm(host));
             }
             Kind::StoreFails => {
-                if self.can_spare(host) && self.hosts[host].paused_until <= self.now {
+                if self.can_spare(seat) && self.hosts[host].paused_until <= self.now {
                     let reason = "the simulator broke it".to_owned();
-                    self.plan_input(0, host, Input::StoreFailed { reason });
+                    self.plan_input(0, seat, Input::StoreFailed { reason });
                 }
             }
             Kind::NewDisk => {
-                if self.can_spare(host) && self.hosts[host].is_up() {
+                if self.can_spare_all(host) && self.hosts[host].is_up() {
                     self.crash(host, true, long);
-                    self.hosts[host].wipe();
-                    self.facts.push(Fact::Replaced { host });
+                    for vm in 0..self.guests.len() {
+                        self.seats[SeatId { vm, host }].wipe();
+                        self.facts.push((vm, Fact::Replaced { host }));
+                    }
                 }
             }
             Kind::BadDisk => {
-                if self.can_spare(host) && self.hosts[host].is_up() {
+                if self.can_spare(seat) && self.hosts[host].is_up() {
                     self.crash(host, false, long);
-                    let here = &mut self.hosts[host];
+                    let here = &mut self.seats[seat];
                     let at = here.random.below(here.store.bytes() + 1);
                     here.damaged |= here.store.corrupt(at, 0x10);
                 }
             }
             Kind::VmFails => {
-                if let Some((run, at)) = self.hosts[host].vm.as_ref().map(|vm| (vm.run, vm.at())) {
-                    self.stop_vm(host, run);
+                if let Some((run, at)) = self.seats[seat].vm.as_ref().map(|vm| (vm.run, vm.at())) {
+                    self.stop_vm(seat, run);
                     let reason = "the simulator killed it".to_owned();
-                    self.plan_input(0, host, Input::VmFailed { run, reason, at });
+                    self.plan_input(0, seat, Input::VmFailed { run, reason, at });
                 }
             }
             Kind::Loss => {
@@ -316,7 +350,7 @@ impl World {
             }
             Kind::Switchover => {
                 let to = Some(self.hosts[host].name.clone()).filter(|_| self.random.chance(500));
-                if let Some(primary) = self.primary() {
+                if let Some(primary) = self.primary(seat.vm) {
                     let wish = Operator::Switchover { to };
                     self.plan_input(0, primary, Input::Operator(wish));
                 }
@@ -327,13 +361,13 @@ impl World {
             | Kind::NoFiles
             | Kind::PutBack
             | Kind::LostTail
-            | Kind::StoresFail => self.break_disk(kind, host, long),
+            | Kind::StoresFail => self.break_disk(kind, seat, long),
             Kind::WitnessSlow
             | Kind::WitnessRefuses
             | Kind::WitnessSetBack
             | Kind::WitnessEmptied
             | Kind::WitnessDownLong => self.break_keeper(kind, long),
-            Kind::Pair | Kind::Create | Kind::Remove | Kind::AcceptLoss => self.order(kind, host),
+            Kind::Pair | Kind::Create | Kind::Remove | Kind::AcceptLoss => self.order(kind, seat),
             Kind::CloseLink => {
                 let other = self.any_host();
                 if other != host {
@@ -341,15 +375,43 @@ impl World {
                 }
             }
             Kind::Deaf => {
-                let host = self.primary().unwrap_or(host);
+                let host = self.primary(seat.vm).unwrap_or(seat).host;
                 self.network.deafen(host);
-                self.gateway_blocks[host] += 1;
+                self.block_gateways(host);
                 self.hosts[host].deaf_since.get_or_insert(self.now);
                 self.hosts[host].deaf += 1;
                 let span = self.random.between(1_200, 3_000) * MILLI;
                 self.repair_after(span, Fault::Deaf(host));
             }
-            Kind::Stranger | Kind::Usurper => self.forge(kind, host),
+            Kind::Stranger | Kind::Usurper => self.forge(kind, seat),
+        }
+    }
+
+    /// A gateway does not reach a host. Where there is another one, it may reach none, and for long:
+    /// that one must not notice.
+    fn block_gateway(&mut self, seat: SeatId, short: Moment, long: Moment) {
+        let id = self.any_gateway(seat.vm);
+        if self.guests[seat.vm].gateways.len() > 1 && self.random.chance(400) {
+            for blocks in &mut self.gateway(id).blocks {
+                *blocks += 1;
+            }
+            self.repair_after(long, Fault::GatewayAway(id));
+        } else {
+            self.gateway(id).blocks[seat.host] += 1;
+            self.repair_after(short, Fault::GatewayBlocked(id, seat.host));
+        }
+    }
+
+    /// A host and all gateways do not hear each other any more.
+    fn block_gateways(&mut self, host: usize) {
+        for guest in &mut self.guests {
+            guest.block_gateways(host);
+        }
+    }
+
+    fn unblock_gateways(&mut self, host: usize) {
+        for guest in &mut self.guests {
+            guest.unblock_gateways(host);
         }
     }
 
@@ -369,7 +431,7 @@ impl World {
 
     pub(super) fn crash(&mut self, host: usize, power: bool, down: Moment) {
         if self.hosts[host].is_up() {
-            self.hosts[host].stop(power);
+            self.stop_host(host, power);
             self.repair_after(down, Fault::Crash(host));
         }
     }
@@ -383,20 +445,25 @@ impl World {
         self.queue.plan(self.now + span, Event::Repair(fault));
     }
 
-    /// Whether the promise holds without this host's log: what the rule survives may be lost, and
-    /// not more.
-    fn can_spare(&self, host: usize) -> bool {
-        let Some(record) = &self.witness.record else {
+    /// Whether every VM can spare its log on this host.
+    fn can_spare_all(&self, host: usize) -> bool {
+        (0..self.guests.len()).all(|vm| self.can_spare(SeatId { vm, host }))
+    }
+
+    /// Whether the promise holds without this log: what the rule survives may be lost, and not more.
+    fn can_spare(&self, seat: SeatId) -> bool {
+        let Some(record) = self.witness.record(seat.vm) else {
             return false;
         };
-        let last_live = self.hosts.iter().map(|host| host.durable.live).max();
-        if last_live == Some(self.hosts[host].durable.live) {
+        let seats = self.seats.of_vm(seat.vm);
+        let last_live = seats.iter().map(|seat| seat.durable.live).max();
+        if last_live == Some(self.seats[seat].durable.live) {
             return false;
         }
         let others = record.all_copies().filter(|copy| {
-            self.hosts.iter().enumerate().any(|(number, other)| {
+            seats.iter().enumerate().any(|(number, other)| {
                 let view = other.view();
-                number != host
+                number != seat.host
                     && view.name == copy.host
                     && view.incarnation == copy.incarnation
                     && view.intact
@@ -410,9 +477,9 @@ impl World {
         if self.is_healed() {
             return;
         }
-        self.facts.push(Fact::Disturbed);
+        self.disturbed();
         match fault {
-            Fault::Crash(host) if self.hosts[host].storage.hung > 0 => {
+            Fault::Crash(host) if self.hosts[host].drive.hung > 0 => {
                 // What it has to read first does not come.
                 self.repair_after(100 * MILLI, fault);
             }
@@ -421,11 +488,11 @@ impl World {
                     self.start_host(host);
                 }
             }
-            Fault::Hung(host) => self.hosts[host].storage.hung -= 1,
-            Fault::NoFiles(host) => self.hosts[host].storage.refuses -= 1,
+            Fault::Hung(host) => self.hosts[host].drive.hung -= 1,
+            Fault::NoFiles(host) => self.hosts[host].drive.refuses -= 1,
             Fault::Full(host) => {
-                self.hosts[host].storage.full -= 1;
-                self.make_room(host);
+                self.hosts[host].drive.full -= 1;
+                self.make_room_on(host);
             }
             Fault::WitnessSlow => self.witness.slow -= 1,
             Fault::WitnessRefuses => self.witness.refuses -= 1,
@@ -435,18 +502,23 @@ impl World {
                     self.network.unblock(host, other);
                     self.network.unblock(other, host);
                 }
-                self.gateway_blocks[host] -= 1;
+                self.unblock_gateways(host);
                 self.witness_blocks[host] -= 1;
             }
             Fault::Deaf(host) => {
                 self.network.undeafen(host);
-                self.gateway_blocks[host] -= 1;
+                self.unblock_gateways(host);
                 self.hosts[host].hears_again();
             }
             Fault::WitnessDown => self.witness.down -= 1,
             Fault::WitnessBlocked(host) => self.witness_blocks[host] -= 1,
-            Fault::GatewayBlocked(host) => self.gateway_blocks[host] -= 1,
-            Fault::SlowDisk(host) => self.hosts[host].storage.slow -= 1,
+            Fault::GatewayBlocked(id, host) => self.gateway(id).blocks[host] -= 1,
+            Fault::GatewayAway(id) => {
+                for blocks in &mut self.gateway(id).blocks {
+                    *blocks -= 1;
+                }
+            }
+            Fault::SlowDisk(host) => self.hosts[host].drive.slow -= 1,
             Fault::SlowVm(host) => self.hosts[host].slow_vm -= 1,
             Fault::Loss(loss) => self.network.loss -= loss,
         }

@@ -1,6 +1,6 @@
-//! The simulated gateway and its clients. It numbers frames, passes outputs once and in order,
-//! learns the term from the keeper, and begins a new session whenever something is missing. (The
-//! production ends of the frame streams have their own tests.)
+//! A simulated gateway and its clients. It numbers frames, passes the outputs that are for it once
+//! and in order, learns the term from the keeper, and begins a new session whenever something is
+//! missing. (The production ends of the frame streams have their own tests.)
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -8,6 +8,7 @@ use bytes::Bytes;
 use replay_log::{FrameNumber, FrameSource, GatewayIncarnation, Term};
 use vmm::model::Model;
 
+use super::lines;
 use super::queue::{MILLI, Moment};
 use super::random::Random;
 use crate::protocol::Record;
@@ -21,6 +22,16 @@ const GIVE_UP: Moment = 1_500 * MILLI;
 const SILENCE: Moment = 200 * MILLI;
 /// Counters that clients raise.
 const KEYS: u64 = 3;
+/// Where the number of a gateway stands in the numbers of its runs.
+const RUNS: u32 = 32;
+
+/// The highest value of each counter that any client has seen, of whichever gateway.
+pub(super) type Highest = BTreeMap<u32, u64>;
+
+/// Which gateway this is a run of.
+pub(super) fn number_of(run: GatewayIncarnation) -> usize {
+    (run.0 >> RUNS) as usize
+}
 
 /// One session of the gateway with a primary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,8 +67,10 @@ pub(super) enum ToGateway {
         accepted: FrameNumber,
         next: FrameNumber,
     },
+    /// `follows` is the last output before it that was for this gateway, too.
     Output {
         number: FrameNumber,
+        follows: FrameNumber,
         content: u64,
         bytes: Bytes,
     },
@@ -99,9 +112,17 @@ struct Request {
     sent: Moment,
 }
 
-/// The gateway with its clients.
+/// A gateway with its clients.
 #[derive(Debug)]
 pub(super) struct Gateway {
+    number: usize,
+    /// Reasons why it and each host do not hear each other.
+    pub(super) blocks: Vec<u32>,
+    /// When the last packet arrives that is under way to it, and from it.
+    pub(super) hears_at: Moment,
+    pub(super) heard_at: Moment,
+    /// What each client was answered that it asked for after the repair.
+    pub(super) fresh_answers: [u32; CLIENTS],
     pub(super) incarnation: GatewayIncarnation,
     pub(super) term: Term,
     pub(super) primary: Option<usize>,
@@ -118,16 +139,20 @@ pub(super) struct Gateway {
     unlogged: VecDeque<(FrameNumber, Bytes)>,
     requests: BTreeMap<u64, Request>,
     waiting: [Option<u64>; CLIENTS],
-    highest: BTreeMap<u32, u64>,
     tags: u64,
     /// How long a packet takes there and back, twice.
     slack: Moment,
 }
 
 impl Gateway {
-    pub(super) fn new(delay: Moment) -> Self {
+    pub(super) fn new(number: usize, hosts: usize, delay: Moment) -> Self {
         Self {
-            incarnation: GatewayIncarnation(1),
+            number,
+            blocks: vec![0; hosts],
+            hears_at: 0,
+            heard_at: 0,
+            fresh_answers: [0; CLIENTS],
+            incarnation: GatewayIncarnation(((number as u64) << RUNS) + 1),
             term: Term(0),
             primary: None,
             record: None,
@@ -142,7 +167,6 @@ impl Gateway {
             unlogged: VecDeque::new(),
             requests: BTreeMap::new(),
             waiting: [None; CLIENTS],
-            highest: BTreeMap::new(),
             tags: 0,
             slack: 4 * delay,
         }
@@ -162,7 +186,6 @@ impl Gateway {
 
     /// Some answers may be taken back now: an operator said so.
     pub(super) fn forget_answers(&mut self) {
-        self.highest.clear();
         for request in self.requests.values_mut() {
             request.floor = 0;
         }
@@ -212,6 +235,7 @@ impl Gateway {
         now: Moment,
         session: Session,
         message: ToGateway,
+        highest: &mut Highest,
         say: &mut Vec<ToHost>,
     ) -> Heard {
         if self.session != Some(session) {
@@ -226,11 +250,12 @@ impl Gateway {
             } => return self.welcome(machine, accepted, next, say),
             ToGateway::Output {
                 number,
+                follows,
                 content,
                 bytes,
             } if self.welcomed => {
-                let expected = self.last.unwrap_or_default().0 + 1;
-                if number.0 == expected {
+                let last = self.last.unwrap_or_default();
+                if follows <= last && last < number {
                     self.last = Some(number);
                     say.push(ToHost::Received { through: number });
                     return Heard::Passed {
@@ -238,10 +263,10 @@ impl Gateway {
                         term: session.term,
                         number,
                         content,
-                        answered: self.answer(&bytes),
+                        answered: self.answer(&bytes, highest),
                     };
                 }
-                if number.0 > expected {
+                if follows > last {
                     *say = self.attach(now);
                 }
             }
@@ -306,10 +331,10 @@ impl Gateway {
         }
     }
 
-    fn answer(&mut self, bytes: &Bytes) -> Option<Answered> {
+    fn answer(&mut self, bytes: &Bytes, highest: &mut Highest) -> Option<Answered> {
         let (tag, key, value) = Model::read_answer(bytes)?;
         let request = self.requests.remove(&tag)?;
-        let highest = self.highest.entry(key).or_default();
+        let highest = highest.entry(key).or_default();
         *highest = (*highest).max(value);
         if self.waiting[request.client] == Some(tag) {
             self.waiting[request.client] = None;
@@ -328,6 +353,7 @@ impl Gateway {
         &mut self,
         now: Moment,
         client: usize,
+        highest: &Highest,
         random: &mut Random,
     ) -> Option<ToHost> {
         if let Some(tag) = self.waiting[client] {
@@ -338,8 +364,9 @@ impl Gateway {
             self.waiting[client] = None;
         }
         self.tags += 1;
-        let (tag, key) = (self.tags, random.below(KEYS) as u32);
-        let floor = self.highest.get(&key).copied().unwrap_or_default();
+        let tag = lines::tag(self.number, self.tags);
+        let key = random.below(KEYS) as u32;
+        let floor = highest.get(&key).copied().unwrap_or_default();
         self.waiting[client] = Some(tag);
         self.requests.insert(
             tag,

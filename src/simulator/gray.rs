@@ -1,7 +1,7 @@
 //! What stays broken in the end: a cluster that has one fault left must go on all the same, where
 //! its rule allows it.
 
-use super::facts::Fact;
+use super::ids::SeatId;
 use super::queue::{MILLI, SECOND};
 use super::world::{Event, World};
 use crate::protocol::{Acks, Input, OnLoss, Operator, Record};
@@ -61,11 +61,11 @@ impl World {
         match gray {
             Gray::Down(host) => {
                 if self.hosts[host].is_up() {
-                    self.hosts[host].stop(false);
+                    self.stop_host(host, false);
                 }
             }
-            Gray::Hung(host) => self.hosts[host].storage.hung += 1,
-            Gray::Full(host) => self.hosts[host].storage.full += 1,
+            Gray::Hung(host) => self.hosts[host].drive.hung += 1,
+            Gray::Full(host) => self.hosts[host].drive.full += 1,
             Gray::Cut(a, b) => {
                 self.network.block(a, b);
                 self.network.block(b, a);
@@ -104,10 +104,10 @@ impl World {
         let only = matches!(self.gray, Some(Gray::Full(gray) | Gray::Hung(gray)) if gray == host);
         if only {
             self.gray = None;
-            self.hosts[host].storage.heal();
-            self.make_room(host);
+            self.hosts[host].drive.heal();
+            self.make_room_on(host);
             self.healed = Some(self.now);
-            self.facts.push(Fact::Disturbed);
+            self.disturbed();
         }
         only
     }
@@ -138,16 +138,21 @@ impl World {
         (left, shrinks || (enough && !counts && left > 1))
     }
 
-    /// Whether the others can go on without this host: enough of the record's copies are intact.
+    /// Whether the others can go on without this host, with every VM.
     fn can_do_without(&self, host: usize) -> bool {
+        (0..self.guests.len()).all(|vm| self.vm_can_do_without(SeatId { vm, host }))
+    }
+
+    /// Enough of the record's copies elsewhere are intact.
+    fn vm_can_do_without(&self, seat: SeatId) -> bool {
         // Not what a keeper has that was set back: it will get the newest one again.
-        let Some(record) = &self.witness.truth else {
+        let Some(record) = self.witness.truth(seat.vm) else {
             return false;
         };
         let intact = record.all_copies().filter(|copy| {
-            let mut others = self.hosts.iter().enumerate();
+            let mut others = self.seats.of_vm(seat.vm).iter().enumerate();
             others.any(|(number, other)| {
-                number != host && other.name == copy.host && {
+                number != seat.host && other.host == copy.host && {
                     let view = other.view();
                     view.intact && view.incarnation == copy.incarnation
                 }
@@ -165,7 +170,8 @@ impl World {
         let switchover = self.random.chance(600);
         let (goes, least) = if switchover {
             let begins = 400 * MILLI;
-            self.queue.plan(self.now + begins, Event::Switchover);
+            let vm = self.any_vm();
+            self.queue.plan(self.now + begins, Event::Switchover { vm });
             let takes = 20 * MILLI + 6 * self.setup.delay + 2 * self.setup.keeper.1;
             (begins + self.random.below(takes), 8)
         } else {
@@ -177,8 +183,8 @@ impl World {
     }
 
     /// An operator wants another host to go on.
-    pub(super) fn switch_over(&mut self) {
-        if let Some(primary) = self.primary() {
+    pub(super) fn switch_over(&mut self, vm: usize) {
+        if let Some(primary) = self.primary(vm) {
             let wish = Operator::Switchover { to: None };
             self.plan_input(0, primary, Input::Operator(wish));
         }

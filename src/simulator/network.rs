@@ -20,7 +20,8 @@ pub(super) struct LaneKey {
 /// What waits on a lane for its arrival.
 #[derive(Debug, Default)]
 struct Waiting {
-    messages: VecDeque<(Moment, Message)>,
+    /// When each arrives, and of which VM it is.
+    messages: VecDeque<(Moment, usize, Message)>,
     bytes: usize,
 }
 
@@ -150,7 +151,15 @@ impl Network {
         self.random.chance(loss)
     }
 
-    pub(super) fn send(&mut self, now: Moment, from: usize, to: usize, message: Message) -> Travel {
+    /// All VMs share the connections: what is behind the message of one may be another one's.
+    pub(super) fn send(
+        &mut self,
+        now: Moment,
+        from: usize,
+        to: usize,
+        vm: usize,
+        message: Message,
+    ) -> Travel {
         let Some(id) = self.link(from, to).map(|link| link.id) else {
             return Travel::Lost;
         };
@@ -185,15 +194,19 @@ impl Network {
             return Travel::Lost;
         }
         self.longest = self.longest.max(waiting.bytes);
-        let behind = waiting.messages.back().map_or(0, |(at, _)| *at);
+        let behind = waiting.messages.back().map_or(0, |(at, ..)| *at);
         let at = (now + flight + resent).max(behind);
-        waiting.messages.push_back((at, message));
+        waiting.messages.push_back((at, vm, message));
         Travel::Lane(key, at)
     }
 
     /// Takes the first message of a lane that is due; `Err` with a later moment while it is
     /// blocked.
-    pub(super) fn arrive(&mut self, now: Moment, key: LaneKey) -> Result<Option<Message>, Moment> {
+    pub(super) fn arrive(
+        &mut self,
+        now: Moment,
+        key: LaneKey,
+    ) -> Result<Option<(usize, Message)>, Moment> {
         if !self.is_current(key.link, key.from, key.to) {
             self.lanes.remove(&key);
             return Ok(None);
@@ -204,9 +217,9 @@ impl Network {
         let Some(waiting) = self.lanes.get_mut(&key) else {
             return Ok(None);
         };
-        let message = waiting.messages.pop_front().map(|(_, message)| message);
-        waiting.bytes -= message.as_ref().map_or(0, size);
-        Ok(message)
+        let first = waiting.messages.pop_front();
+        waiting.bytes -= first.as_ref().map_or(0, |(_, _, message)| size(message));
+        Ok(first.map(|(_, vm, message)| (vm, message)))
     }
 
     /// Ends a connection at once, as a full queue does; both ends hear of it.

@@ -34,6 +34,10 @@ impl fmt::Display for Violation {
 /// What happened in one simulation, counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
+    /// VMs, in as many worlds or fewer.
+    pub vms: u64,
+    /// Gateways of theirs.
+    pub gateways: u64,
     /// Simulated steps.
     pub steps: u64,
     /// Nanoseconds of simulated time.
@@ -59,6 +63,8 @@ pub struct Counts {
 impl Counts {
     /// Adds up what happened in several simulations.
     pub fn add(&mut self, other: &Self) {
+        self.vms += other.vms;
+        self.gateways += other.gateways;
         self.steps += other.steps;
         self.simulated += other.simulated;
         self.answers += other.answers;

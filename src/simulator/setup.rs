@@ -79,6 +79,42 @@ impl Setup {
     }
 }
 
+/// Of a thousand seeds, those whose VMs have two gateways, and those with two VMs.
+const SEVERAL: u64 = 125;
+
+/// Of what a world has several. The seed's own number says so, and no draw of what decides
+/// everything else: a world with one of each is what it would be if there were no others.
+pub(super) struct Several {
+    pub(super) vms: usize,
+    /// Of each VM.
+    pub(super) gateways: usize,
+    /// Folders are put back from backups again and again: a fault that needs two strokes of chance,
+    /// and so is rare in other worlds.
+    pub(super) put_backs: bool,
+    pub(super) random: Random,
+}
+
+impl Several {
+    pub(super) fn new(seed: u64) -> Self {
+        let mut random = Random::new(!seed);
+        let mut one_or_two = || 1 + usize::from(random.chance(SEVERAL));
+        let (gateways, vms) = (one_or_two(), one_or_two());
+        let put_backs = gateways + vms > 2 && random.chance(500);
+        Self {
+            vms,
+            gateways,
+            put_backs,
+            random,
+        }
+    }
+
+    /// How another VM than the first is protected.
+    pub(super) fn policy(&mut self, setup: &Setup) -> Policy {
+        let acks = *self.random.pick(&[Acks::Memory, Acks::Disk]);
+        policy(&mut self.random, setup.hosts, acks)
+    }
+}
+
 /// A policy that so many hosts can satisfy; others are refused.
 pub(super) fn policy(random: &mut Random, hosts: usize, acks: Acks) -> Policy {
     let most = Rule::Any(if hosts > 2 { 2 } else { 1 });

@@ -23,14 +23,31 @@ pub(super) struct Backup {
     pub(super) last_disk: Option<Vec<u8>>,
 }
 
-/// The state of a disk. What counts upwards is broken while it is above zero.
+/// What is wrong with a host's disk. Everything counts upwards, and is broken while above zero.
 #[derive(Debug, Default)]
-pub(super) struct Storage {
+pub(super) struct Drive {
     pub(super) slow: u32,
     pub(super) hung: u32,
     pub(super) full: u32,
     /// Small files cannot be written: too many open files, an error of the medium.
     pub(super) refuses: u32,
+}
+
+impl Drive {
+    /// Whether everything written is taken at once.
+    pub(super) fn is_well(&self) -> bool {
+        self.slow == 0 && self.hung == 0 && self.full == 0 && self.refuses == 0
+    }
+
+    /// Every fault ends.
+    pub(super) fn heal(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// What has become of one VM's log on a disk.
+#[derive(Debug, Default)]
+pub(super) struct Storage {
     /// What the disk had no room for, in order.
     pub(super) waiting: VecDeque<Batch>,
     /// The node knows that the disk takes nothing.
@@ -45,24 +62,11 @@ pub(super) struct Storage {
 }
 
 impl Storage {
-    /// Whether everything written is taken at once.
-    pub(super) fn is_well(&self) -> bool {
-        self.slow == 0 && self.hung == 0 && self.full == 0 && self.refuses == 0
-    }
-
     /// The process is another one: nothing of it waits any more.
     pub(super) fn begin(&mut self) {
         self.waiting.clear();
         self.told = false;
         self.since = None;
-    }
-
-    /// Every fault ends.
-    pub(super) fn heal(&mut self) {
-        self.slow = 0;
-        self.hung = 0;
-        self.full = 0;
-        self.refuses = 0;
     }
 }
 

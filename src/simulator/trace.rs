@@ -4,6 +4,7 @@
 use std::fmt::Debug;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
+use super::ids::SeatId;
 use super::queue::Moment;
 use super::world::Event;
 use crate::protocol;
@@ -37,13 +38,13 @@ impl Trace {
         }
     }
 
-    pub(super) fn journal(&mut self, now: Moment, host: usize, event: &protocol::Event) {
-        (now, host, event.code()).hash(&mut self.hasher);
+    pub(super) fn journal(&mut self, now: Moment, seat: SeatId, event: &protocol::Event) {
+        (now, seat.host, event.code()).hash(&mut self.hasher);
+        if seat.vm > 0 {
+            seat.vm.hash(&mut self.hasher);
+        }
         let millis = now / 1_000_000;
-        self.push(format!(
-            "{millis:>6} ms  host{host}  {}: {event}",
-            event.code()
-        ));
+        self.push(format!("{millis:>6} ms  {seat}  {}: {event}", event.code()));
     }
 
     pub(super) fn say(&mut self, now: Moment, what: &str) {

@@ -16,6 +16,7 @@ use vmm::replayer::{Replayer, Requeue};
 use vmm::runner::{Runner, Turn};
 use vmm::tape::{DiskOp, DiskRequest, Sources, TapeError};
 
+use super::lines::Lines;
 use super::random::Random;
 use crate::protocol::VmRun;
 
@@ -167,6 +168,8 @@ pub(super) struct Vm {
     runner: Runner<Model>,
     tape: Option<Tape>,
     pub(super) outbox: Outbox,
+    /// Which of its outputs are for which gateway.
+    pub(super) lines: Lines,
     go_live: Option<(Term, LogTip)>,
     executed: LogIndex,
     /// Frames shipped, with where the log ends after them.
@@ -185,6 +188,7 @@ impl Vm {
             runner: Runner::new(Model::new()),
             tape: Some(tape),
             outbox: Outbox::new(),
+            lines: Lines::default(),
             go_live: None,
             executed: LogIndex::START,
             frames: VecDeque::new(),
@@ -362,6 +366,7 @@ impl Vm {
         brought.shipped = std::mem::take(&mut edge.shipped);
         let outputs = std::mem::take(&mut edge.outputs);
         for output in outputs {
+            self.lines.made(&output);
             self.outbox.push(output);
         }
         for shipment in &brought.shipped {

@@ -4,7 +4,8 @@
 use replay_log::Batch;
 
 use super::facts::{Fact, Queued, Watched};
-use super::host::{BOUNDS, Host};
+use super::gateway::Gateway;
+use super::ids::SeatId;
 use super::queue::{Moment, SECOND};
 use super::world::{Event, WATCH, World};
 use crate::protocol::{HostName, OnLoss, Record};
@@ -15,38 +16,49 @@ const SERVE: Moment = 12 * SECOND;
 const PAUSE: Moment = 5 * SECOND;
 /// More datagrams lost than this, of a thousand, and nothing is expected of anybody.
 const LOSSES: u64 = 50;
-/// Files that may wait to be replaced.
-const FILES: usize = 64;
+/// Files that may wait to be replaced: each of them says something new.
+const FILES: usize = 24;
+/// Bytes of log that may wait for room: what came before the node was told that there is none.
+const LOG: usize = 4 << 10;
 
 impl World {
     pub(super) fn watch(&mut self) {
         self.queue.plan(self.now + WATCH, Event::Watch);
-        let watched = Watched {
-            now: self.now,
-            could_serve: self.could_serve(),
-            within: SERVE + self.setup.slowness(),
-            paused: self.longest_pause(),
-            queues: self.queues(),
-        };
-        self.facts.push(Fact::Watched(watched));
+        for vm in 0..self.guests.len() {
+            let watched = Watched {
+                now: self.now,
+                could_serve: self.could_serve(vm),
+                within: SERVE + self.setup.slowness(),
+                paused: self.longest_pause(vm),
+                queues: self.queues(vm),
+            };
+            self.facts.push((vm, Fact::Watched(watched)));
+        }
     }
 
     /// Whether enough copies are there, well and connected that a claim could succeed.
-    pub(super) fn claim_can_succeed(&self) -> bool {
-        let Some(record) = self.witness.record.as_ref() else {
+    pub(super) fn claim_can_succeed(&self, vm: usize) -> bool {
+        let Some(record) = self.witness.record(vm) else {
             return false;
         };
-        self.witness.is_well() && self.together(record, |_, copies| copies >= record.seals())
+        let enough = |_, copies| copies >= record.seals();
+        self.witness.is_well(vm) && self.together(vm, record, enough)
     }
 
-    /// Whether enough copies are there, well and connected, that output could leave.
-    fn could_serve(&self) -> bool {
-        let Some(record) = self.witness.record.as_ref() else {
+    /// Whether enough copies are there, well and connected, that output could leave: for each gateway.
+    fn could_serve(&self, vm: usize) -> Vec<bool> {
+        let some = self.some_could_serve(vm);
+        // Nobody fails over for the sake of a gateway that cannot reach the primary.
+        let reached = |gateway: &Gateway| gateway.blocks.iter().sum::<u32>() == 0;
+        let gateways = self.guests[vm].gateways.iter();
+        gateways.map(|gateway| some && reached(gateway)).collect()
+    }
+
+    fn some_could_serve(&self, vm: usize) -> bool {
+        let Some(record) = self.witness.record(vm) else {
             return false;
         };
-        // Nobody fails over for the sake of a gateway that cannot reach the primary.
-        let edges = self.gateway_blocks.iter().chain(&self.witness_blocks);
-        let quiet = edges.sum::<u32>() == 0
+        let quiet = self.witness_blocks.iter().sum::<u32>() == 0
             && self.hosts.iter().all(|host| host.slow_vm == 0)
             && self.network.loss <= LOSSES;
         let policy = record.policy;
@@ -59,14 +71,18 @@ impl World {
             rule && copies >= record.seals()
         };
         let far = self.setup.is_far() && policy.min_copies > 1;
-        quiet && !far && !self.stopped && self.witness.is_well() && self.together(record, serve)
+        let well = self.witness.is_well(vm) && !self.guests[vm].stopped;
+        quiet && !far && well && self.together(vm, record, serve)
     }
 
     /// Whether there are hosts, all well and all connected with one another, of which this holds:
     /// how many they are that the record wants, and how many of its copies are among them.
-    fn together(&self, record: &Record, enough: impl Fn(usize, usize) -> bool) -> bool {
-        let well = |host: &Host| {
-            host.runs(self.now) && host.storage.is_well() && !host.damaged && host.deaf == 0
+    fn together(&self, vm: usize, record: &Record, enough: impl Fn(usize, usize) -> bool) -> bool {
+        let seats = self.seats.of_vm(vm);
+        let well = |host: usize| {
+            let here = &self.hosts[host];
+            let lively = here.runs(self.now) && here.drive.is_well() && here.deaf == 0;
+            lively && !seats[host].damaged
         };
         let all = 1_u32 << self.hosts.len();
         (1..all).any(|chosen| {
@@ -75,34 +91,33 @@ impl World {
                 .collect();
             let hear = |a: usize, b: usize| a == b || self.network.hears(a, b);
             let fit = chosen.iter().all(|a| {
-                self.witness_blocks[*a] == 0
-                    && well(&self.hosts[*a])
-                    && chosen.iter().all(|b| hear(*a, *b))
+                self.witness_blocks[*a] == 0 && well(*a) && chosen.iter().all(|b| hear(*a, *b))
             });
-            let hosts = chosen.iter().map(|host| &self.hosts[*host]);
-            let wanted = hosts.clone().filter(|h| record.hosts.contains(&h.name));
-            let copies = hosts.filter(|host| {
-                let copy = record.copy_on(&host.name);
-                host.keeps() && copy.is_some_and(|c| c.incarnation == host.durable.incarnation)
+            let hosts = chosen.iter().map(|host| &seats[*host]);
+            let wanted = hosts.clone().filter(|h| record.hosts.contains(&h.host));
+            let copies = hosts.filter(|seat| {
+                let copy = record.copy_on(&seat.host);
+                seat.keeps() && copy.is_some_and(|c| c.incarnation == seat.durable.incarnation)
             });
             fit && enough(wanted.count(), copies.count())
         })
     }
 
     /// For how long a guest has stood paused although it could go on.
-    fn longest_pause(&mut self) -> Option<(HostName, Moment, Moment)> {
+    fn longest_pause(&mut self, vm: usize) -> Option<(HostName, Moment, Moment)> {
         let mut longest = None;
-        for number in 0..self.hosts.len() {
-            let Some(span) = self.hosts[number].paused else {
+        for host in 0..self.hosts.len() {
+            let seat = SeatId { vm, host };
+            let Some(span) = self.seats[seat].paused else {
                 continue;
             };
-            let span = if self.pause_is_excused(number) {
+            let span = if self.pause_is_excused(seat) {
                 span
             } else {
                 span + WATCH
             };
-            self.hosts[number].paused = Some(span);
-            let name = self.hosts[number].name.clone();
+            self.seats[seat].paused = Some(span);
+            let name = self.hosts[host].name.clone();
             longest = longest.max(Some((span, name)));
         }
         let most = PAUSE + self.setup.slowness();
@@ -110,38 +125,43 @@ impl World {
     }
 
     /// Whether nothing can be expected of this host, or nobody knows whether its claimant reigns.
-    fn pause_is_excused(&self, number: usize) -> bool {
-        let here = &self.hosts[number];
-        if !here.runs(self.now) || here.slow_vm > 0 || !here.storage.is_well() {
+    fn pause_is_excused(&self, seat: SeatId) -> bool {
+        let (host, here) = (&self.hosts[seat.host], &self.seats[seat]);
+        if !host.runs(self.now) || host.slow_vm > 0 || !host.drive.is_well() {
             return true;
         }
         let promise = here.durable.promise.as_ref();
-        let Some(promise) = promise.filter(|promise| promise.claimant != here.name) else {
+        let Some(promise) = promise.filter(|promise| promise.claimant != here.host) else {
             return false;
         };
         let Some(target) = self.number_of(&promise.claimant) else {
             return false;
         };
         let there = &self.hosts[target];
-        let keeper = self.witness.is_well() && self.witness_blocks[number] == 0;
-        let reached = self.network.hears(number, target) && self.network.hears(target, number);
-        let lively = reached && there.runs(self.now) && there.storage.is_well();
-        there.swapping || !(lively || keeper)
+        let keeper = self.witness.is_well(seat.vm) && self.witness_blocks[seat.host] == 0;
+        let hears = |a: usize, b: usize| self.network.hears(a, b) && self.network.hears(b, a);
+        let lively = there.runs(self.now) && there.drive.is_well();
+        let claimant = SeatId {
+            vm: seat.vm,
+            host: target,
+        };
+        let reached = lively && hears(seat.host, target);
+        self.seats[claimant].swapping || !(reached || keeper)
     }
 
-    fn queues(&self) -> Vec<Queued> {
+    fn queues(&self, vm: usize) -> Vec<Queued> {
         let mut queues = Vec::new();
-        for host in &self.hosts {
+        for seat in self.seats.of_vm(vm) {
             let bytes = |batch: &Batch| batch.payload().len();
             queues.push(Queued {
                 what: "files to be replaced",
-                len: host.persisting.len(),
+                len: seat.persisting.len(),
                 most: FILES,
             });
             queues.push(Queued {
                 what: "bytes of log for a disk without room",
-                len: host.storage.waiting.iter().map(bytes).sum(),
-                most: 2 * BOUNDS.uncommitted_log as usize + 2 * self.setup.window.min(64 << 10),
+                len: seat.storage.waiting.iter().map(bytes).sum(),
+                most: LOG,
             });
         }
         queues

@@ -1,19 +1,22 @@
 //! The simulated world: what happens next, and to whom. [`actions`](super::actions) carries out
 //! what nodes want done, [`faults`](super::faults) breaks things.
 
-use super::facts::{Checker, Fact};
+use super::facts::Fact;
 use super::faults::{Fault, Faults};
-use super::gateway::{CLIENTS, Gateway, Session, ToGateway, ToHost};
+use super::gateway::{CLIENTS, Session, ToGateway, ToHost};
 use super::gray::Gray;
+use super::guest::Guest;
 use super::host::Host;
+use super::ids::{GatewayId, SeatId};
 use super::network::{LaneKey, LinkChange, Network};
 use super::options::{Counts, Options, Report, Violation};
 use super::queue::{MICRO, MILLI, Moment, Queue, SECOND};
 use super::random::Random;
-use super::setup::Setup;
+use super::seat::{Seat, Seats};
+use super::setup::{Setup, Several};
 use super::trace::Trace;
 use super::vm::{Bases, Disk};
-use super::witness::{Answer, Ask, Witness};
+use super::witness::{Answer, Question, Witness};
 use crate::protocol::{
     Committed, HostName, Input, Message, Node, Operator, Record, RoleName, VmRun,
 };
@@ -31,48 +34,46 @@ const PATIENCE: Moment = 30 * SECOND;
 #[derive(Debug)]
 pub(super) enum Event {
     NodeDue {
-        host: usize,
+        seat: SeatId,
         life: u32,
     },
     Lane(LaneKey),
     Datagram {
         link: u64,
         from: usize,
-        to: usize,
+        to: SeatId,
         message: Box<Message>,
     },
     Input {
-        host: usize,
+        seat: SeatId,
         life: u32,
         input: Box<Input>,
     },
     Persisted {
-        host: usize,
+        seat: SeatId,
         life: u32,
     },
     Stored {
-        host: usize,
+        seat: SeatId,
         life: u32,
     },
     Synced {
-        host: usize,
+        seat: SeatId,
         life: u32,
         tag: crate::protocol::Incarnation,
     },
     VmTurn {
-        host: usize,
+        seat: SeatId,
         life: u32,
         run: VmRun,
     },
     Asked {
-        host: usize,
+        seat: SeatId,
         life: u32,
-        id: u64,
-        ask: Ask,
-        asked: Moment,
+        question: Box<Question>,
     },
     Answered {
-        host: usize,
+        seat: SeatId,
         life: u32,
         id: u64,
         answer: Option<Answer>,
@@ -83,7 +84,7 @@ pub(super) enum Event {
     Watch,
     /// What a hostile peer says.
     Forged {
-        to: usize,
+        to: SeatId,
         from: HostName,
         message: Box<Message>,
     },
@@ -96,20 +97,24 @@ pub(super) enum Event {
     KeeperAway,
     KeeperBack,
     /// An operator orders one.
-    Switchover,
-    GatewayTick,
-    GatewayRead(Option<Record>),
+    Switchover {
+        vm: usize,
+    },
+    GatewayTick(GatewayId),
+    GatewayRead(GatewayId, Option<Record>),
     ToHost {
         host: usize,
+        gateway: GatewayId,
         session: Session,
         message: ToHost,
     },
     ToGateway {
         from: usize,
+        gateway: GatewayId,
         session: Session,
         message: ToGateway,
     },
-    Client(usize),
+    Client(GatewayId, usize),
     Thaw(usize),
     Break,
     Repair(Fault),
@@ -125,46 +130,51 @@ pub(super) struct World {
     pub(super) setup: Setup,
     pub(super) random: Random,
     pub(super) hosts: Vec<Host>,
+    pub(super) guests: Vec<Guest>,
+    /// What each host has of each guest.
+    pub(super) seats: Seats,
     pub(super) network: Network,
     pub(super) witness: Witness,
-    pub(super) gateway: Gateway,
     pub(super) bases: Bases,
-    pub(super) facts: Vec<Fact>,
+    /// What has happened, and to which VM.
+    pub(super) facts: Vec<(usize, Fact)>,
     pub(super) counts: Counts,
     pub(super) trace: Trace,
     pub(super) faults: Faults,
-    pub(super) checker: Checker,
     pub(super) violation: Option<Violation>,
     pub(super) healed: Option<Moment>,
-    pub(super) fresh_answers: [u32; CLIENTS],
     pub(super) next_ask: u64,
-    pub(super) to_gateway_at: Moment,
-    pub(super) to_host_at: Moment,
-    pub(super) gateway_blocks: Vec<u32>,
     pub(super) witness_blocks: Vec<u32>,
-    pub(super) next_machine: u64,
     /// What stays broken in the end.
     pub(super) gray: Option<Gray>,
-    /// An order that only the simulation knew of.
-    pub(super) untold: Option<&'static str>,
-    /// How often an operator has looked for an order in vain.
-    pub(super) unnamed: u32,
-    /// What earlier terms than this let out belongs to a history that was given up, in part.
-    pub(super) given_up_before: replay_log::Term,
-    /// Reigns have failed at one place, and nobody claims any more.
-    pub(super) stopped: bool,
 }
 
 impl World {
     pub(super) fn new(seed: u64, options: Options) -> Self {
+        let mut several = Several::new(seed);
         let mut random = Random::new(seed);
         let setup = Setup::choose(&mut random);
-        let hosts: Vec<_> = (0..setup.hosts)
-            .map(|n| Host::new(n, &mut random))
-            .collect();
+        let mut hosts = Vec::new();
+        let mut seats = Vec::new();
+        for number in 0..setup.hosts {
+            let host = Host::new(number, &mut random);
+            seats.push(Seat::new(0, &host, &mut random));
+            hosts.push(host);
+        }
+        let mut guests = vec![Guest::new(setup.policy, several.gateways, &setup)];
+        let mut seats = vec![seats];
+        for vm in 1..several.vms {
+            let policy = several.policy(&setup);
+            guests.push(Guest::new(policy, several.gateways, &setup));
+            let here = |host| Seat::new(vm, host, &mut several.random);
+            seats.push(hosts.iter().map(here).collect());
+        }
         let network = Network::new(&setup, random.fork());
-        let witness = Witness::new(&mut random);
-        let faults = Faults::choose(&mut random);
+        let witness = Witness::new(guests.len(), &mut random);
+        let mut faults = Faults::choose(&mut random);
+        if several.put_backs {
+            faults.put_folders_back();
+        }
         let zeros = vec![0; DISK_SIZE as usize];
         let bases = Bases::from([(Disk::base(&zeros).digest, zeros)]);
         Self {
@@ -174,28 +184,19 @@ impl World {
             random,
             network,
             witness,
-            gateway: Gateway::new(setup.delay),
             bases,
             facts: Vec::new(),
             counts: Counts::default(),
             trace: Trace::new(options.trace),
             faults,
-            checker: Checker::new(),
             violation: None,
             healed: None,
-            fresh_answers: [0; CLIENTS],
             next_ask: 0,
-            to_gateway_at: 0,
-            to_host_at: 0,
-            gateway_blocks: vec![0; setup.hosts],
             witness_blocks: vec![0; setup.hosts],
-            next_machine: 0,
             gray: None,
-            untold: None,
-            unnamed: 0,
-            given_up_before: replay_log::Term(0),
-            stopped: false,
             hosts,
+            guests,
+            seats: Seats::new(seats),
             setup,
         }
     }
@@ -224,6 +225,8 @@ impl World {
             self.last_words();
         }
         self.counts.simulated = self.now;
+        self.counts.vms = self.guests.len() as u64;
+        self.counts.gateways = self.gateways().len() as u64;
         Report {
             seed,
             options: self.options,
@@ -238,18 +241,45 @@ impl World {
         for host in 0..self.hosts.len() {
             self.start_host(host);
         }
-        let hosts = self.hosts.iter().map(|host| host.name.clone()).collect();
-        let policy = self.setup.policy;
-        let create = Operator::Create { hosts, policy };
-        self.plan_input(50 * MILLI, 0, Input::Operator(create));
+        for vm in 0..self.guests.len() {
+            // The second VM begins where the first has its first copy.
+            let seat = SeatId { vm, host: vm };
+            let create = self.creation(vm);
+            self.plan_input(50 * MILLI, seat, Input::Operator(create));
+        }
         self.queue.plan(0, Event::Links);
         self.queue.plan(CALM, Event::Watch);
-        self.queue.plan(MILLI, Event::GatewayTick);
-        for client in 0..CLIENTS {
-            self.queue.plan(100 * MILLI, Event::Client(client));
+        for id in self.gateways() {
+            self.queue.plan(MILLI, Event::GatewayTick(id));
+            for client in 0..CLIENTS {
+                self.queue.plan(100 * MILLI, Event::Client(id, client));
+            }
         }
         self.queue.plan(CALM, Event::Break);
         self.queue.plan(CALM + self.faults.phase, Event::Heal);
+    }
+
+    /// The order that starts a VM for the first time, with copies everywhere.
+    pub(super) fn creation(&self, vm: usize) -> Operator {
+        Operator::Create {
+            hosts: self.hosts.iter().map(|host| host.name.clone()).collect(),
+            policy: self.guests[vm].policy,
+        }
+    }
+
+    /// All gateways of all VMs.
+    fn gateways(&self) -> Vec<GatewayId> {
+        let all = self.guests.iter().enumerate();
+        let ids = |(vm, guest): (usize, &Guest)| {
+            (0..guest.gateways.len()).map(move |number| GatewayId { vm, number })
+        };
+        all.flat_map(ids).collect()
+    }
+
+    /// Something was broken or repaired that may concern every VM.
+    pub(super) fn disturbed(&mut self) {
+        let all = 0..self.guests.len();
+        self.facts.extend(all.map(|vm| (vm, Fact::Disturbed)));
     }
 
     // --- steps -------------------------------------------------------------------------------
@@ -267,7 +297,7 @@ impl World {
         }
         self.trace.step(self.now, &event);
         match event {
-            Event::NodeDue { host, life } => self.node_due(host, life),
+            Event::NodeDue { seat, life } => self.node_due(seat, life),
             Event::Lane(key) => self.lane(key),
             Event::Datagram {
                 link,
@@ -275,36 +305,35 @@ impl World {
                 to,
                 message,
             } => {
-                if self.network.is_current(link, from, to) && self.network.takes(from, to) {
+                let takes = self.network.takes(from, to.host);
+                if self.network.is_current(link, from, to.host) && takes {
                     self.deliver(from, to, *message);
                 }
             }
-            Event::Input { host, life, input } => {
-                if self.lives(host, life) {
-                    self.input(host, *input);
+            Event::Input { seat, life, input } => {
+                if self.lives(seat, life) {
+                    self.input(seat, *input);
                 }
             }
-            Event::Persisted { host, life } => self.persisted(host, life),
-            Event::Stored { host, life } => self.stored(host, life),
-            Event::Synced { host, life, tag } => self.synced(host, life, tag),
-            Event::VmTurn { host, life, run } => self.vm_turn(host, life, run),
+            Event::Persisted { seat, life } => self.persisted(seat, life),
+            Event::Stored { seat, life } => self.stored(seat, life),
+            Event::Synced { seat, life, tag } => self.synced(seat, life, tag),
+            Event::VmTurn { seat, life, run } => self.vm_turn(seat, life, run),
             Event::Asked {
-                host,
+                seat,
                 life,
-                id,
-                ask,
-                asked,
-            } => self.asked(host, life, id, ask, asked),
+                question,
+            } => self.asked(seat, life, question),
             Event::Answered {
-                host,
+                seat,
                 life,
                 id,
                 answer,
                 swap,
                 asked,
             } => {
-                if self.lives(host, life) {
-                    self.answered(host, id, answer, swap, asked);
+                if self.lives(seat, life) {
+                    self.answered(seat, id, answer, swap, asked);
                 }
             }
             Event::Links => self.links(),
@@ -314,20 +343,22 @@ impl World {
             Event::Recover => self.recover(),
             Event::KeeperAway => self.witness.down += 1,
             Event::KeeperBack => self.keeper_back(),
-            Event::Switchover => self.switch_over(),
-            Event::GatewayTick => self.gateway_tick(),
-            Event::GatewayRead(record) => self.gateway_read(record.as_ref()),
+            Event::Switchover { vm } => self.switch_over(vm),
+            Event::GatewayTick(id) => self.gateway_tick(id),
+            Event::GatewayRead(id, record) => self.gateway_read(id, record.as_ref()),
             Event::ToHost {
                 host,
+                gateway,
                 session,
                 message,
-            } => self.gateway_says(host, session, message),
+            } => self.gateway_says(host, gateway, session, message),
             Event::ToGateway {
                 from,
+                gateway,
                 session,
                 message,
-            } => self.gateway_hears(from, session, message),
-            Event::Client(client) => self.client(client),
+            } => self.gateway_hears(from, gateway, session, message),
+            Event::Client(id, client) => self.client(id, client),
             Event::Thaw(host) => self.thaw(host),
             Event::Break => self.break_something(),
             Event::Repair(fault) => self.repair(fault),
@@ -350,91 +381,114 @@ impl World {
         }
     }
 
-    pub(super) fn lives(&self, host: usize, life: u32) -> bool {
-        self.hosts[host].life == life && self.hosts[host].is_up()
+    pub(super) fn lives(&self, seat: SeatId, life: u32) -> bool {
+        let host = &self.hosts[seat.host];
+        host.life == life && host.is_up()
     }
 
-    pub(super) fn plan_input(&mut self, after: Moment, host: usize, input: Input) {
-        let life = self.hosts[host].life;
+    pub(super) fn plan_input(&mut self, after: Moment, seat: SeatId, input: Input) {
+        let life = self.hosts[seat.host].life;
         let input = Box::new(input);
         self.queue
-            .plan(self.now + after, Event::Input { host, life, input });
+            .plan(self.now + after, Event::Input { seat, life, input });
     }
 
     /// Hands something to a node and does what it wants done.
-    pub(super) fn input(&mut self, host: usize, input: Input) {
-        let time = self.hosts[host].time(self.now);
-        if let Some(node) = &mut self.hosts[host].node {
+    pub(super) fn input(&mut self, seat: SeatId, input: Input) {
+        let here = &mut self.seats[seat];
+        let time = here.time(self.now);
+        if let Some(node) = &mut here.node {
             node.handle(time, input);
-            self.drive(host);
+            self.drive(seat);
         }
     }
 
-    fn node_due(&mut self, host: usize, life: u32) {
-        if !self.lives(host, life) {
+    fn node_due(&mut self, seat: SeatId, life: u32) {
+        if !self.lives(seat, life) {
             return;
         }
-        self.hosts[host].due = None;
-        let time = self.hosts[host].time(self.now);
-        if let Some(node) = &mut self.hosts[host].node
+        let here = &mut self.seats[seat];
+        here.due = None;
+        let time = here.time(self.now);
+        if let Some(node) = &mut here.node
             && node.poll_timeout().is_some_and(|at| at <= time)
         {
             node.handle_timeout(time);
         }
-        self.drive(host);
+        self.drive(seat);
     }
 
     /// Carries out a node's actions, and plans its next timeout.
-    pub(super) fn drive(&mut self, host: usize) {
-        while let Some(action) = self.hosts[host].node.as_mut().and_then(Node::poll_action) {
-            self.perform(host, action);
+    pub(super) fn drive(&mut self, seat: SeatId) {
+        while let Some(action) = self.seats[seat].node.as_mut().and_then(Node::poll_action) {
+            self.perform(seat, action);
         }
-        self.pump(host);
-        let here = &mut self.hosts[host];
+        self.pump(seat);
+        let here = &mut self.seats[seat];
         let Some(timeout) = here.node.as_ref().and_then(Node::poll_timeout) else {
             return;
         };
         let at = here.clock.moment(timeout.as_nanos()).max(self.now);
         if here.due.is_none_or(|due| at < due) {
             here.due = Some(at);
-            let life = here.life;
-            self.queue.plan(at, Event::NodeDue { host, life });
+            let life = self.hosts[seat.host].life;
+            self.queue.plan(at, Event::NodeDue { seat, life });
         }
     }
 
+    /// One process for all VMs: they start together.
     pub(super) fn start_host(&mut self, host: usize) {
-        let mutation = self.options.mutation;
-        self.hosts[host].start(self.now, mutation);
-        self.drive(host);
-        if let Some(stranger) = self.faults.stranger.clone() {
-            self.plan_input(MILLI, host, Input::PeerUp(stranger));
+        self.hosts[host].begin(true);
+        for vm in 0..self.guests.len() {
+            let seat = SeatId { vm, host };
+            self.seats[seat].start(self.now, self.options.mutation);
+            self.drive(seat);
+            if let Some(stranger) = self.faults.stranger.clone() {
+                self.plan_input(MILLI, seat, Input::PeerUp(stranger));
+            }
         }
+    }
+
+    /// And they end together.
+    pub(super) fn stop_host(&mut self, host: usize, power: bool) {
+        let takes = self.hosts[host].drive.is_well();
+        for seat in self.seats.on_host_mut(host) {
+            seat.stop(power, takes);
+        }
+        self.hosts[host].begin(false);
     }
 
     fn lane(&mut self, key: LaneKey) {
         match self.network.arrive(self.now, key) {
-            Ok(Some(message)) => self.deliver(key.from, key.to, message),
+            Ok(Some((vm, message))) => {
+                let to = SeatId { vm, host: key.to };
+                self.deliver(key.from, to, message);
+            }
             Ok(None) => {}
             Err(later) => self.queue.plan(later, Event::Lane(key)),
         }
     }
 
-    fn deliver(&mut self, from: usize, to: usize, message: Message) {
-        if !self.hosts[to].is_up() {
+    fn deliver(&mut self, from: usize, to: SeatId, message: Message) {
+        if !self.hosts[to.host].is_up() {
             return;
         }
+        let sender = SeatId {
+            host: from,
+            vm: to.vm,
+        };
         match &message {
             Message::Ack(ack) | Message::Report(ack) => {
-                self.hosts[to].streams.acknowledged(from, ack.held);
+                self.seats[to].streams.acknowledged(from, ack.held);
             }
             Message::Heartbeat {
                 version, committed, ..
-            } if version.term <= self.hosts[to].store.tip().term => {
-                let knew = &mut self.hosts[to].knew;
+            } if version.term <= self.seats[to].store.tip().term => {
+                let knew = &mut self.seats[to].knew;
                 *knew = (*knew).max(*committed);
             }
-            Message::Hello { .. } if self.hosts[from].lies() && self.reigns(to) => {
-                self.hosts[from].storage.found_out = true;
+            Message::Hello { .. } if self.seats[sender].lies() && self.reigns(to) => {
+                self.seats[sender].storage.found_out = true;
             }
             _ => {}
         }
@@ -443,8 +497,8 @@ impl World {
     }
 
     /// The driver hands a message in, and nothing that is said to be of the keeper and is not.
-    fn hear(&mut self, to: usize, from: &HostName, message: Message) {
-        let forged = |committed: &Committed| !self.witness.vouches(committed);
+    fn hear(&mut self, to: SeatId, from: &HostName, message: Message) {
+        let forged = |committed: &Committed| !self.witness.vouches(to.vm, committed);
         let message = match message {
             Message::Record(committed) if forged(&committed) => return,
             Message::Refused {
@@ -460,14 +514,14 @@ impl World {
             },
             message => message,
         };
-        if self.hosts[to].is_up() {
+        if self.hosts[to.host].is_up() {
             let from = from.clone();
             self.input(to, Input::Message { from, message });
         }
     }
 
-    fn reigns(&self, host: usize) -> bool {
-        let node = self.hosts[host].node.as_ref();
+    fn reigns(&self, seat: SeatId) -> bool {
+        let node = self.seats[seat].node.as_ref();
         node.is_some_and(|node| {
             use RoleName::{GoingLive, HandingOver, Primary};
             matches!(node.status().role, GoingLive | Primary | HandingOver)
@@ -488,50 +542,44 @@ impl World {
             };
             for (host, peer) in [(a, b), (b, a)] {
                 if self.hosts[host].is_up() {
-                    if !up {
-                        self.hosts[host].streams.stop(peer);
-                    }
-                    let peer = self.hosts[peer].name.clone();
-                    let input = if up {
-                        Input::PeerUp(peer.clone())
-                    } else {
-                        Input::PeerDown(peer.clone())
-                    };
-                    // A frozen host hears of it when it thaws, in order.
-                    let far = Input::Distance {
-                        host: peer,
-                        rtt: self.setup.round_trip(),
-                    };
-                    self.plan_input(0, host, input);
-                    if up {
-                        self.plan_input(self.setup.delay, host, far);
+                    for vm in 0..self.guests.len() {
+                        self.link_changed(SeatId { vm, host }, peer, up);
                     }
                 }
             }
         }
     }
-}
 
-/// What two outputs must have in common to be the same.
-pub(super) fn content(bytes: &[u8]) -> u64 {
-    let mut first = [0; 8];
-    first.copy_from_slice(&blake3::hash(bytes).as_bytes()[..8]);
-    u64::from_le_bytes(first)
+    /// There is a connection, or none any more. A frozen host hears of it when it thaws, in order.
+    fn link_changed(&mut self, seat: SeatId, peer: usize, up: bool) {
+        let name = self.hosts[peer].name.clone();
+        if up {
+            self.plan_input(0, seat, Input::PeerUp(name.clone()));
+            let far = Input::Distance {
+                host: name,
+                rtt: self.setup.round_trip(),
+            };
+            self.plan_input(self.setup.delay, seat, far);
+        } else {
+            self.seats[seat].streams.stop(peer);
+            self.plan_input(0, seat, Input::PeerDown(name));
+        }
+    }
 }
 
 /// The host whose freezing holds an event up.
 fn host_of(event: &Event) -> Option<usize> {
     match event {
-        Event::NodeDue { host, .. }
-        | Event::Input { host, .. }
-        | Event::Persisted { host, .. }
-        | Event::Stored { host, .. }
-        | Event::Synced { host, .. }
-        | Event::VmTurn { host, .. }
-        | Event::Answered { host, .. }
-        | Event::ToHost { host, .. } => Some(*host),
+        Event::NodeDue { seat, .. }
+        | Event::Input { seat, .. }
+        | Event::Persisted { seat, .. }
+        | Event::Stored { seat, .. }
+        | Event::Synced { seat, .. }
+        | Event::VmTurn { seat, .. }
+        | Event::Answered { seat, .. } => Some(seat.host),
+        Event::ToHost { host, .. } => Some(*host),
         Event::Lane(key) => Some(key.to),
-        Event::Datagram { to, .. } | Event::Forged { to, .. } => Some(*to),
+        Event::Datagram { to, .. } | Event::Forged { to, .. } => Some(to.host),
         _ => None,
     }
 }

@@ -227,7 +227,7 @@ impl Controller {
             core.do_(Action::SwapRecord {
                 expect,
                 new: new.as_ref().clone(),
-                seen: core.seen(),
+                seen: core.seen_to_tell(),
             });
         }
     }

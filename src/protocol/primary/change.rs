@@ -298,7 +298,7 @@ impl Primary {
             core.do_(Action::SwapRecord {
                 expect: Some(change.expect),
                 new: change.new.clone(),
-                seen: core.seen(),
+                seen: core.seen_to_tell(),
             });
         }
     }

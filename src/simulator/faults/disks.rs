@@ -1,15 +1,16 @@
 //! What goes wrong with disks.
 
-use replay_log::Store;
-
 use super::super::facts::Fact;
+use super::super::ids::SeatId;
 use super::super::queue::{MILLI, Moment, SECOND};
+use super::super::seat::Seat;
 use super::super::world::{Event, World};
 use super::{Fault, Kind};
-use crate::protocol::{Acks, DiskId, Input};
+use crate::protocol::{Acks, Input};
 
 impl World {
-    pub(super) fn break_disk(&mut self, kind: Kind, host: usize, long: Moment) {
+    pub(super) fn break_disk(&mut self, kind: Kind, seat: SeatId, long: Moment) {
+        let host = seat.host;
         // Some faults outlast everything but the end.
         let span = if self.random.chance(200) {
             60 * SECOND
@@ -18,11 +19,11 @@ impl World {
         };
         match kind {
             Kind::HungDisk => {
-                self.hosts[host].storage.hung += 1;
+                self.hosts[host].drive.hung += 1;
                 self.repair_after(span, Fault::Hung(host));
             }
             Kind::NoFiles => {
-                self.hosts[host].storage.refuses += 1;
+                self.hosts[host].drive.refuses += 1;
                 self.repair_after(span, Fault::NoFiles(host));
             }
             Kind::FullDisk => self.fill(host, span),
@@ -37,28 +38,44 @@ impl World {
             }
             // What is held is doubtful everywhere: more than the rule survives, and all is kept.
             Kind::StoresFail => {
-                for host in 0..self.hosts.len() {
-                    if self.hosts[host].runs(self.now) {
-                        let after = self.random.below(SECOND);
-                        let reason = "the simulator broke all of them".to_owned();
-                        self.plan_input(after, host, Input::StoreFailed { reason });
-                    }
+                for vm in 0..self.guests.len() {
+                    self.all_stores_fail(vm);
                 }
             }
-            Kind::PutBack => self.put_back(host, long),
-            _ => self.lose_tail(host, long),
+            Kind::PutBack => self.put_back(seat, long),
+            _ => self.lose_tail(seat, long),
         }
     }
 
-    /// A host gets the VM's folder back from a backup; or a backup is made.
-    fn put_back(&mut self, host: usize, down: Moment) {
-        if self.hosts[host].storage.backup.is_none() {
-            for here in &mut self.hosts {
-                here.back_up();
+    fn all_stores_fail(&mut self, vm: usize) {
+        for host in 0..self.hosts.len() {
+            if self.hosts[host].runs(self.now) {
+                let after = self.random.below(SECOND);
+                let reason = "the simulator broke all of them".to_owned();
+                let seat = SeatId { vm, host };
+                self.plan_input(after, seat, Input::StoreFailed { reason });
+            }
+        }
+    }
+
+    /// A host gets its folders back from a backup, or the one of one VM; or a backup is made.
+    fn put_back(&mut self, seat: SeatId, down: Moment) {
+        let host = seat.host;
+        if self.seats[seat].storage.backup.is_none() {
+            for vm in 0..self.guests.len() {
+                for here in self.seats.of_vm_mut(vm) {
+                    here.back_up();
+                }
             }
             return;
         }
-        if !self.can_spare(host) || !self.hosts[host].is_up() {
+        let all = self.guests.len() == 1 || self.random.chance(600);
+        let spared = if all {
+            self.can_spare_all(host)
+        } else {
+            self.can_spare(seat)
+        };
+        if !spared || !self.hosts[host].is_up() {
             return;
         }
         // Often much is wrong at once: whoever has the rest of the log is away, and the folder is there.
@@ -67,30 +84,25 @@ impl World {
         for other in (0..self.hosts.len()).filter(|other| alone && *other != host) {
             self.crash(other, false, down.max(SECOND));
         }
-        let here = &mut self.hosts[host];
-        if let Some(backup) = here.storage.backup.take() {
-            here.store = backup.store;
-            here.durable = backup.durable;
-            here.last_disk = backup.last_disk;
-            here.damaged = false;
-            here.storage.lied = None;
-            here.disk = DiskId(here.random.next() | 1);
-            self.facts.push(Fact::Replaced { host });
+        for vm in (0..self.guests.len()).filter(|vm| all || *vm == seat.vm) {
+            if self.seats[SeatId { vm, host }].put_back() {
+                self.facts.push((vm, Fact::Replaced { host }));
+            }
         }
     }
 
-    /// The power fails, and the disk has lost some of the log that it had synced.
-    fn lose_tail(&mut self, host: usize, down: Moment) {
-        let here = &self.hosts[host];
-        if !here.is_up() || here.durable.acks == Acks::Memory || here.lies() {
+    /// The power fails, and the disk has lost some of the logs that it had synced.
+    fn lose_tail(&mut self, seat: SeatId, down: Moment) {
+        let synced = |seat: &Seat| seat.durable.acks != Acks::Memory && !seat.lies();
+        if !self.hosts[seat.host].is_up() || !synced(&self.seats[seat]) {
             return;
         }
-        self.crash(host, true, down.min(400 * MILLI));
-        let here = &mut self.hosts[host];
-        let lied = here.store.tip();
-        let batches = here.random.between(1, 40);
-        here.store.lose(batches as usize);
-        here.storage.lied = Some(lied);
-        here.storage.found_out = false;
+        let here = self.seats.on_host_mut(seat.host);
+        let lose: Vec<_> = here.map(|seat| synced(seat)).collect();
+        self.crash(seat.host, true, down.min(400 * MILLI));
+        let here = self.seats.on_host_mut(seat.host);
+        for (seat, _) in here.zip(lose).filter(|(_, loses)| *loses) {
+            seat.lose_tail();
+        }
     }
 }

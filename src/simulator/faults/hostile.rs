@@ -4,6 +4,7 @@
 use bytes::Bytes;
 use replay_log::{BatchBuilder, Entry, LogTip, Mark, MarkDigest, Position, Store, Term};
 
+use super::super::ids::SeatId;
 use super::super::queue::{MICRO, MILLI};
 use super::super::world::{Event, World};
 use super::Kind;
@@ -13,7 +14,7 @@ use crate::protocol::{
 };
 
 impl World {
-    pub(super) fn forge(&mut self, kind: Kind, host: usize) {
+    pub(super) fn forge(&mut self, kind: Kind, seat: SeatId) {
         let stranger = self
             .faults
             .stranger
@@ -22,14 +23,19 @@ impl World {
         let (from, concerned) = match stranger {
             Some(stranger) => (stranger, false),
             // One that the record may concern, and that does not reign.
-            None if self.primary() == Some(host) => return,
-            None => (self.hosts[host].name.clone(), true),
+            None if self.primary(seat.vm) == Some(seat) => return,
+            None => (self.hosts[seat.host].name.clone(), true),
         };
         for _ in 0..self.random.between(1, 4) {
             let to = self.any_host();
-            if self.hosts[to].name == from || !self.hosts[to].is_up() {
+            let there = &self.hosts[to];
+            if there.name == from || !there.is_up() {
                 continue;
             }
+            let to = SeatId {
+                vm: seat.vm,
+                host: to,
+            };
             let said = self.forgery(&from, to, concerned);
             let mut at = self.now + self.setup.delay;
             for message in said {
@@ -41,14 +47,14 @@ impl World {
     }
 
     /// What is true, whatever the keeper has lost: else a true primary could be taken for a forger.
-    fn known(&self) -> Version {
-        let record = self.witness.truth.as_ref();
+    fn known(&self, vm: usize) -> Version {
+        let record = self.witness.truth(vm);
         record.map(Record::version).unwrap_or_default()
     }
 
     /// A version that is later than every real one: a little, much, or wildly.
-    fn later(&mut self) -> Version {
-        let known = self.known();
+    fn later(&mut self, vm: usize) -> Version {
+        let known = self.known(vm);
         let leap = *self.random.pick(&[1, 3, 1 << 10, 1 << 40, u64::MAX / 2]);
         Version {
             term: Term(known.term.0.saturating_add(leap)),
@@ -56,13 +62,13 @@ impl World {
         }
     }
 
-    fn forged_record(&mut self, from: &HostName) -> Committed {
-        let version = self.later();
+    fn forged_record(&mut self, vm: usize, from: &HostName) -> Committed {
+        let version = self.later(vm);
         let primary = Member {
             host: from.clone(),
             incarnation: Incarnation(self.random.next()),
         };
-        let base = self.witness.record.clone();
+        let base = self.witness.record(vm).cloned();
         let record = Record {
             lineage: base.as_ref().map_or(Lineage(7), |record| record.lineage),
             term: version.term,
@@ -81,12 +87,12 @@ impl World {
         Committed { record, proof }
     }
 
-    fn claim(&mut self, from: &HostName) -> Claim {
-        let known = self.known();
+    fn claim(&mut self, vm: usize, from: &HostName) -> Claim {
+        let known = self.known(vm);
         let term = if self.random.chance(500) {
             Term(known.term.0 + 1 + self.random.below(3))
         } else {
-            self.later().term
+            self.later(vm).term
         };
         Claim {
             term,
@@ -97,17 +103,18 @@ impl World {
 
     /// What is said to `to`. A host that the record concerns may claim like others; it is only not
     /// believed to reign.
-    fn forgery(&mut self, from: &HostName, to: usize, concerned: bool) -> Vec<Message> {
-        let tip = self.hosts[to].store.tip();
-        let reign = Authority::Reign(self.later());
+    fn forgery(&mut self, from: &HostName, to: SeatId, concerned: bool) -> Vec<Message> {
+        let vm = to.vm;
+        let tip = self.seats[to].store.tip();
+        let reign = Authority::Reign(self.later(vm));
         let choices = if concerned { 6 } else { 11 };
         match self.random.below(choices) {
-            0 => vec![Message::Record(self.forged_record(from))],
+            0 => vec![Message::Record(self.forged_record(vm, from))],
             1 => vec![Message::Refused {
-                term: self.known().term,
+                term: self.known(vm).term,
                 why: Refusal::RecordMovedOn,
                 promise: None,
-                record: Some(self.forged_record(from)),
+                record: Some(self.forged_record(vm, from)),
             }],
             2 => {
                 let term = reign.term();
@@ -123,7 +130,7 @@ impl World {
                 tip,
             }],
             4 => {
-                let version = self.later();
+                let version = self.later(vm);
                 let beat = Message::Heartbeat {
                     version,
                     tail: tip.index,
@@ -133,7 +140,7 @@ impl World {
                 vec![beat; 12]
             }
             5 => {
-                let mut claim = self.claim(from);
+                let mut claim = self.claim(vm, from);
                 claim.term = Term(u64::MAX);
                 vec![Message::Seal {
                     claim,
@@ -141,7 +148,7 @@ impl World {
                 }]
             }
             6 => {
-                let claim = self.claim(from);
+                let claim = self.claim(vm, from);
                 let fetch = Message::Fetch {
                     term: claim.term,
                     after: LogTip::default(),
@@ -156,28 +163,28 @@ impl World {
                 protocol: PROTOCOL_VERSION,
                 incarnation: Incarnation(1),
                 tip: LogTip::default(),
-                known: self.known(),
+                known: self.known(vm),
             }],
             8 => vec![Message::Refused {
-                term: self.known().term,
+                term: self.known(vm).term,
                 why: Refusal::Sealed,
-                promise: Some(self.claim(from)),
+                promise: Some(self.claim(vm, from)),
                 record: None,
             }],
             9 => {
-                let promise = self.hosts[to].durable.promise.clone();
-                let claim = promise.unwrap_or_else(|| self.claim(from));
+                let promise = self.seats[to].durable.promise.clone();
+                let claim = promise.unwrap_or_else(|| self.claim(vm, from));
                 let take_back = Message::TakeBack {
                     claim: claim.clone(),
                 };
                 vec![Message::Renounced { claim }, take_back]
             }
             _ => {
-                let claim = self.claim(from);
+                let claim = self.claim(vm, from);
                 vec![
                     Message::Handover {
                         claim: Claim {
-                            claimant: self.hosts[to].name.clone(),
+                            claimant: self.hosts[to.host].name.clone(),
                             ..claim.clone()
                         },
                         tip,

@@ -3,7 +3,7 @@
 use super::super::queue::{MILLI, Moment, SECOND};
 use super::super::world::{Event, World};
 use super::{Fault, Kind};
-use crate::protocol::Version;
+use crate::protocol::Record;
 
 impl World {
     pub(super) fn break_keeper(&mut self, kind: Kind, long: Moment) {
@@ -32,19 +32,26 @@ impl World {
     /// told by somebody who has seen more. So the latter happens only where all have, and nobody
     /// has asked for a change before.
     fn set_keeper_back(&mut self, changes: usize) {
-        let Some(record) = &self.witness.record else {
+        let vms = 0..self.guests.len();
+        if vms.clone().all(|vm| self.witness.record(vm).is_none()) {
             return;
-        };
-        let version = record.version();
-        let knows = |seen: Version| seen >= version;
-        let all = self.hosts.iter().all(|host| {
-            let seen = host.durable.seen.as_ref().filter(|_| !host.swapping);
-            seen.is_some_and(|seen| knows(seen.record.version()))
-        });
+        }
+        let all = vms.into_iter().all(|vm| self.all_have_seen(vm));
         let found_out = !all || self.random.chance(500);
         let blind = all && self.random.chance(400);
         self.witness.turn_back(changes, found_out, blind);
         let after = self.random.between(200, 2_000) * MILLI + SECOND / 2;
         self.queue.plan(self.now + after, Event::Recover);
+    }
+
+    /// Whether every host has seen what the keeper has of a VM, durably, and has asked for nothing
+    /// more.
+    fn all_have_seen(&self, vm: usize) -> bool {
+        let version = self.witness.record(vm).map(Record::version);
+        self.seats.of_vm(vm).iter().all(|seat| {
+            let seen = seat.durable.seen.as_ref().filter(|_| !seat.swapping);
+            let seen = seen.map(|seen| seen.record.version());
+            seen.is_some() && seen >= version
+        })
     }
 }

@@ -3,15 +3,17 @@
 
 use std::collections::BTreeMap;
 
-use replay_log::FrameNumber;
+use replay_log::{FrameNumber, GatewayIncarnation};
 
 use super::super::facts::{Fact, Invariant, View};
+use super::super::gateway::number_of;
 
 /// See the file.
 #[derive(Debug, Default)]
 pub(in super::super) struct OneHistory {
-    outputs: BTreeMap<FrameNumber, u64>,
-    /// After accepted loss, numbers are used again.
+    /// What each of them is, and for whom; `None`: for every gateway.
+    outputs: BTreeMap<FrameNumber, (u64, Option<usize>)>,
+    /// The last one that each run of a gateway passed. After accepted loss, numbers are used again.
     passed: BTreeMap<u64, FrameNumber>,
 }
 
@@ -23,9 +25,14 @@ impl Invariant for OneHistory {
     fn check(&mut self, fact: &Fact, _: &View<'_>) -> Result<(), String> {
         match fact {
             Fact::Booted | Fact::LossAccepted { .. } => *self = Self::default(),
-            Fact::LetOut { number, content } => {
-                let known = *self.outputs.entry(*number).or_insert(*content);
-                if known != *content {
+            Fact::LetOut {
+                number,
+                content,
+                to,
+            } => {
+                let output = (*content, *to);
+                let known = *self.outputs.entry(*number).or_insert(output);
+                if known != output {
                     return Err(format!("output {} was let out with two contents", number.0));
                 }
             }
@@ -34,20 +41,39 @@ impl Invariant for OneHistory {
                 number,
                 content,
                 ..
-            } => {
-                if self.outputs.get(number) != Some(content) {
-                    return Err(format!("output {} was passed but never let out", number.0));
-                }
-                let last = self.passed.insert(*gateway, *number);
-                if last.is_some_and(|last| last.0 + 1 != number.0) {
-                    return Err(format!(
-                        "a gateway passed output {} after {}",
-                        number.0,
-                        last.unwrap_or_default().0
-                    ));
-                }
-            }
+            } => return self.passed(*gateway, *number, *content),
             _ => {}
+        }
+        Ok(())
+    }
+}
+
+impl OneHistory {
+    fn passed(&mut self, run: u64, number: FrameNumber, content: u64) -> Result<(), String> {
+        let gateway = number_of(GatewayIncarnation(run));
+        let is_for_it = |to: &Option<usize>| to.is_none_or(|to| to == gateway);
+        match self.outputs.get(&number) {
+            Some((known, to)) if *known == content && is_for_it(to) => {}
+            Some((_, Some(to))) if *to != gateway => {
+                let number = number.0;
+                return Err(format!(
+                    "gateway {gateway} passed output {number}, which is for gateway {to}"
+                ));
+            }
+            _ => return Err(format!("output {} was passed but never let out", number.0)),
+        }
+        let Some(last) = self.passed.insert(run, number) else {
+            return Ok(());
+        };
+        let another = |between: u64| {
+            let output = self.outputs.get(&FrameNumber(between));
+            output.is_some_and(|(_, to)| !is_for_it(to))
+        };
+        if number <= last || !(last.0 + 1..number.0).all(another) {
+            return Err(format!(
+                "a gateway passed output {} after {}",
+                number.0, last.0
+            ));
         }
         Ok(())
     }
