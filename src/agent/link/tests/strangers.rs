@@ -263,11 +263,11 @@ impl Beating {
         assert_eq!(answer, 5);
     }
 
-    /// `sides` of connections are in this process: two where those who make noise have theirs here, too.
-    fn costs_no_memory(&self, sides: usize) {
+    /// Those who make noise have their side of it in this process, too.
+    fn costs_no_memory(&self) {
         let grown = memory().saturating_sub(self.memory);
         println!("{grown} bytes");
-        assert!(grown < sides * MEMORY, "{grown} bytes");
+        assert!(grown < MEMORY, "{grown} bytes");
     }
 }
 
@@ -314,7 +314,7 @@ async fn under_a_flood() {
     let flooded = beside_heartbeats(&mut beating, move |stop| flood(&packets, to, stop)).await;
     println!("{flooded} packets");
     assert!(flooded > 10_000, "{flooded} packets are no flood");
-    beating.costs_no_memory(1);
+    beating.costs_no_memory();
 }
 
 #[tokio::test]
@@ -330,7 +330,7 @@ async fn among_those_that_stop_half_way() {
     assert!(proven > 200, "{proven} of {begun} have shown their address");
     let (on_main, _) = beating.two.connections();
     assert_eq!(on_main, 1, "strangers come to the thread of heartbeats");
-    beating.costs_no_memory(1);
+    beating.costs_no_memory();
 }
 
 /// Requests of one certificate that are served or wait, while it says nothing more.
@@ -452,7 +452,7 @@ async fn among_idlers() {
         assert_eq!((too_many + silent, other), (STREAMS_EACH - KEPT_EACH, 0));
         assert!(too_many > silent, "{silent} were kept");
     }
-    beating.costs_no_memory(2);
+    beating.costs_no_memory();
     drop(over);
     hogging.join().expect("it ends");
 }
