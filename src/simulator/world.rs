@@ -13,7 +13,7 @@ use super::options::{Counts, Options, Report, Violation};
 use super::queue::{MICRO, MILLI, Moment, Queue, SECOND};
 use super::random::Random;
 use super::seat::{Seat, Seats};
-use super::setup::{Setup, Several};
+use super::setup::{SLOW_KEEPER, Setup, Several};
 use super::trace::Trace;
 use super::vm::{Bases, Disk};
 use super::witness::{Answer, Question, Witness};
@@ -153,7 +153,10 @@ impl World {
     pub(super) fn new(seed: u64, options: Options) -> Self {
         let mut several = Several::new(seed);
         let mut random = Random::new(seed);
-        let setup = Setup::choose(&mut random);
+        let mut setup = Setup::choose(&mut random);
+        if several.slow_keeper {
+            setup.keeper = SLOW_KEEPER;
+        }
         let mut hosts = Vec::new();
         let mut seats = Vec::new();
         for number in 0..setup.hosts {
