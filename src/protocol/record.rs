@@ -533,6 +533,7 @@ impl Record {
 
     /// The next state of this record, with one more host on which a copy is wanted: what an operator
     /// may put in its place, whoever reigns.
+    #[must_use]
     pub fn wanted_on(&self, host: &HostName) -> Self {
         let mut next = self.clone();
         next.epoch = self.epoch.next();
