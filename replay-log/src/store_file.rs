@@ -140,7 +140,8 @@ impl FileStore {
                 return Err(IoFailure::new("lock", dir)(error).into());
             }
         }
-        doubt::check(dir)?;
+        let (segments, _) = survey::list(dir)?;
+        doubt::check(dir, segments.is_empty())?;
         let unsynced = options.sync == SyncPolicy::Never;
         if !unsynced {
             // Whatever is to count as durable is read from where it is.

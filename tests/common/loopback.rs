@@ -107,6 +107,13 @@ impl Loopback {
         self.record().await.expect("a record").primary.host
     }
 
+    /// The first copy that is not the primary.
+    #[allow(dead_code, reason = "not every test has a use for it")]
+    pub async fn replica(&self) -> HostName {
+        let record = self.record().await.expect("a record");
+        record.members.first().expect("a replica").host.clone()
+    }
+
     /// What a host says of the VM, and when by its clock.
     pub async fn seen(&self, host: &HostName) -> Option<(Time, VmStatus)> {
         let status = self.client.status(host).await.ok()?;

@@ -372,7 +372,7 @@ fn a_doubtful_log_is_no_better_in_the_next_process() {
         theatre.with(&disks).await;
         let load = theatre.load().await;
         theatre.answers(&load, 200).await;
-        let b = host_name("b");
+        let b = theatre.replica().await;
         let held = theatre.incarnation(&b).await;
         let vm = theatre.data(&identity(&b)).join("vms/shop");
         disks.break_disks(&[
@@ -408,7 +408,7 @@ fn what_only_the_page_cache_has_is_not_believed() {
         theatre.with(&disks).await;
         let load = theatre.load().await;
         theatre.answers(&load, 200).await;
-        let b = host_name("b");
+        let b = theatre.replica().await;
         let held = theatre.incarnation(&b).await;
         let log = theatre.data(&identity(&b)).join("vms/shop/log");
         theatre.kill(&b);

@@ -24,9 +24,18 @@ pub(super) fn leave(dir: &Path, reason: &str) {
     let _best_effort = fs::write(mark(dir), format!("{reason}\n"));
 }
 
-/// Refuses a log that has the mark.
-pub(super) fn check(dir: &Path) -> Result<(), OpenError> {
+/// Refuses a log that has the mark. One of which nothing is there is not doubtful: what failed then was
+/// the beginning of it, which is tried again.
+pub(super) fn check(dir: &Path, is_empty: bool) -> Result<(), OpenError> {
     let mark = mark(dir);
+    if is_empty {
+        return match fs::remove_file(&mark) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(IoFailure::new("remove", mark)(error).into())
+            }
+            _ => Ok(()),
+        };
+    }
     let file = match File::open(&mark) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),

@@ -178,6 +178,23 @@ fn a_sync_that_fails_on_opening_makes_a_log_doubtful() {
     assert!(matches!(again, OpenError::Doubtful { .. }), "{again}");
 }
 
+/// Beginning a log where a doubtful one was is tried until the disk takes it. What failed on the way
+/// says nothing of the log that begins.
+#[test]
+fn a_log_that_has_nothing_is_not_doubtful() {
+    let dir = TempDir::new().unwrap();
+    let mark = dir.path().join("doubtful");
+    fs::write(&mark, "cannot sync the folder\n").unwrap();
+    let batches = sample_batches(3, Term(1), LogIndex::START, 1);
+    let mut store = FileStore::open(dir.path(), SMALL).unwrap();
+    store.append(&batches[0]).unwrap();
+    store.sync().unwrap();
+    drop(store);
+    let store = FileStore::open(dir.path(), SMALL).unwrap();
+    assert_eq!(read_all(&store).unwrap(), batches);
+    assert!(!mark.exists());
+}
+
 /// A copy that never syncs believes nothing of its disk, and does not wait for it.
 #[test]
 fn a_log_that_is_never_synced_is_opened_without() {
