@@ -28,6 +28,8 @@ use crate::protocol::{Committed, HostName, Operator, Policy, Record, Span, Statu
 
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long the answer to an order may take: whoever gives it up does not know whether it was taken.
+const ORDER_PATIENCE: Duration = Duration::from_secs(10);
 /// How many lines of the journal come in one answer.
 pub const EVENTS_MAX: u32 = 1_000;
 /// How many bytes of lines come in one answer; more than the longest line.
@@ -101,6 +103,14 @@ impl Request {
     /// Whether asking twice is the same as asking once.
     const fn may_be_repeated(&self) -> bool {
         matches!(self, Self::Status | Self::Events { .. } | Self::Metrics)
+    }
+
+    const fn patience(&self) -> Duration {
+        if self.may_be_repeated() {
+            PATIENCE
+        } else {
+            ORDER_PATIENCE
+        }
     }
 }
 
@@ -309,6 +319,17 @@ pub enum OperatorError {
     },
 }
 
+impl OperatorError {
+    /// Whether the same question may have an answer a moment later: who was asked was silent or cut
+    /// off, and said nothing that is final.
+    pub const fn may_pass(&self) -> bool {
+        matches!(
+            self,
+            Self::Request(error) | Self::Witness(AskError::Request(error)) if error.may_pass()
+        )
+    }
+}
+
 /// Asks the hosts of a cluster. Keeps its connections.
 pub struct Client {
     channels: BTreeMap<HostName, Channel>,
@@ -373,7 +394,7 @@ impl Client {
 
     async fn ask(&self, host: &HostName, request: &Request) -> Result<Answer, OperatorError> {
         let channel = self.channel(host)?;
-        let ask = || channel.request(StreamKind::Operator, request, PATIENCE);
+        let ask = || channel.request(StreamKind::Operator, request, request.patience());
         let answer = match ask().await {
             // A connection that was kept may have ended without our knowing.
             Err(RequestError::Refused { .. }) if request.may_be_repeated() => ask().await?,

@@ -28,6 +28,7 @@ mod simulate;
 mod standing;
 pub mod status;
 mod switchover;
+pub mod waiting;
 mod witness;
 
 use std::future::Future;

@@ -1,10 +1,11 @@
 //! Has a record name a host that it does not name. Only hosts that a record names may reign; when none
 //! of those can be had any more, another may have what is left, and only an operator may say so.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::failure::{Failure, OrExit as _};
 use super::output;
+use super::waiting::{self, WaitError};
 use crate::agent::operator::Client;
 use crate::protocol::{HostName, Record, Swapped, VmName};
 
@@ -35,24 +36,25 @@ pub async fn name_host(client: &Client, vm: &VmName, host: &HostName) -> Result<
         }
         output::line(format_args!("The record of {vm} names {host}, too, now."))?;
     }
-    let until = Instant::now() + PATIENCE;
-    loop {
-        let status = client.status(host).await.or_fail()?;
+    let named = waiting::until(PATIENCE, LOOK_EVERY, async || {
+        let status = client.status(host).await?;
         let Some(seen) = status.vms.iter().find(|seen| seen.vm == *vm) else {
-            return Ok(());
+            return Ok(Ok(()));
         };
         let concerns = |record: &Record| record.concerns(host);
-        if seen.node.record.as_ref().is_some_and(concerns) {
-            return Ok(());
-        }
-        if Instant::now() >= until {
-            return Err(format!(
-                "{host} has not heard within {} s that the record of {vm} names it: see whether it \
-                 reaches the witness",
-                PATIENCE.as_secs()
-            ))
-            .or_fail();
-        }
-        tokio::time::sleep(LOOK_EVERY).await;
+        Ok(if seen.node.record.as_ref().is_some_and(concerns) {
+            Ok(())
+        } else {
+            Err(format!("{host} to hear of it"))
+        })
+    });
+    match named.await {
+        Err(WaitError::TooLong { .. }) => Err(format!(
+            "{host} has not heard within {} s that the record of {vm} names it: see whether it \
+             reaches the witness",
+            PATIENCE.as_secs()
+        ))
+        .or_fail(),
+        named => named.or_fail(),
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::failure::{Failure, OrExit as _};
 use super::standing::{RECOVER, Standing};
+use super::waiting::{self, WaitError};
 use super::{events, suggest};
 use crate::agent::journal::What;
 use crate::agent::operator::{Client, OperatorError, Request};
@@ -16,6 +17,8 @@ use crate::protocol::{Event, HostName, Record, VmName};
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// How long a host may need to find out what is known of a VM that it is to start.
 const START_PATIENCE: Duration = Duration::from_secs(3);
+/// How long a host may need from an order to start a VM until the witness has its record.
+const KNOWN_PATIENCE: Duration = Duration::from_mins(1);
 
 /// Which cluster.
 #[derive(Debug, clap::Args)]
@@ -85,47 +88,67 @@ pub async fn start_vm(
     host: &HostName,
     vm: &VmName,
     order: &Request,
-) -> Result<u64, OperatorError> {
+) -> Result<u64, WaitError> {
     let until = Instant::now() + START_PATIENCE;
     loop {
         let journal = client.order(host, order).await?;
-        let refused = loop {
+        let mut watch = Watch::new(client, host, vm, journal);
+        let known = waiting::until(KNOWN_PATIENCE, LOOK_EVERY, async || {
             match client.record(vm).await {
-                Ok(_) => return Ok(journal),
+                Ok(_) => return Ok(Ok(journal)),
                 Err(OperatorError::NoVm { .. }) => {}
                 Err(error) => return Err(error),
             }
-            if let Some(why) = refusal(client, host, vm, journal).await? {
-                break why;
-            }
-            tokio::time::sleep(LOOK_EVERY).await;
-        };
-        if Instant::now() > until {
-            return Err(OperatorError::Refused { why: refused });
+            watch.refused().await?;
+            Ok(Err(format!("{host} to start {vm}")))
+        });
+        match known.await {
+            Err(WaitError::Hopeless(OperatorError::Refused { .. })) if Instant::now() < until => {}
+            known => return known,
         }
     }
 }
 
-/// Why a host has refused what an operator ordered about a VM after a line of its journal, if it
-/// has, or why the VM failed there.
-pub async fn refusal(
-    client: &Client,
-    host: &HostName,
-    vm: &VmName,
-    journal: u64,
-) -> Result<Option<String>, OperatorError> {
-    let lines = events::events_after(client, host, journal).await?;
-    let about_it = lines
-        .into_iter()
-        .filter(|line| line.vm.as_ref() == Some(vm));
-    Ok(about_it.into_iter().find_map(|line| match line.what {
-        What::Decision(Event::OperatorRefused { why }) => Some(why),
-        What::Decision(Event::SwitchoverFailed { .. }) => Some(line.text),
-        What::Decision(Event::VmFailed { reason }) => {
-            Some(format!("the VM failed on {host}: {reason}"))
+/// Reads what a host writes about a VM after an order, each line once.
+pub struct Watch<'a> {
+    client: &'a Client,
+    host: &'a HostName,
+    vm: &'a VmName,
+    /// The last line that has been read.
+    read: u64,
+}
+
+impl<'a> Watch<'a> {
+    /// Of the lines after this one.
+    pub const fn new(client: &'a Client, host: &'a HostName, vm: &'a VmName, after: u64) -> Self {
+        Self {
+            client,
+            host,
+            vm,
+            read: after,
         }
-        _ => None,
-    }))
+    }
+
+    /// Fails with the host's own words if it has refused what was ordered, or if the VM failed there.
+    pub async fn refused(&mut self) -> Result<(), OperatorError> {
+        let lines = events::events_after(self.client, self.host, self.read).await?;
+        self.read = lines.last().map_or(self.read, |line| line.number);
+        let about_it = lines
+            .into_iter()
+            .filter(|line| line.vm.as_ref() == Some(self.vm));
+        let mut refusals = about_it.filter_map(|line| match line.what {
+            What::Decision(Event::OperatorRefused { why }) => Some(why),
+            What::Decision(Event::SwitchoverFailed { .. }) => Some(line.text),
+            What::Decision(Event::VmFailed { reason }) => {
+                Some(format!("the VM failed on {}: {reason}", self.host))
+            }
+            _ => None,
+        });
+        match refusals.next() {
+            Some(why) => Err(OperatorError::Refused { why }),
+            None => Ok(()),
+        }
+    }
 }
 
 /// What a host last said of its attempts at what was ordered after a line of its journal, for an order

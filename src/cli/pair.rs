@@ -4,16 +4,17 @@
 //! It says that a VM holds when the record is as it was ordered, the primary says that it runs the
 //! guest, and every copy can be started; and it fails with the host's own words when it refused.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::ValueEnum;
 
 use super::failure::{Exit, Failure, OrExit as _};
 use super::naming::name_host;
-use super::operator::{ClusterArgs, known_host, record, refusal, start_vm};
+use super::operator::{ClusterArgs, Watch, known_host, record, start_vm};
 use super::standing::{Look, Standing};
+use super::waiting::{self, WaitError};
 use super::{block_on, output};
-use crate::agent::operator::{Client, Request};
+use crate::agent::operator::{Client, OperatorError, Request};
 use crate::protocol::{self, HostName, Policy, Record, RoleName, Rule, VmName};
 
 /// How often the record is looked at while it is waited for.
@@ -102,22 +103,20 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         let order = order(args, known.as_ref(), &hosts, policy)?;
         let journal = if known.is_some() {
             reigns(&client, args).await?;
-            client.order(&primary, &order).await
+            client.order(&primary, &order).await.or_fail()?
         } else {
-            start_vm(&client, &primary, &args.vm, &order).await
+            let started = start_vm(&client, &primary, &args.vm, &order).await;
+            started.or_fail()?
         };
-        let journal = journal.or_fail()?;
         let survives = capital(&policy.rule.survives(hosts.len()));
         let wanted = Wanted { hosts, policy };
         if args.wait > 0 {
             let holds = wait(&client, args, &wanted, journal).await?;
             return output::line(format_args!("{survives}\n{holds}"));
         }
-        match refusal(&client, &primary, &args.vm, journal).await {
-            Ok(None) => output::line(survives),
-            Ok(Some(why)) => Err(why).or_fail(),
-            Err(error) => Err(error).or_fail(),
-        }
+        let mut watch = Watch::new(&client, &primary, &args.vm, journal);
+        watch.refused().await.or_fail()?;
+        output::line(survives)
     })
 }
 
@@ -244,15 +243,6 @@ struct Wanted {
     policy: Policy,
 }
 
-/// How far an order has come.
-#[derive(Debug, PartialEq, Eq)]
-enum Come {
-    /// It is carried out: a sentence that says how the VM stands.
-    Holds(String),
-    /// What is still missing, in words.
-    Lacks(String),
-}
-
 /// What the record lacks, in words.
 fn lacks(record: &Record, wanted: &Wanted) -> Option<String> {
     let missing: Vec<_> = wanted
@@ -271,13 +261,14 @@ fn lacks(record: &Record, wanted: &Wanted) -> Option<String> {
     (!as_wanted).then(|| "the record to be changed".to_owned())
 }
 
-/// How far an order has come that the record shows, by what the hosts say.
-fn come(look: &Look, vm: &VmName, record: &Record, wanted: &Wanted) -> Come {
+/// How far an order has come that the record shows, by what the hosts say: a sentence that says how the
+/// VM stands once it is carried out, or what is still missing.
+fn come(look: &Look, vm: &VmName, record: &Record, wanted: &Wanted) -> Result<String, String> {
     let Some(standing) = Standing::of(look, vm) else {
-        return Come::Lacks(format!("{} to say how it does", record.primary.host));
+        return Err(format!("{} to say how it does", record.primary.host));
     };
     let Some(runs_on) = standing.runs_on() else {
-        return Come::Lacks(format!(
+        return Err(format!(
             "somebody to run it, and now: {}",
             standing.sentence()
         ));
@@ -285,13 +276,13 @@ fn come(look: &Look, vm: &VmName, record: &Record, wanted: &Wanted) -> Come {
     let cannot = |host: &&HostName| standing.cannot_start(host).is_some();
     if let Some(host) = wanted.hosts.iter().find(cannot) {
         let why = standing.cannot_start(host).unwrap_or_default();
-        return Come::Lacks(format!(
+        return Err(format!(
             "the copy on {host}, which cannot be started: {why}"
         ));
     }
     let copies = format!("{} copies", record.copies());
     if let Some(ending) = standing.ended() {
-        return Come::Holds(format!(
+        return Ok(format!(
             "{vm} has {copies}, and nothing runs: its guest has ended ({ending})."
         ));
     }
@@ -304,7 +295,7 @@ fn come(look: &Look, vm: &VmName, record: &Record, wanted: &Wanted) -> Come {
         text.push_str(&standing.successors().join("; "));
     }
     text.push('.');
-    Come::Holds(text)
+    Ok(text)
 }
 
 /// Waits until what was ordered holds, or the primary refuses; how the VM stands then, in a sentence.
@@ -314,39 +305,30 @@ async fn wait(
     wanted: &Wanted,
     journal: u64,
 ) -> Result<String, Failure> {
-    let until = Instant::now() + Duration::from_secs(args.wait);
-    let bar = output::spinner();
-    loop {
+    let patience = Duration::from_secs(args.wait);
+    let mut watch = Watch::new(client, &args.primary, &args.vm, journal);
+    let holds = waiting::until(patience, LOOK_EVERY, async || {
         // Asked first: the record may look as wanted, and the order be refused.
-        let refused = refusal(client, &args.primary, &args.vm, journal).await;
-        if let Some(why) = refused.or_fail()? {
-            return Err(why).or_fail();
-        }
-        let come = match record(client, &args.vm).await? {
-            Some(record) => match lacks(&record, wanted) {
-                None => come(&look(client, wanted).await, &args.vm, &record, wanted),
-                Some(what) => Come::Lacks(what),
-            },
-            None => Come::Lacks("the witness to know it".to_owned()),
-        };
-        let lacks = match come {
-            Come::Holds(text) => {
-                bar.finish_and_clear();
-                return Ok(text);
+        watch.refused().await?;
+        let record = match client.record(&args.vm).await {
+            Ok(record) => record,
+            Err(OperatorError::NoVm { .. }) => {
+                return Ok(Err("the witness to know it".to_owned()));
             }
-            Come::Lacks(what) => what,
+            Err(error) => return Err(error),
         };
-        bar.set_message(format!("waiting for {lacks}"));
-        bar.tick();
-        if Instant::now() >= until {
-            bar.finish_and_clear();
-            return Err(format!(
-                "{} has waited {} s for {lacks}; it goes on without this command: see 'understudy status' and 'understudy events'",
-                args.vm, args.wait
-            ))
-            .or_fail();
+        if let Some(what) = lacks(&record, wanted) {
+            return Ok(Err(what));
         }
-        tokio::time::sleep(LOOK_EVERY).await;
+        Ok(come(&look(client, wanted).await, &args.vm, &record, wanted))
+    });
+    match holds.await {
+        Err(WaitError::TooLong { lacks, .. }) => Err(format!(
+            "{} has waited {} s for {lacks}; it goes on without this command: see 'understudy status' and 'understudy events'",
+            args.vm, args.wait
+        ))
+        .or_fail(),
+        holds => holds.or_fail(),
     }
 }
 
@@ -468,12 +450,12 @@ mod tests {
             .says("b", node(RoleName::Member, &record));
         assert_eq!(
             come(&told),
-            Come::Holds("shop holds: a runs it in term 3, 2 copies, b may succeed.".to_owned())
+            Ok("shop holds: a runs it in term 3, 2 copies, b may succeed.".to_owned())
         );
         let told = told.but("b", |vm| vm.node.health = Health::Unable);
         assert_eq!(
             come(&told),
-            Come::Lacks(
+            Err(
                 "the copy on b, which cannot be started: its VMM does not come to the end of what it holds"
                     .to_owned()
             )
@@ -482,7 +464,7 @@ mod tests {
         let mut learner = node(RoleName::Learner, &record);
         learner.incarnation = Incarnation(2);
         let told = Told::default().says("a", learner).down("b");
-        let Come::Lacks(what) = come(&told) else {
+        let Err(what) = come(&told) else {
             panic!("nobody runs it");
         };
         assert!(what.contains("NOBODY RUNS IT: a waits for b"), "{what}");

@@ -79,8 +79,10 @@ pub fn run(args: &Args) -> Result<(), Failure> {
 /// What happened, in words.
 fn words(counts: &Counts) -> String {
     format!(
-        "{} steps in {} of simulated time, {} faults; {} answers, {} promotions, {} switchovers, \
-         {} cold boots, {} losses accepted, {} records, {} resynchronisations",
+        "{} VMs, {} gateways, {} steps in {} of simulated time, {} faults; {} answers, {} promotions, \
+         {} switchovers, {} cold boots, {} losses accepted, {} records, {} resynchronisations",
+        counts.vms,
+        counts.gateways,
         counts.steps,
         output::span(Duration::from_nanos(counts.simulated)),
         counts.faults,

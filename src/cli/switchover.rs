@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use super::events::events_after;
 use super::failure::{Exit, Failure, OrExit as _};
 use super::naming::name_host;
-use super::operator::{ClusterArgs, known_host, known_vm, last_word, refusal};
+use super::operator::{ClusterArgs, Watch, known_host, known_vm, last_word};
 use super::standing::Standing;
+use super::waiting::{self, WaitError};
 use super::{block_on, output, records};
 use crate::agent::journal::What;
 use crate::agent::operator::{Client, HostStatus, Request, VmStatus};
@@ -116,24 +117,24 @@ async fn wait_for(
     journal: u64,
     wanted: impl Fn(&Record) -> bool,
 ) -> Result<Record, Failure> {
-    let until = Instant::now() + PATIENCE;
-    let bar = output::spinner();
-    loop {
-        // Asked first: a refusal is one whatever the record says.
-        if let Some(why) = refusal(client, ordered, vm, journal).await.or_fail()? {
-            return Err(why).or_fail();
+    let mut watch = Watch::new(client, ordered, vm, journal);
+    let now = waiting::until(PATIENCE, LOOK_EVERY, async || {
+        // Asked first: a refusal is one whatever the record says. Who handed over may die of it, and
+        // then only the record tells.
+        match watch.refused().await {
+            Err(error) if error.may_pass() => {}
+            told => told?,
         }
-        let now = client.record(vm).await.or_fail()?;
-        if wanted(&now) {
-            bar.finish_and_clear();
-            return Ok(now);
-        }
-        if Instant::now() >= until {
-            return Err(too_long(client, ordered, vm, journal).await);
-        }
-        bar.set_message(format!("waiting for {ordered}"));
-        bar.tick();
-        tokio::time::sleep(LOOK_EVERY).await;
+        let now = client.record(vm).await?;
+        Ok(if wanted(&now) {
+            Ok(now)
+        } else {
+            Err(ordered.to_string())
+        })
+    });
+    match now.await {
+        Err(WaitError::TooLong { .. }) => Err(too_long(client, ordered, vm, journal).await),
+        now => now.or_fail(),
     }
 }
 
@@ -201,33 +202,27 @@ async fn wait_until_it_reigns(
     to: &HostName,
     journal: u64,
 ) -> Result<String, Failure> {
-    let until = Instant::now() + PATIENCE;
-    let bar = output::spinner();
-    loop {
-        if let Some(why) = refusal(client, to, vm, journal).await.or_fail()? {
-            return Err(why).or_fail();
-        }
-        let status = client.status(to).await.or_fail()?;
+    let mut watch = Watch::new(client, to, vm, journal);
+    let mut last = None;
+    let reigns = waiting::until(PATIENCE, LOOK_EVERY, async || {
+        watch.refused().await?;
+        let status = client.status(to).await?;
         let seen = on(&status, vm);
         let role = seen.map(|seen| seen.node.role);
         let term = seen.and_then(|seen| Some(seen.node.record.as_ref()?.term));
         let term = term.map_or(String::new(), |term| format!(" in term {term}"));
+        let reigns = format!("{to} reigns{term}");
         if role == Some(RoleName::Primary) {
-            bar.finish_and_clear();
-            return Ok(format!("{to} reigns{term}"));
+            return Ok(Ok(reigns));
         }
-        if Instant::now() >= until {
-            bar.finish_and_clear();
-            return if role == Some(RoleName::GoingLive) {
-                Ok(format!(
-                    "{to} reigns{term} and executes the log that it holds before it runs the guest: 'understudy status' shows how far it is"
-                ))
-            } else {
-                Err(too_long(client, to, vm, journal).await)
-            };
-        }
-        bar.set_message(format!("waiting for {to}"));
-        bar.tick();
-        tokio::time::sleep(LOOK_EVERY).await;
+        last = (role == Some(RoleName::GoingLive)).then_some(reigns);
+        Ok(Err(to.to_string()))
+    });
+    match (reigns.await, last) {
+        (Err(WaitError::TooLong { .. }), Some(reigns)) => Ok(format!(
+            "{reigns} and executes the log that it holds before it runs the guest: 'understudy status' shows how far it is"
+        )),
+        (Err(WaitError::TooLong { .. }), None) => Err(too_long(client, to, vm, journal).await),
+        (reigns, _) => reigns.or_fail(),
     }
 }

@@ -19,8 +19,10 @@ use crate::agent::journal::Line;
 use crate::agent::operator::{Client, HostStatus, OperatorError, Request};
 use crate::cli::operator::start_vm;
 use crate::cli::status::{lag_of, role};
+use crate::cli::waiting::WaitError;
 use crate::config::{Config, ConfigError};
 use crate::protocol::{HostName, Policy, Record, RoleName, Rule, Time, VmName};
+use crate::sentence::sentence;
 
 /// The demo's VM and image.
 const VM: &str = "ledger";
@@ -73,6 +75,9 @@ pub enum PlayError {
     /// A host refused, or did not answer.
     #[error(transparent)]
     Operator(#[from] OperatorError),
+    /// The VM did not start.
+    #[error(transparent)]
+    Start(#[from] WaitError),
     /// The load did not begin.
     #[error(transparent)]
     Load(#[from] LoadError),
@@ -353,9 +358,12 @@ impl Stage {
         let began = Instant::now();
         loop {
             self.cluster.check()?;
-            let saw = match look(self).await? {
-                Ok(happened) => return Ok(happened),
-                Err(saw) => saw,
+            let saw = match look(self).await {
+                Ok(Ok(happened)) => return Ok(happened),
+                Ok(Err(saw)) => saw,
+                // Busy machines may be silent for a look.
+                Err(PlayError::Operator(error)) if error.may_pass() => sentence(&error),
+                Err(error) => return Err(error),
             };
             if began.elapsed() > patience {
                 return Err(PlayError::TimedOut {

@@ -18,27 +18,29 @@
 //! [`change`] proposes new records, [`switchover`] hands over, [`followers`] counts,
 //! [`flow`] slows down.
 
+mod challenge;
 mod change;
+mod disks;
 mod flow;
 mod followers;
 mod switchover;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use replay_log::{Batch, FrameNumber, LogIndex, LogTip, Position, Term};
+use replay_log::{Batch, FrameNumber, LogIndex, LogTip, Term};
 
 use self::change::Change;
 use self::followers::{Follower, Pace};
 use self::switchover::Phase;
-use super::api::{Action, Operator, StopReason};
+use super::api::{Action, Operator};
 use super::controller::Kind;
 use super::core::{Core, Vm};
 use super::event::Event;
-use super::message::{Ack, Authority, Claim, Health, Message, Refusal};
+use super::message::{Ack, Authority, Claim, Message, Refusal};
 use super::mutation::Mutation;
 use super::name::{HostName, VmRun};
 use super::node::Turn;
-use super::record::{Member, OnLoss, Record, Stumble, Version};
+use super::record::{Member, OnLoss, Record, Version};
 use super::status::{FollowerStatus, RoleName};
 use super::time::Time;
 
@@ -370,57 +372,6 @@ impl Primary {
         Turn::Stay
     }
 
-    // --- another claims ----------------------------------------------------------------------
-
-    fn seal(&mut self, core: &mut Core, from: &HostName, claim: &Claim) {
-        if claim.claimant != *from || !core.hear_of(claim.term) {
-            return;
-        }
-        if core.latest_base() > claim.base {
-            core.refuse(from, claim.term, Refusal::RecordMovedOn, claim.base);
-        } else if self.phase.is_handing() && core.persisted.promise.as_ref() == Some(claim) {
-            let message = Message::Sealed {
-                term: claim.term,
-                incarnation: core.durable.incarnation,
-                tip: core.log.appended,
-                held: core.held(),
-            };
-            core.send(from, message);
-        } else {
-            core.refuse(from, claim.term, Refusal::PrimaryAlive, claim.base);
-        }
-    }
-
-    /// A claim can never come through: whoever was sealed for it hears this primary again, and the
-    /// keeper need not be asked.
-    pub(super) fn renounced(&mut self, core: &mut Core, claim: &Claim) {
-        self.challenge.take_if(|challenge| challenge == claim);
-        self.take_back(core, claim);
-    }
-
-    /// A member is sealed for somebody else: it hears nothing of this state of the record. Only
-    /// the keeper can say who is right; a confirmed record voids the claim.
-    fn challenged(&mut self, core: &mut Core, from: &HostName, promise: Claim) {
-        if !core.hear_of(promise.term) {
-            return;
-        }
-        if promise.base < core.version() {
-            return;
-        }
-        core.feeds.stop(from, &mut core.actions);
-        if let Some(follower) = self.followers.get_mut(from) {
-            follower.refuses = true;
-        }
-        if self.challenge.is_none() && !self.phase.is_handing() {
-            core.journal(Event::Challenged {
-                by: from.clone(),
-                term: promise.term,
-                claimant: promise.claimant.clone(),
-            });
-            self.challenge = Some(promise);
-        }
-    }
-
     // --- commit ------------------------------------------------------------------------------
 
     /// Through where this record's rule is satisfied.
@@ -546,78 +497,6 @@ impl Primary {
         }
         self.change_committed(core, &record);
         self.advance(core)
-    }
-
-    // --- disks -------------------------------------------------------------------------------
-
-    /// The disk here takes nothing more. Whoever has room goes on; where nobody has, the guest waits
-    /// for room, and nothing is lost.
-    pub(super) fn store_full(&mut self, core: &mut Core, reason: String) -> Turn {
-        if self.another_has_room(core) {
-            return self.abdicate(core, reason, None);
-        }
-        self.park_if_full(core);
-        self.advance(core)
-    }
-
-    /// A guest that went on while the disk takes nothing would fill the memory instead.
-    pub(super) fn park_if_full(&mut self, core: &mut Core) {
-        if core.full.is_some() && matches!(self.phase, Phase::Live) && !self.parked {
-            self.parked = true;
-            core.do_(Action::PauseVm { run: core.run });
-            core.journal(Event::Waiting {
-                why: "the guest is paused: the disk here takes nothing more, and no other copy could \
-                      go on; make room on it, and the guest goes on by itself"
-                    .to_owned(),
-            });
-        }
-    }
-
-    /// Whether a copy could go on whose disk is well.
-    fn another_has_room(&self, core: &Core) -> bool {
-        let able = |member: &Member| {
-            let follower = self.followers.get(&member.host);
-            core.is_up(&member.host)
-                && self.lost(core, member).is_none()
-                && follower.is_some_and(|follower| follower.health() == Health::Well)
-        };
-        let record = core.record.as_ref();
-        record.is_some_and(|record| record.members.iter().any(able))
-    }
-
-    /// There is room again.
-    pub(super) fn store_room(&mut self, core: &mut Core) {
-        // In a switchover the guest is paused for that, too.
-        let would_run = matches!(self.phase, Phase::Live | Phase::Asking { .. });
-        if std::mem::take(&mut self.parked) && would_run {
-            core.do_(Action::ResumeVm { run: core.run });
-        }
-    }
-
-    /// The VMM failed at this landmark: another host is to go on.
-    pub(super) fn vm_failed(&mut self, core: &mut Core, reason: String, at: Position) -> Turn {
-        let failed = core.stumbles(at, &reason);
-        core.stumble = Some(failed.clone());
-        self.abdicate(core, reason, Some(&failed))
-    }
-
-    pub(super) fn abdicate(
-        &mut self,
-        core: &mut Core,
-        reason: String,
-        failed: Option<&Stumble>,
-    ) -> Turn {
-        core.journal(Event::Abdicated {
-            term: self.term,
-            reason,
-        });
-        let version = core.version();
-        for host in core.up_peers() {
-            let failed = failed.cloned();
-            core.send(&host, Message::Abdicated { version, failed });
-        }
-        core.stop_vm(StopReason::Failed);
-        Turn::Abdicated
     }
 
     // --- looking -----------------------------------------------------------------------------

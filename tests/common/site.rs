@@ -16,6 +16,9 @@ use super::linux::told;
 /// How long an emulated host may take for one step. Busy machines take their time.
 pub const PATIENCE: Duration = Duration::from_mins(8);
 pub const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// Between two looks there is so much time as the look took, times this: emulated hosts work on each for
+/// a good part of a second.
+const REST: u32 = 4;
 pub const HOSTS: [&str; 3] = ["h1", "h2", "h3"];
 pub const MACHINE: &str = "10.88.0.254";
 /// Where a host has its images.
@@ -141,6 +144,7 @@ impl Site {
     pub fn until<T>(&self, what: &str, mut look: impl FnMut(&Value) -> Option<T>) -> T {
         let began = Instant::now();
         loop {
+            let looked = Instant::now();
             // A host that has died makes the command fail, and the others are shown all the same.
             let words = [text(program()), "status", "--json"];
             let mut command = self.lab.machine(&words);
@@ -153,7 +157,7 @@ impl Site {
             }
             let patient = began.elapsed() < PATIENCE;
             assert!(patient, "{what} has not happened:\n{}", self.tell());
-            std::thread::sleep(LOOK_EVERY);
+            std::thread::sleep(LOOK_EVERY.max(looked.elapsed() * REST));
         }
     }
 }

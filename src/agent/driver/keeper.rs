@@ -502,6 +502,11 @@ impl LogKeeper {
             // What it reports is about a log that is given up, but where another one went.
             let aside = |one: &LogNews| matches!(one, LogNews::SetAside(_));
             news.extend(report.news.into_iter().filter(aside));
+            // What keeps the store from ending that one keeps it from beginning this one.
+            if let Condition::Refused(reason) = report.condition {
+                self.refusal = Some(reason);
+                self.review(news);
+            }
             return;
         }
         self.bytes = report.bytes;

@@ -71,6 +71,17 @@ pub enum RequestError {
     TooLong(#[from] frame::TooLong),
 }
 
+impl RequestError {
+    /// Whether the same request may be answered a moment later: the peer was silent, busy or cut off.
+    pub const fn may_pass(&self) -> bool {
+        match self {
+            Self::Refused { .. } | Self::TimedOut { .. } => true,
+            Self::Dial(error) => matches!(error, DialError::NoAnswer { .. }),
+            Self::Garbage { .. } | Self::TooLong(_) => false,
+        }
+    }
+}
+
 impl Channel {
     /// To this peer, by this endpoint. Nothing is dialled yet.
     pub fn new(endpoint: &Endpoint, peer: Peer) -> Self {

@@ -145,6 +145,29 @@ async fn a_log_that_cannot_begin_is_tried_again() {
     );
 }
 
+/// A second log is ordered while the first cannot begin: the reason stays what the system said.
+#[tokio::test]
+async fn what_keeps_one_log_from_beginning_is_the_reason_of_the_next() {
+    let folder = TempDir::new().expect("a folder");
+    let (parent, hidden) = (folder.path().join("vm"), folder.path().join("hidden"));
+    let mut here = Theatre::files(&parent.join("log"), keeping(SyncPolicy::EveryBatch, ANY));
+    here.append(batch(LogTip::default(), 1));
+    here.stored_through(here.log.tip()).await;
+    std::fs::rename(&parent, &hidden).expect("moved");
+    std::fs::write(&parent, b"in the way").expect("written");
+    here.log.drop_log(Incarnation(2), true);
+    here.until(is_full).await;
+    let reason = here.log.full().map(str::to_owned);
+    here.log.drop_log(Incarnation(3), false);
+    // Of reports, which come at each attempt, the last is surely from after the order.
+    for _ in 0..3 {
+        here.hear().await;
+    }
+    let late = now().plus(Span::from_millis(4_000));
+    here.log.watch(late, &mut here.news);
+    assert_eq!(here.log.full(), reason.as_deref());
+}
+
 #[tokio::test]
 async fn damaged_logs_are_set_aside() {
     let folder = TempDir::new().expect("a folder");
