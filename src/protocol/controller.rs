@@ -379,11 +379,19 @@ impl Controller {
         match swapped {
             Swapped::Done(committed) | Swapped::Conflict(Some(committed)) => {
                 let ours = committed.record == **new;
+                let moved_on = committed.record.version() > self.claim.base;
+                if !ours && !moved_on {
+                    // The answer to an earlier claim, from a slow keeper: what it tells is what this
+                    // claim rests on. To ask for this one twice does no harm.
+                    *again_at = core.now.plus(core.config.timing.retry);
+                }
                 core.learn(committed);
                 if ours {
                     self.won(core)
-                } else {
+                } else if moved_on || core.mutated(Mutation::EarlierAnswer) {
                     self.give_up(core, "the record has moved on")
+                } else {
+                    Turn::Stay
                 }
             }
             Swapped::Conflict(None) => self.give_up(core, "the keeper does not know the VM"),

@@ -126,7 +126,7 @@ pub(super) struct Core {
     failed_at: LogIndex,
     /// How often the VMM has failed here without having come beyond that place.
     failures: u32,
-    /// When somebody last ran the guest, or was said to, as far as this host knows.
+    /// When somebody last ran the guest, or was said to, as far as this host knows; in time awake.
     run_at: Time,
     /// An operator has been told what it takes since then.
     pub(super) waiting_said: bool,
@@ -140,6 +140,7 @@ pub(super) struct Core {
 impl Core {
     pub(super) fn new(config: Config, restored: Restored, now: Time) -> Self {
         let attention = Attention::new(now, &config.timing);
+        let awake = attention.awake();
         let Restored {
             durable,
             log,
@@ -190,7 +191,7 @@ impl Core {
             unfit_before: LogIndex::START,
             failed_at: LogIndex::START,
             failures: 0,
-            run_at: now,
+            run_at: awake,
             waiting_said: false,
             stumble: None,
             highest: highest.max(log.term),

@@ -122,7 +122,7 @@ impl World {
         );
     }
 
-    fn keeper_answers(
+    pub(super) fn keeper_answers(
         &mut self,
         seat: SeatId,
         ask: Ask,

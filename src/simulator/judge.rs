@@ -11,6 +11,7 @@ use super::facts::{Fact, HostView};
 use super::ids::{SeatId, VMS};
 use super::queue::SECOND;
 use super::seat::Seat;
+use super::witness::Ask;
 use super::world::{Event, World};
 use crate::protocol::{Input, Operator, Record, RoleName};
 
@@ -101,7 +102,7 @@ impl World {
         if self.needs_help(vm, &record)
             && let Some(best) = self.best_log(vm)
         {
-            self.accept_loss_on(best);
+            self.accept_loss_on(best, &record);
         }
     }
 
@@ -130,8 +131,19 @@ impl World {
         best.map(|host| SeatId { vm, host })
     }
 
-    fn accept_loss_on(&mut self, best: SeatId) {
+    fn accept_loss_on(&mut self, best: SeatId, record: &Record) {
         if self.mend(best.host) || !self.told(best.vm, ACCEPT_LOSS) {
+            return;
+        }
+        // Only hosts that the record names take such an order. The command line names this one first.
+        let name = &self.hosts[best.host].name;
+        if !record.concerns(name) {
+            let ask = Ask::Swap {
+                expect: Some(record.version()),
+                new: Box::new(record.wanted_on(name)),
+                seen: None,
+            };
+            self.keeper_answers(best, ask, self.now, None);
             return;
         }
         let here = &mut self.seats[best];

@@ -6,6 +6,7 @@ use super::*;
 use crate::agent::certs::Name;
 use crate::agent::certs::authority::Authority;
 use crate::agent::journal::Incident;
+use crate::config::Config;
 
 fn lost(count: u64) -> Incident {
     Incident::LinesLost {

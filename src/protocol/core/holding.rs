@@ -159,13 +159,13 @@ impl Core {
 
     /// Somebody runs the guest.
     pub(in crate::protocol) fn somebody_runs_it(&mut self) {
-        self.run_at = self.now;
+        self.run_at = self.awake();
         self.waiting_said = false;
     }
 
     /// For how long nobody has, as far as this host knows.
     pub(in crate::protocol) fn nobody_for(&self) -> Span {
-        self.now.since(self.run_at)
+        self.awake().since(self.run_at)
     }
 
     /// Whether an earlier promise forbids to promise this.

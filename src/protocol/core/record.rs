@@ -33,7 +33,7 @@ impl Core {
         self.highest = self.highest.max(record.term);
         if record.term > self.version().term {
             self.stumble = None;
-            self.run_at = self.now;
+            self.run_at = self.awake();
             self.waiting_said = false;
             // What a log was to be deleted for may be gone before that is done.
             if self.renewal == Some(Rest::Delete) && self.log.appended.index > LogIndex::START {

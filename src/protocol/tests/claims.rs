@@ -1,6 +1,7 @@
 //! Claims: their outcome is waited for, those that are given up cost nobody anything, and no copy
 //! that is alive is left out.
 
+use super::trio::by_keeper;
 use super::*;
 
 fn claims(trio: &mut Trio, host: &str) -> usize {
@@ -22,6 +23,25 @@ fn a_slow_keeper_delays_a_promotion_and_does_not_prevent_it() {
         assert!(trio.host("b").live_at.is_some(), "{slow} ms");
         assert_eq!(trio.record().term, Term(2), "no term was wasted");
     }
+}
+
+/// A keeper that is slow answers an earlier claim when the next one is under way: that the record was not
+/// as that one expected is no news, and no reason to claim a third time.
+#[test]
+fn the_answer_to_an_earlier_claim_ends_no_later_one() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(2);
+    let base = by_keeper(trio.record().clone());
+    trio.keeper_takes = Span::from_millis(800);
+    trio.host("a").cut_off = true;
+    // Asked for the record first, then to change it.
+    trio.pass(1_300);
+    assert_eq!(claims(&mut trio, "b"), 1);
+    let answer = Swapped::Conflict(Some(base));
+    trio.input(&name("b"), Input::RecordSwapped(answer));
+    trio.pass(1_500);
+    assert_eq!(claims(&mut trio, "b"), 1, "{:?}", trio.host("b").journal());
+    assert!(trio.host("b").live_at.is_some());
 }
 
 #[test]

@@ -55,6 +55,18 @@ fn a_primary_that_hears_nothing_removes_nobody() {
     assert!(flows_within(&mut trio, 500));
 }
 
+/// Its silence is its own: how long nobody has run the guest counts in time in which it could hear.
+#[test]
+fn a_host_that_stood_still_does_not_call_for_an_operator() {
+    let mut trio = Trio::paired(START);
+    trio.host("b").cut_off = true;
+    trio.pass(8_000);
+    trio.host("b").cut_off = false;
+    trio.pass(5);
+    let said = trio.host("b").journal();
+    assert!(!said.contains(&"waiting"), "{said:?}");
+}
+
 /// min-copies keeps a member that is dead; another host can be added all the same.
 #[test]
 fn a_dead_member_that_has_to_stay_does_not_keep_others_out() {
