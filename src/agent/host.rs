@@ -32,6 +32,7 @@ use super::lock::{FolderLock, LockFolderError};
 use super::metrics::{self, ServeMetricsError};
 use super::operator::{self, Answer, Asked, HostStatus};
 use super::thread::on_own_thread;
+use super::vm_process::Starter;
 use super::witness::client::WitnessClient;
 use super::witness::reporter::{self, Opening, Reports};
 use crate::config::{Config, ConfigError};
@@ -268,7 +269,7 @@ impl Agent {
         endpoint: &Endpoint,
         verifier: Verifier,
         wishes: mpsc::Sender<Wish>,
-    ) -> Result<(Self, mpsc::Receiver<LinkEvent<HostMessage>>), OpenJournalError> {
+    ) -> Result<(Self, mpsc::Receiver<LinkEvent<HostMessage>>), AgentError> {
         let host = HostName::from(&config.name);
         let journal = Arc::new(Journal::open(&config.data.join("journal"), host.clone())?);
         let version = env!("CARGO_PKG_VERSION").to_owned();
@@ -285,6 +286,7 @@ impl Agent {
             .map(|peer| WitnessClient::new(endpoint, peer));
         let env = Arc::new(Surroundings {
             vmm_binary: vmm_binary.or_else(|| config.vmm_binary.clone()),
+            starter: Starter::new()?,
             memory: Budget::new(config.limits.guest_memory),
             space: super::space::SpaceFigures::default(),
             config,

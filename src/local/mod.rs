@@ -16,7 +16,7 @@ use vmm::host::{Output, OutputKind};
 use vmm::tape::Ending;
 
 use crate::agent::vm_process::{
-    DiskSetup, FromVm, IpcError, SpawnError, Start, StartAs, ToVm, VmProcess,
+    DiskSetup, FromVm, IpcError, SpawnError, Spawned, Start, StartAs, ToVm, VmProcess, begin_with,
 };
 use crate::gateway::stack::StackConfig;
 use crate::gateway::{Gateway, GatewayConfig, GatewayError, LocalGateway, Publish};
@@ -140,10 +140,8 @@ impl LocalMachine {
             header,
             start_as,
         };
-        let process = match &run.vmm_binary {
-            Some(binary) => VmProcess::spawn_from(binary, start)?,
-            None => VmProcess::spawn(start)?,
-        };
+        let spawned = Spawned::new(run.vmm_binary.as_deref(), begin_with(start)?)?;
+        let process = VmProcess::begin(spawned)?;
         let (to_vmm, from_gateway) = mpsc::channel(FRAMES_WAITING);
         let (to_gateway, from_vmm) = mpsc::channel(FRAMES_WAITING);
         let addresses = gateway.as_ref().map(Gateway::addresses).unwrap_or_default();

@@ -1,6 +1,5 @@
 //! The driver's hands: the protocol's actions are carried out, in their order.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,11 +7,10 @@ use replay_log::{FrameNumber, Header, LogIndex, Position, Term};
 use vmm::host::OutputKind;
 use vmm::outbox::Outbox;
 
-use super::Surroundings;
 use super::gather::Gather;
-use super::guest::{Guest, GuestError, Parts};
-use super::home::{Home, HomeError};
+use super::guest::{Guest, GuestError};
 use super::keeper::LogKeeper;
+use super::parts::{self, Parts};
 use super::reaper;
 use super::{Back, CHORES, Failure, HostMessage, VmDriver};
 use crate::agent::clock::now;
@@ -23,7 +21,7 @@ use crate::agent::vm_process::ToVm;
 use crate::gateway::frames::Boot;
 use crate::protocol::{
     Action, Durable, Event, HostName, Input, LogFull, Message, Record, RoleName, Seen, Version,
-    VmName, VmRun,
+    VmRun,
 };
 use crate::sentence::sentence;
 
@@ -397,9 +395,7 @@ impl VmDriver {
                     // The run before may still write to the same files.
                     reaper.all_gone(reaper::PATIENCE).await?;
                 }
-                let ready = move || replica_parts(&home, &env, header);
-                // Heartbeats do not wait for a disk, nor for the hash of an image.
-                blocking(ready).await
+                parts::of_replica(home, env, header).await
             };
             let _ = back.send(Back::Parts(run, false, parts.await));
         });
@@ -414,7 +410,7 @@ impl VmDriver {
             let parts = async {
                 // The run before may still write to the disks that this one boots from, or removes.
                 reaper.all_gone(reaper::PATIENCE).await?;
-                blocking(move || boot_parts(&home, &env, &vm, term, cold)).await
+                parts::to_boot(home, env, vm, term, cold).await
             };
             let _ = back.send(Back::Parts(run, true, parts.await));
         });
@@ -426,20 +422,20 @@ impl VmDriver {
             // The node wants another run by now, or none.
             return;
         }
-        let parts = match parts.map(|parts| (Guest::take_memory(&parts, &self.env.memory), parts)) {
-            Ok((Err(GuestError::Memory(_)), parts)) if self.reaper.waits() => {
-                // Its predecessor has the memory yet.
-                return self.start_when_reaped(run, boots, parts);
-            }
-            Ok((Ok(memory), parts)) => Ok((memory, parts)),
-            Ok((Err(error), _)) => Err(sentence(&error)),
-            Err(reason) => Err(reason),
-        };
+        let parts =
+            match parts.map(|parts| (Guest::take_memory(&parts.header, &self.env.memory), parts)) {
+                Ok((Err(GuestError::Memory(_)), parts)) if self.reaper.waits() => {
+                    // Its predecessor has the memory yet.
+                    return self.start_when_reaped(run, boots, parts);
+                }
+                Ok((Ok(memory), parts)) => Ok((memory, parts)),
+                Ok((Err(error), _)) => Err(sentence(&error)),
+                Err(reason) => Err(reason),
+            };
         self.awaiting_parts = None;
         let started = parts.and_then(|(memory, parts)| {
-            let header = parts.header.clone();
-            let guest = Guest::start(run, parts, boots, memory);
-            Ok((header, guest.map_err(|error| sentence(&error))?))
+            let guest = Guest::start(run, parts.process, boots, memory);
+            Ok((parts.header, guest.map_err(|error| sentence(&error))?))
         });
         match started {
             Ok((header, guest)) => {
@@ -567,55 +563,5 @@ impl VmDriver {
             RoleName::Primary | RoleName::GoingLive | RoleName::HandingOver
         );
         reigns && chosen == Some(LogFull::Unprotected)
-    }
-}
-
-/// What a replica starts from: the header of the log and what it names, the disks as they were then.
-/// Blocks.
-fn replica_parts(home: &Home, env: &Surroundings, header: Header) -> Result<Parts, HomeError> {
-    let image = env.library.image(header.image)?.boot();
-    let disks = home.replica_disks(&header)?;
-    home.keep_header(&header)?;
-    Ok(Parts {
-        header,
-        image,
-        disks,
-        binary: env.vmm_binary.clone(),
-    })
-}
-
-/// What a machine boots from: the image, and fresh or left-over disks. Blocks.
-fn boot_parts(
-    home: &Home,
-    env: &Surroundings,
-    vm: &VmName,
-    term: Term,
-    cold: bool,
-) -> Result<Parts, HomeError> {
-    let image = home.image(&env.library)?;
-    let bases = if cold {
-        home.seal_disks()?
-    } else {
-        home.image_disks(&image)?
-    };
-    let header = super::home::new_header(&image, &bases, term)?;
-    home.keep_header(&header)?;
-    let tell = |folder: &Path| env.journal.write(Some(vm), Incident::set_aside(folder));
-    Ok(Parts {
-        disks: home.boot_disks(&header, cold, tell)?,
-        header,
-        image: image.boot(),
-        binary: env.vmm_binary.clone(),
-    })
-}
-
-/// Does what waits for a disk on a thread that may.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, HomeError> + Send + 'static,
-) -> Result<T, String> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done.map_err(|error| sentence(&error)),
-        // Only a runtime that ends lets it go.
-        Err(ended) => Err(ended.to_string()),
     }
 }

@@ -2,12 +2,10 @@
 //! fed with the log, told to go live, ended.
 
 use std::io;
-use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use replay_log::{FrameSource, Header, LogIndex, LogTip, Position, Term};
 use thiserror::Error;
-use vmm::boot::BootImage;
 use vmm::config::MachineConfig;
 use vmm::tape::Ending;
 
@@ -15,8 +13,7 @@ use super::keeper::{Cursor, LogKeeper};
 use crate::agent::budget::{Budget, OverBudget, Taken};
 use crate::agent::clock::now;
 use crate::agent::vm_process::{
-    DiskSetup, FromVm, IpcError, SpawnError, Start, StartAs, Starved, ToVm, Verdict, VmProcess,
-    Watch,
+    FromVm, IpcError, Spawned, Starved, ToVm, Verdict, VmProcess, Watch,
 };
 use crate::protocol::{Span, Time, VmRun};
 use crate::sentence::sentence;
@@ -51,9 +48,6 @@ pub enum GuestError {
     /// It does not fit.
     #[error(transparent)]
     Memory(#[from] OverBudget),
-    /// No process.
-    #[error(transparent)]
-    Spawn(#[from] SpawnError),
     /// The process does not listen.
     #[error(transparent)]
     Ipc(#[from] IpcError),
@@ -107,41 +101,22 @@ impl Dying {
     }
 }
 
-/// What a guest is started from.
-pub struct Parts {
-    /// Which machine.
-    pub header: Header,
-    /// What it boots from.
-    pub image: BootImage,
-    /// Its disks on this host.
-    pub disks: Vec<DiskSetup>,
-    /// The program to start; `None`: this program's own file.
-    pub binary: Option<PathBuf>,
-}
-
 impl Guest {
     /// Takes the memory that a guest needs.
-    pub fn take_memory(parts: &Parts, budget: &Budget) -> Result<Taken, GuestError> {
-        let machine = MachineConfig::from_bytes(&parts.header.config)?;
+    pub fn take_memory(header: &Header, budget: &Budget) -> Result<Taken, GuestError> {
+        let machine = MachineConfig::from_bytes(&header.config)?;
         Ok(budget.take(machine.memory)?)
     }
 
-    /// Starts a process that records from power-on (`boots`), or replays from the log's beginning.
-    pub fn start(run: VmRun, parts: Parts, boots: bool, memory: Taken) -> Result<Self, GuestError> {
-        let start = Start {
-            header: parts.header,
-            image: parts.image,
-            disks: parts.disks,
-            start_as: if boots {
-                StartAs::Primary
-            } else {
-                StartAs::Replica
-            },
-        };
-        let process = match &parts.binary {
-            Some(binary) => VmProcess::spawn_from(Path::new(binary), start)?,
-            None => VmProcess::spawn(start)?,
-        };
+    /// Has a process record from power-on (`boots`), or replay from the log's beginning, as it was
+    /// prepared for.
+    pub fn start(
+        run: VmRun,
+        spawned: Spawned,
+        boots: bool,
+        memory: Taken,
+    ) -> Result<Self, GuestError> {
+        let process = VmProcess::begin(spawned)?;
         Ok(Self {
             run,
             process,

@@ -17,6 +17,7 @@ mod guest;
 mod hear;
 mod home;
 mod keeper;
+mod parts;
 mod reaper;
 mod status;
 mod streams;
@@ -41,7 +42,7 @@ use crate::agent::introduction::Introduction;
 use crate::agent::journal::{Incident, Journal};
 use crate::agent::link::Link;
 use crate::agent::operator::{VmAnswer, VmQuestion};
-use crate::agent::vm_process::FromVm;
+use crate::agent::vm_process::{FromVm, Starter};
 use crate::agent::witness::client::WitnessClient;
 use crate::agent::witness::reporter::Reports;
 use crate::config::Config;
@@ -126,6 +127,8 @@ pub struct Surroundings {
     pub library: crate::agent::library::Library,
     /// The program that is a VMM process; `None`: this program itself.
     pub vmm_binary: Option<PathBuf>,
+    /// Where VMM processes are started.
+    pub starter: Starter,
 }
 
 /// What reaches a driver from the agent.
@@ -143,7 +146,7 @@ enum Back {
     Input(Input),
     /// What came of making something durable.
     Persist(protocol::Durable, Result<(), String>),
-    Parts(crate::protocol::VmRun, bool, Result<guest::Parts, String>),
+    Parts(crate::protocol::VmRun, bool, Result<parts::Parts, String>),
     /// What the console was to write is written.
     Console,
 }

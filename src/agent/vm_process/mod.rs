@@ -9,6 +9,7 @@ mod host;
 pub mod ipc;
 mod prompter;
 mod pulse;
+mod starter;
 mod watch;
 
 use std::io::{self, ErrorKind, Read as _, Write as _};
@@ -18,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use thiserror::Error;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -30,6 +31,7 @@ use crate::agent::listen::listen;
 
 pub use disks::{DiskSetupError, open_disks};
 pub use ipc::{DiskSetup, FailureKind, FromVm, IpcError, Start, StartAs, ToVm};
+pub use starter::Starter;
 pub use watch::{Starved, Verdict, Watch};
 
 /// How much of what a process says is read at once, in bytes.
@@ -52,6 +54,55 @@ pub enum SpawnError {
     /// The first message cannot be sent.
     #[error(transparent)]
     Ipc(#[from] IpcError),
+    /// The agent ends.
+    #[error("no VMM process is started any more: the agent ends")]
+    NoStarter,
+}
+
+/// A VMM process that has been started and told nothing yet. Dropping it kills the process.
+pub struct Spawned {
+    child: Child,
+    stream: UnixStream,
+    start: Vec<u8>,
+}
+
+/// What a process is told first, as it is sent. May be long: an image is part of it.
+pub fn begin_with(start: Start) -> Result<Vec<u8>, IpcError> {
+    ipc::encode(&ToVm::Start(Box::new(start)), Vec::new())
+}
+
+impl Spawned {
+    /// Starts a process from this file, of the same build, or from this program's own. Blocks until
+    /// the kernel has read its beginning.
+    ///
+    /// Call it on a thread that lives as long as the machine: the kernel ends the process with the
+    /// *thread* that started it.
+    pub fn new(binary: Option<&Path>, start: Vec<u8>) -> Result<Self, SpawnError> {
+        let failed = |binary: &Path, source| SpawnError::Spawn {
+            binary: binary.to_owned(),
+            source,
+        };
+        let own = Path::new("/proc/self/exe");
+        let binary = match binary {
+            Some(binary) => binary.to_owned(),
+            None => std::env::current_exe().map_err(|source| failed(own, source))?,
+        };
+        let failed = |source| failed(&binary, source);
+        let (stream, theirs) = UnixStream::pair().map_err(failed)?;
+        stream.set_nonblocking(true).map_err(failed)?;
+        let child = Command::new(&binary)
+            .arg(SUBCOMMAND)
+            .arg(std::process::id().to_string())
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(failed)?;
+        Ok(Self {
+            child,
+            stream,
+            start,
+        })
+    }
 }
 
 /// A running VMM process. Dropping it kills the process.
@@ -86,36 +137,16 @@ struct Out {
 }
 
 impl VmProcess {
-    /// Starts a VMM process from this program's own file.
-    ///
-    /// Call it on a thread that lives as long as the machine: the kernel ends the process with the
-    /// *thread* that started it.
-    pub fn spawn(start: Start) -> Result<Self, SpawnError> {
-        let binary = std::env::current_exe().map_err(|source| SpawnError::Spawn {
-            binary: PathBuf::from("/proc/self/exe"),
-            source,
-        })?;
-        Self::spawn_from(&binary, start)
-    }
-
-    /// The same from another file of the same build (tests are not the program).
-    pub fn spawn_from(binary: &Path, start: Start) -> Result<Self, SpawnError> {
-        let failed = |source| SpawnError::Spawn {
-            binary: binary.to_owned(),
-            source,
-        };
-        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
-        ours.set_nonblocking(true).map_err(failed)?;
-        let child = Command::new(binary)
-            .arg(SUBCOMMAND)
-            .arg(std::process::id().to_string())
-            .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(failed)?;
+    /// Tells a process that has been started how to begin, without waiting for it.
+    pub fn begin(spawned: Spawned) -> Result<Self, IpcError> {
+        let Spawned {
+            child,
+            stream,
+            start,
+        } = spawned;
         let out = Out {
-            stream: ours.try_clone().map_err(failed)?,
-            queue: BytesMut::new(),
+            stream: stream.try_clone()?,
+            queue: Bytes::from(start).into(),
             blocked: false,
             broken: false,
         };
@@ -125,11 +156,10 @@ impl VmProcess {
         });
         let writer = tokio::spawn(write_queued(Arc::clone(&shared)));
         let sender = VmSender { shared };
-        sender.send(&ToVm::Start(Box::new(start)))?;
         sender.flush()?;
         Ok(Self {
             child,
-            reader: listen(ours, Interest::READABLE).map_err(failed)?,
+            reader: listen(stream, Interest::READABLE)?,
             read: vec![0; READ_AT_ONCE].into(),
             input: BytesMut::with_capacity(READ_AT_ONCE),
             sender,
