@@ -388,7 +388,7 @@ impl Controller {
                 core.learn(committed);
                 if ours {
                     self.won(core)
-                } else if moved_on || core.mutated(Mutation::EarlierAnswer) {
+                } else if moved_on {
                     self.give_up(core, "the record has moved on")
                 } else {
                     Turn::Stay

@@ -22,8 +22,6 @@ pub enum Mutation {
     FullTakesMore,
     /// A claim that is given up is not renounced, and one is given up while its outcome is unknown.
     ClaimAbandoned,
-    /// A claimant takes the keeper's answer to an earlier claim for the answer to its present one.
-    EarlierAnswer,
     /// A host believes whoever says that it reigns, and seals for whoever asks.
     StrangersHeard,
     /// A member that answers and stores nothing is not lost.
@@ -44,7 +42,7 @@ pub enum Mutation {
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 16] = [
         Self::NoSeal,
         Self::LocalEviction,
         Self::Amnesia,
@@ -53,7 +51,6 @@ impl Mutation {
         Self::PutBackBelieved,
         Self::FullTakesMore,
         Self::ClaimAbandoned,
-        Self::EarlierAnswer,
         Self::StrangersHeard,
         Self::SilenceOnly,
         Self::DeafPrimary,
@@ -75,7 +72,6 @@ impl Mutation {
             Self::PutBackBelieved => "put-back-believed",
             Self::FullTakesMore => "full-takes-more",
             Self::ClaimAbandoned => "claim-abandoned",
-            Self::EarlierAnswer => "earlier-answer",
             Self::StrangersHeard => "strangers-heard",
             Self::SilenceOnly => "silence-only",
             Self::DeafPrimary => "deaf-primary",

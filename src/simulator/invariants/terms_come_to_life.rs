@@ -7,7 +7,7 @@ use super::super::facts::{Fact, Invariant, View};
 
 /// So many terms may be committed in a row without a guest that runs: a new primary may find that
 /// its VMM cannot go on.
-const COMMITTED: u32 = 2;
+const COMMITTED: u32 = 4;
 /// So many terms may be claimed in a row.
 const CLAIMED: u32 = 40;
 
