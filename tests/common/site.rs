@@ -21,6 +21,8 @@ pub const LOOK_EVERY: Duration = Duration::from_millis(200);
 const REST: u32 = 4;
 pub const HOSTS: [&str; 3] = ["h1", "h2", "h3"];
 pub const MACHINE: &str = "10.88.0.254";
+/// The disk of a guest that [`Site::put_image`] makes.
+const DISK: &str = "8 MiB";
 /// Where a host has its images.
 const IMAGES: &str = "/data/config/data/images";
 
@@ -85,11 +87,14 @@ impl Site {
             .expect("it starts");
     }
 
-    /// Puts another image beside the first one, whose guest runs this command.
+    /// Puts another image beside the first one, whose guest runs this command. Its disk is small: what
+    /// fills it passes through emulated hosts.
     #[allow(dead_code, reason = "not every test has a use for it")]
     pub fn put_image(&self, name: &str, command: &str) {
         let manifest = self.folder.path().join("manifest.toml");
-        std::fs::write(&manifest, told(&self.manifest, command)).expect("written");
+        let (before, after) = self.manifest.split_once("64 MiB").expect("a disk");
+        let small = format!("{before}{DISK}{after}");
+        std::fs::write(&manifest, told(&small, command)).expect("written");
         let folder = format!("{IMAGES}/{name}");
         for host in HOSTS.map(|name| host(&self.lab, name)) {
             run(&host, &["mkdir", "-p", &folder]);

@@ -39,6 +39,11 @@ const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(250);
 /// QUIC's own acknowledgements: after so many packets, or after so long.
 const ACKNOWLEDGE_AFTER: u32 = 16;
 const ACKNOWLEDGE_WITHIN: Duration = Duration::from_millis(5);
+/// Between hosts that exchange heartbeats: a little longer than from one (20 ms) to the next, which
+/// carries the acknowledgement of the last one's answer. A packet of its own for it was half of what a
+/// primary sends to a replica of an idle guest. What is lost is noticed no later: the next heartbeat is
+/// acknowledged, and what was sent before it is not.
+const LANES_ACKNOWLEDGE_WITHIN: Duration = Duration::from_millis(25);
 /// The guess before the first measurement; the first retransmission of a handshake comes after
 /// three times this.
 const FIRST_RTT_GUESS: Duration = Duration::from_millis(50);
@@ -238,7 +243,7 @@ impl Endpoint {
     /// connections.
     pub fn bind(credentials: &Credentials, address: SocketAddr) -> Result<Self, BindError> {
         let mut server = ServerConfig::with_crypto(Arc::new(tls::server(credentials)?));
-        server.transport_config(transport());
+        server.transport_config(transport(LANES_ACKNOWLEDGE_WITHIN));
         server.migration(false);
         let failed = |source| BindError::Socket { address, source };
         let tags = Tags::fresh().map_err(failed)?;
@@ -247,6 +252,8 @@ impl Endpoint {
         let (apart, inlet) = match apart {
             None => (None, None),
             Some(sockets) => {
+                let mut server = server.clone();
+                server.transport_config(transport(ACKNOWLEDGE_WITHIN));
                 let (apart, inlet) =
                     Apart::open(sockets, tags, credentials, &server, &acceptor).map_err(failed)?;
                 (Some(apart), Some(inlet))
@@ -291,12 +298,13 @@ impl Endpoint {
         acceptor: Arc<Acceptor>,
         apart: Option<Apart>,
     ) -> Result<Self, BindError> {
-        let client = |purpose| -> Result<ClientConfig, TlsError> {
+        let client = |purpose, acknowledge_within| -> Result<ClientConfig, TlsError> {
             let mut config = ClientConfig::new(Arc::new(tls::client(credentials, purpose)?));
-            config.transport_config(transport());
+            config.transport_config(transport(acknowledge_within));
             Ok(config)
         };
-        let (lanes_client, services_client) = (client(Purpose::Lanes)?, client(Purpose::Services)?);
+        let lanes_client = client(Purpose::Lanes, LANES_ACKNOWLEDGE_WITHIN)?;
+        let services_client = client(Purpose::Services, ACKNOWLEDGE_WITHIN)?;
         let shared = Arc::new(Shared {
             identity: credentials.identity.clone(),
             socket,
@@ -454,7 +462,8 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn transport() -> Arc<TransportConfig> {
+/// `acknowledge_within` is what the peer is asked for.
+fn transport(acknowledge_within: Duration) -> Arc<TransportConfig> {
     let mut cubic = CubicConfig::default();
     cubic.initial_window(FIRST_WINDOW);
     let mut mtu = MtuDiscoveryConfig::default();
@@ -465,7 +474,7 @@ fn transport() -> Arc<TransportConfig> {
     let mut acknowledgements = AckFrequencyConfig::default();
     acknowledgements
         .ack_eliciting_threshold(VarInt::from_u32(ACKNOWLEDGE_AFTER))
-        .max_ack_delay(Some(ACKNOWLEDGE_WITHIN));
+        .max_ack_delay(Some(acknowledge_within));
     let mut transport = TransportConfig::default();
     transport
         .ack_frequency_config(Some(acknowledgements))
