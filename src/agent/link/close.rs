@@ -99,6 +99,25 @@ impl CloseReason {
         connection.close(self.code(), self.word().as_bytes());
     }
 
+    /// Whether the same attempt may succeed a moment later, without anybody changing anything. A process
+    /// that has just begun serves nothing yet.
+    pub const fn may_pass(self) -> bool {
+        match self {
+            Self::Done
+            | Self::Replaced
+            | Self::QueueFull
+            | Self::Silent
+            | Self::NoService
+            | Self::TooMany => true,
+            Self::UnknownPeer
+            | Self::WrongRole
+            | Self::WrongName
+            | Self::WrongVersion
+            | Self::Garbage
+            | Self::TooLong => false,
+        }
+    }
+
     /// The number as QUIC wants it.
     pub fn code(self) -> VarInt {
         VarInt::from_u32(self.number())
@@ -111,7 +130,7 @@ impl fmt::Display for CloseReason {
     }
 }
 
-/// How a connection ended, seen from here.
+/// How a connection or a stream ended, seen from here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ended {
     /// We closed it.
@@ -139,6 +158,23 @@ impl Ended {
             Self::Other(_) => "transport",
         }
     }
+
+    /// Whether the same attempt may succeed a moment later.
+    pub const fn may_pass(&self) -> bool {
+        match self {
+            Self::ByUs(reason) | Self::ByPeer(reason) => reason.may_pass(),
+            Self::Certificate => false,
+            Self::TimedOut | Self::Reset | Self::Other(_) => true,
+        }
+    }
+
+    /// With this number the peer closed the connection, or its end of a stream.
+    fn by_peer(number: VarInt) -> Self {
+        match CloseReason::from_number(number.into_inner()) {
+            Some(reason) => Self::ByPeer(reason),
+            None => Self::Other(format!("closed by the peer with {number}")),
+        }
+    }
 }
 
 impl fmt::Display for Ended {
@@ -162,16 +198,31 @@ impl From<&quinn::ConnectionError> for Ended {
         use quinn::ConnectionError as E;
         let crypto = |code: quinn::TransportErrorCode| CRYPTO_ERRORS.contains(&u64::from(code));
         match error {
-            E::ApplicationClosed(close) => {
-                match CloseReason::from_number(close.error_code.into_inner()) {
-                    Some(reason) => Self::ByPeer(reason),
-                    None => Self::Other(format!("closed by the peer with {}", close.error_code)),
-                }
-            }
+            E::ApplicationClosed(close) => Self::by_peer(close.error_code),
             E::TransportError(error) if crypto(error.code) => Self::Certificate,
             E::ConnectionClosed(close) if crypto(close.error_code) => Self::Certificate,
             E::TimedOut => Self::TimedOut,
             E::Reset => Self::Reset,
+            other => Self::Other(other.to_string()),
+        }
+    }
+}
+
+impl From<quinn::ReadError> for Ended {
+    fn from(error: quinn::ReadError) -> Self {
+        match error {
+            quinn::ReadError::Reset(number) => Self::by_peer(number),
+            quinn::ReadError::ConnectionLost(error) => Self::from(&error),
+            other => Self::Other(other.to_string()),
+        }
+    }
+}
+
+impl From<quinn::WriteError> for Ended {
+    fn from(error: quinn::WriteError) -> Self {
+        match error {
+            quinn::WriteError::Stopped(number) => Self::by_peer(number),
+            quinn::WriteError::ConnectionLost(error) => Self::from(&error),
             other => Self::Other(other.to_string()),
         }
     }

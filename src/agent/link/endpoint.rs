@@ -230,6 +230,17 @@ pub enum DialError {
     },
 }
 
+impl DialError {
+    /// Whether the same peer may be reached a moment later, without anybody changing anything.
+    pub const fn may_pass(&self) -> bool {
+        match self {
+            Self::NoAnswer { .. } => true,
+            Self::Refused { ended, .. } => ended.may_pass(),
+            Self::Lookup { .. } | Self::Undialable { .. } => false,
+        }
+    }
+}
+
 /// What came of dialling one address.
 #[derive(Debug)]
 pub(super) enum Attempt {

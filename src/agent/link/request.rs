@@ -47,8 +47,8 @@ pub enum RequestError {
     Refused {
         /// Who.
         peer: Identity,
-        /// With which reason, in words.
-        reason: String,
+        /// With which reason.
+        reason: Ended,
     },
     /// No answer in time.
     #[error("{peer} did not answer within {} ms: see whether it is overloaded or cut off", after.as_millis())]
@@ -75,8 +75,9 @@ impl RequestError {
     /// Whether the same request may be answered a moment later: the peer was silent, busy or cut off.
     pub const fn may_pass(&self) -> bool {
         match self {
-            Self::Refused { .. } | Self::TimedOut { .. } => true,
-            Self::Dial(error) => matches!(error, DialError::NoAnswer { .. }),
+            Self::Refused { reason, .. } => reason.may_pass(),
+            Self::TimedOut { .. } => true,
+            Self::Dial(error) => error.may_pass(),
             Self::Garbage { .. } | Self::TooLong(_) => false,
         }
     }
@@ -114,12 +115,12 @@ impl Channel {
     pub async fn open(&self, kind: StreamKind) -> Result<(SendStream, RecvStream), RequestError> {
         let connection = self.connection().await?;
         let opened = connection.open_bi().await;
-        let (mut send, recv) = opened.map_err(|error| self.refused(&error))?;
+        let (mut send, recv) = opened.map_err(|error| self.refused(Ended::from(&error)))?;
         // Fails only when the stream is gone, which the next write shows.
         let _ = send.set_priority(kind.priority());
         let first = [kind.byte()];
         let written = send.write_all(&first).await;
-        written.map_err(|error| self.refused(&error))?;
+        written.map_err(|error| self.refused(Ended::from(error)))?;
         Ok((send, recv))
     }
 
@@ -154,7 +155,7 @@ impl Channel {
         let question = frame::encode(question, CONTROL_MESSAGE_MAX)?;
         let (mut send, recv) = self.open(kind).await?;
         let written = send.write_chunk(question).await;
-        written.map_err(|error| self.refused(&error))?;
+        written.map_err(|error| self.refused(Ended::from(error)))?;
         Ok(Answers {
             peer: self.peer().clone(),
             reader: FrameReader::new(recv),
@@ -163,10 +164,10 @@ impl Channel {
         })
     }
 
-    fn refused(&self, error: &dyn std::fmt::Display) -> RequestError {
+    fn refused(&self, reason: Ended) -> RequestError {
         RequestError::Refused {
             peer: self.peer().clone(),
-            reason: error.to_string(),
+            reason,
         }
     }
 }
@@ -186,18 +187,9 @@ impl<A: DeserializeOwned> Answers<A> {
     pub async fn next(&mut self) -> Result<Option<A>, RequestError> {
         let read = self.reader.next(CONTROL_MESSAGE_MAX).await;
         read.map_err(|error| match error {
-            FrameError::Read(quinn::ReadError::Reset(code)) => RequestError::Refused {
-                peer: self.peer.clone(),
-                reason: CloseReason::from_number(code.into_inner())
-                    .map_or_else(|| format!("code {code}"), |reason| reason.to_string()),
-            },
-            FrameError::Read(quinn::ReadError::ConnectionLost(error)) => RequestError::Refused {
-                peer: self.peer.clone(),
-                reason: Ended::from(&error).to_string(),
-            },
             FrameError::Read(error) => RequestError::Refused {
                 peer: self.peer.clone(),
-                reason: error.to_string(),
+                reason: Ended::from(error),
             },
             _ => RequestError::Garbage {
                 peer: self.peer.clone(),

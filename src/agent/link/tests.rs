@@ -299,6 +299,11 @@ async fn a_foreign_cluster_is_refused_counted_and_disturbs_nobody() {
             ),
             "{dialled:?}"
         );
+        let error = dialled.expect_err("refused");
+        assert!(
+            !error.may_pass(),
+            "certificates do not change by themselves"
+        );
     }
     assert_eq!(stranger.counters().refused_certificates.get(), 2);
     let refused = &pair.endpoints[1].counters().refused_certificates;
@@ -471,18 +476,27 @@ async fn requests_are_answered_once_or_many_times_and_unserved_kinds_refused() {
     let refused = channel
         .request::<_, u32>(StreamKind::Bulk, &1u32, PATIENCE)
         .await;
+    let Err(refused) = refused else {
+        panic!("{refused:?}");
+    };
+    let no_service = Ended::ByPeer(CloseReason::NoService);
     assert!(
-        matches!(&refused, Err(RequestError::Refused { reason, .. }) if reason == "no-service"),
+        matches!(&refused, RequestError::Refused { reason, .. } if *reason == no_service),
         "{refused:?}"
     );
+    assert!(refused.may_pass(), "its process may have just begun");
     // A question that cannot be read costs the connection, and the next one makes another.
     let garbage = channel
         .request::<_, u32>(StreamKind::Operator, &"what?", PATIENCE)
         .await;
+    let Err(garbage) = garbage else {
+        panic!("{garbage:?}");
+    };
     assert!(
-        matches!(garbage, Err(RequestError::Refused { .. })),
+        matches!(garbage, RequestError::Refused { .. }),
         "{garbage:?}"
     );
+    assert!(!garbage.may_pass(), "the same is garbage at any time");
     let again: (String, u32) = channel
         .request(StreamKind::Operator, &1u32, PATIENCE)
         .await

@@ -24,12 +24,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::agent::certs::Identity;
 use crate::agent::durable;
+use crate::agent::space::Space;
 use crate::protocol::{Record, Seen, VmName};
 
 /// What is written at once, and where every part begins, in bytes.
 const BLOCK: u64 = 4096;
-/// The room of a file to begin with: some two hundred changes.
-const SLOT_MIN: u64 = 256 * BLOCK;
+/// The room of a file: a header, the entries and three changes of a witness with few VMs.
+const SLOT_MIN: u64 = 5 * BLOCK;
+/// Its room to begin with where the disk has plenty: some two hundred changes.
+const SLOT_GOOD: u64 = 256 * BLOCK;
+/// A disk has plenty when so many files of that size fit in.
+const PLENTY: u64 = 16;
 /// More than any file of ours: nothing longer is read.
 const SLOT_MAX: u64 = 1 << 30;
 /// What a file begins with; its last digit is the version of the format.
@@ -185,6 +190,11 @@ impl Store {
         store.rewrite(entries, &Entries::new()).map_err(failed)?;
         // Its blocks, too, have to be there when the disk is full.
         store.grow(1, SLOT_MIN).map_err(failed)?;
+        let room = Space::of(folder).map_err(|errno| failed(errno.into()))?;
+        let good = SLOT_GOOD.min(room.free / PLENTY);
+        for slot in [0, 1] {
+            store.grow(slot, good).map_err(failed)?;
+        }
         let names = File::open(folder).and_then(|folder| folder.sync_all());
         names.map_err(failed)?;
         Ok(store)

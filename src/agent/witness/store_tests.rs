@@ -3,6 +3,7 @@
 use std::fs;
 
 use super::*;
+use crate::agent::testing::{SmallDisk, skipped};
 use crate::agent::witness::testing::record;
 
 fn changes(epoch: u64) -> Entries {
@@ -48,7 +49,7 @@ fn what_was_appended_is_found_again_over_many_generations() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut kept = create(folder.path());
     // Three files' worth.
-    for epoch in 1..=3 * SLOT_MIN / BLOCK {
+    for epoch in 1..=3 * SLOT_GOOD / BLOCK {
         kept.append(epoch).expect("kept");
         if epoch % 101 == 0 {
             let before = kept.entries.clone();
@@ -61,7 +62,7 @@ fn what_was_appended_is_found_again_over_many_generations() {
     assert_eq!(kept.store.id(), 7);
     for name in NAMES {
         let length = fs::metadata(folder.path().join(name)).expect("there").len();
-        assert_eq!(length, SLOT_MIN, "{name} does not grow");
+        assert_eq!(length, SLOT_GOOD, "{name} does not grow");
     }
 }
 
@@ -141,10 +142,30 @@ fn a_full_disk_does_not_matter() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut kept = create(folder.path());
     kept.store.broken = Some(Broken::Full);
-    for epoch in 1..=3 * SLOT_MIN / BLOCK {
+    for epoch in 1..=3 * SLOT_GOOD / BLOCK {
         kept.append(epoch).expect("kept");
     }
     assert_eq!(reopen(folder.path()).entries, kept.entries);
+}
+
+/// A small partition is enough, and what else is written there takes nothing from the records.
+#[test]
+fn a_tiny_disk_that_others_fill_is_room_enough() {
+    let test = "a_tiny_disk_that_others_fill_is_room_enough";
+    let disk = match SmallDisk::mount("size=64k") {
+        Ok(disk) => disk,
+        Err(error) => return skipped(test, &format!("no disk can be mounted: {error}")),
+    };
+    let folder = disk.path().join("records");
+    fs::create_dir(&folder).expect("a folder");
+    let mut kept = create(&folder);
+    let fill = fs::write(disk.path().join("fill"), vec![1; 64 << 10]);
+    let full = fill.expect_err("there is not so much room").kind();
+    assert_eq!(full, io::ErrorKind::StorageFull);
+    for epoch in 1..=3 * SLOT_GOOD / BLOCK {
+        kept.append(epoch).expect("kept");
+    }
+    assert_eq!(reopen(&folder).entries, kept.entries);
 }
 
 #[test]
