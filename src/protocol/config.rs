@@ -160,6 +160,9 @@ pub struct Durable {
     pub acks: Acks,
     /// The promise to hear no older term.
     pub promise: Option<Claim>,
+    /// An earlier promise was to another claim on the same state of the record, and that one may come
+    /// through yet: this holding stays bound although [`Durable::promise`] is renounced.
+    pub bound_before: bool,
     /// The highest term that was claimed or reigned by, as far as this host knew.
     pub highest: Term,
     /// The last term by which the guest ran live here: whose disks this host has.

@@ -220,6 +220,7 @@ impl Primary {
 
     /// A host says what it holds: it is to have what it lacks.
     pub(super) fn greeted(&mut self, core: &mut Core, from: &HostName) {
+        self.ask_to_renounce(core, from);
         let Some(greeting) = core.peers.get(from).and_then(|peer| peer.greeting) else {
             return;
         };

@@ -203,7 +203,9 @@ impl Replica {
                 }
             }
             // What was asked for before came before, and was given up or never begun.
-            Message::TakeBack { claim } if claim.claimant == *core.host() => {
+            Message::TakeBack { claim }
+                if claim.claimant == *core.host() && !core.may_have_asked_for(&claim) =>
+            {
                 core.send(from, Message::Renounced { claim });
             }
             Message::Refused {

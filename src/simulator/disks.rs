@@ -10,12 +10,19 @@ use super::storage::{AGAIN, HUNG, LOOK, batch_at};
 use super::world::{Event, World};
 use crate::protocol::{Incarnation, Input, Message};
 
+/// A node hears so soon that its disk takes nothing more.
+const TELLS: Moment = 5 * MICRO;
+
 impl World {
     pub(super) fn append(&mut self, seat: SeatId, batch: &Batch) {
         let here = &mut self.seats[seat];
         if self.hosts[seat.host].drive.full > 0 || !here.storage.waiting.is_empty() {
             here.storage.waiting.push_back(batch.clone());
             self.takes_nothing(seat, "no space left on the device");
+            let storage = &mut self.seats[seat].storage;
+            if storage.told.is_some_and(|told| self.now <= told + TELLS) {
+                storage.early += batch.payload().len();
+            }
         } else if let Err(error) = here.store.append(batch) {
             let reason = error.to_string();
             self.plan_input(5 * MICRO, seat, Input::StoreFailed { reason });
@@ -48,6 +55,7 @@ impl World {
         let log = std::mem::take(&mut here.store);
         here.damaged = false;
         here.storage.waiting.clear();
+        here.storage.early = 0;
         here.storage.lied = None;
         here.streams.clear();
         here.tag = incarnation;
@@ -59,9 +67,11 @@ impl World {
 
     /// Says once that the disk takes nothing more.
     fn takes_nothing(&mut self, seat: SeatId, why: &str) {
-        if !std::mem::replace(&mut self.seats[seat].storage.told, true) {
+        let told = &mut self.seats[seat].storage.told;
+        if told.is_none() {
+            *told = Some(self.now);
             let reason = why.to_owned();
-            self.plan_input(5 * MICRO, seat, Input::StoreFull { reason });
+            self.plan_input(TELLS, seat, Input::StoreFull { reason });
         }
     }
 
@@ -69,8 +79,9 @@ impl World {
     fn has_room(&mut self, seat: SeatId) {
         let storage = &mut self.seats[seat].storage;
         let well = self.hosts[seat.host].drive.is_well();
-        if storage.told && well && storage.waiting.is_empty() {
-            storage.told = false;
+        if storage.told.is_some() && well && storage.waiting.is_empty() {
+            storage.told = None;
+            storage.early = 0;
             self.plan_input(50 * MICRO, seat, Input::StoreRoom);
         }
     }

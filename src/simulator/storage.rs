@@ -50,8 +50,10 @@ impl Drive {
 pub(super) struct Storage {
     /// What the disk had no room for, in order.
     pub(super) waiting: VecDeque<Batch>,
-    /// The node knows that the disk takes nothing.
-    pub(super) told: bool,
+    /// Since when the node is told that the disk takes nothing.
+    pub(super) told: Option<Moment>,
+    /// How many bytes of what waits came before it knew: as much as was on its way, up to a window.
+    pub(super) early: usize,
     /// Since when something waits for a disk that hangs.
     pub(super) since: Option<Moment>,
     /// Where the log ended that was synced, when the disk turned out to have lost some of it.
@@ -65,7 +67,8 @@ impl Storage {
     /// The process is another one: nothing of it waits any more.
     pub(super) fn begin(&mut self) {
         self.waiting.clear();
-        self.told = false;
+        self.told = None;
+        self.early = 0;
         self.since = None;
     }
 }

@@ -145,22 +145,29 @@ impl World {
             vm: seat.vm,
             host: target,
         };
-        let reached = lively && hears(seat.host, target);
-        self.seats[claimant].swapping || !(reached || keeper)
+        // In an earlier life it may have asked the keeper: it cannot renounce what it promised then.
+        let claimant = &self.seats[claimant];
+        let bound = claimant.durable.promise.as_ref();
+        let bound = bound.is_some_and(|own| {
+            own == promise || (own.base == promise.base && claimant.durable.bound_before)
+        });
+        let reached = lively && hears(seat.host, target) && !bound;
+        claimant.swapping || !(reached || keeper)
     }
 
     fn queues(&self, vm: usize) -> Vec<Queued> {
         let mut queues = Vec::new();
         for seat in self.seats.of_vm(vm) {
             let bytes = |batch: &Batch| batch.payload().len();
+            let waiting: usize = seat.storage.waiting.iter().map(bytes).sum();
             queues.push(Queued {
                 what: "files to be replaced",
                 len: seat.persisting.len(),
                 most: FILES,
             });
             queues.push(Queued {
-                what: "bytes of log for a disk without room",
-                len: seat.storage.waiting.iter().map(bytes).sum(),
+                what: "bytes of log for a disk that is known to have no room",
+                len: waiting.saturating_sub(seat.storage.early),
                 most: LOG,
             });
         }

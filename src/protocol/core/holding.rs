@@ -105,14 +105,24 @@ impl Core {
         }
     }
 
-    /// A claim binds nobody any more. (What its term was is remembered: no later claim has it.)
+    /// A claim binds nobody any more. (What its term was is remembered: no later claim has it.) Says
+    /// whether this host is free by that: it is not while it has promised itself to an earlier claim on
+    /// the same state of the record, too. Then only the record can free it, by moving on.
     pub(in crate::protocol) fn release_promise(&mut self, claim: &Claim) -> bool {
-        let bound = self.durable.promise.as_ref() == Some(claim);
-        if bound {
+        let free = self.durable.promise.as_ref() == Some(claim) && !self.durable.bound_before;
+        if free {
             self.durable.promise = None;
             self.persist();
         }
-        bound
+        free
+    }
+
+    /// Whether this host, in an earlier life, may have asked the keeper for a claim of its own: whoever
+    /// gives a claim up before that has released its promise.
+    pub(in crate::protocol) fn may_have_asked_for(&self, claim: &Claim) -> bool {
+        self.durable.promise.as_ref().is_some_and(|promise| {
+            promise == claim || (promise.base == claim.base && self.durable.bound_before)
+        })
     }
 
     /// Whether a promise forbids to hear somebody who reigns by this state of the record.
@@ -177,6 +187,10 @@ impl Core {
 
     pub(in crate::protocol) fn promise(&mut self, claim: Claim) {
         self.highest = self.highest.max(claim.term);
+        let before = self.durable.promise.as_ref();
+        self.durable.bound_before = before.is_some_and(|before| {
+            before.base == claim.base && (self.durable.bound_before || *before != claim)
+        });
         self.durable.promise = Some(claim);
         self.persist();
     }

@@ -211,19 +211,29 @@ impl Primary {
 
     /// Too late to simply go on: the target must renounce its claim, or the keeper confirm this reign.
     fn regret(&mut self, core: &mut Core) {
-        if let Phase::Handing {
-            to,
-            claim,
-            regretted,
-            ..
-        } = &mut self.phase
-        {
+        if let Phase::Handing { to, regretted, .. } = &mut self.phase {
             *regretted = true;
-            let (to, claim) = (to.clone(), claim.clone());
-            core.send(&to, Message::TakeBack { claim });
+            let to = to.clone();
+            self.ask_to_renounce(core, &to);
         }
         if let Some(record) = core.record.clone().filter(|_| self.change.is_none()) {
             self.propose(core, record, "to take back a switchover");
+        }
+    }
+
+    /// The target of a switchover that this host regrets is told so; again whenever it comes back, for it
+    /// may not have been there to hear it.
+    pub(super) fn ask_to_renounce(&self, core: &mut Core, target: &HostName) {
+        if let Phase::Handing {
+            to,
+            claim,
+            regretted: true,
+            ..
+        } = &self.phase
+            && to == target
+        {
+            let claim = claim.clone();
+            core.send(target, Message::TakeBack { claim });
         }
     }
 
@@ -244,8 +254,8 @@ impl Primary {
     /// The target has renounced this claim: it can never come through, and the guest goes on.
     pub(super) fn take_back(&mut self, core: &mut Core, renounced: &Claim) {
         let ours = matches!(&self.phase, Phase::Handing { claim, .. } if claim == renounced);
-        if ours {
-            core.release_promise(renounced);
+        // Bound by an earlier promise, too, this host waits for the keeper.
+        if ours && !core.sealed_against(core.version()) {
             self.resume(core, "the target does not claim");
         }
     }

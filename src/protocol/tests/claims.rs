@@ -44,17 +44,8 @@ fn the_answer_to_an_earlier_claim_ends_no_later_one() {
     assert!(trio.host("b").live_at.is_some());
 }
 
-#[test]
-fn a_claim_that_was_given_up_binds_nobody() {
-    let mut trio = Trio::paired(START);
-    trio.record_entries(2);
-    // The primary is silent for long enough that b claims and c is sealed, and then is back, while
-    // nobody can ask the keeper.
-    let claim = Claim {
-        term: Term(2),
-        claimant: name("b"),
-        base: trio.record().version(),
-    };
+/// Neither a nor c is heard for longer than a copy vouches for its primary.
+fn silent_for_a_while(trio: &mut Trio) {
     for host in ["a", "c"] {
         trio.host(host).cut_off = true;
     }
@@ -62,12 +53,19 @@ fn a_claim_that_was_given_up_binds_nobody() {
     for host in ["a", "c"] {
         trio.host(host).cut_off = false;
     }
-    let from = name("a");
-    let version = claim.base;
-    let message = Message::Abdicated {
-        version,
-        failed: None,
+}
+
+/// Lets c promise itself to a claim of b to this term.
+fn sealed_for_b(trio: &mut Trio, term: Term) -> Claim {
+    let version = trio.record().version();
+    let claim = Claim {
+        term,
+        claimant: name("b"),
+        base: version,
     };
+    let from = name("a");
+    let failed = None;
+    let message = Message::Abdicated { version, failed };
     trio.input(&name("c"), Input::Message { from, message });
     let from = name("b");
     let message = Message::Seal {
@@ -76,6 +74,41 @@ fn a_claim_that_was_given_up_binds_nobody() {
     };
     trio.input(&name("c"), Input::Message { from, message });
     assert_eq!(trio.host("c").node.status().promise, Some(claim.clone()));
+    claim
+}
+
+/// The first one has asked the keeper, perhaps, and may come through whatever became of the second.
+#[test]
+fn a_claim_that_was_given_up_frees_nobody_from_an_earlier_one() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(2);
+    silent_for_a_while(&mut trio);
+    sealed_for_b(&mut trio, Term(2));
+    let claim = sealed_for_b(&mut trio, Term(3));
+    trio.keeper_down = true;
+    trio.record_entries(1);
+    let stuck = trio.host("a").released;
+    let from = name("b");
+    let message = Message::Renounced { claim };
+    trio.input(&name("c"), Input::Message { from, message });
+    trio.pass(300);
+    assert_eq!(trio.host("a").released, stuck, "c hears nobody");
+    // Only the record frees it.
+    trio.keeper_down = false;
+    trio.pass(500);
+    trio.record_entries(1);
+    let released = trio.host("a").released;
+    assert_eq!(released, trio.host("a").tip.index);
+}
+
+#[test]
+fn a_claim_that_was_given_up_binds_nobody() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(2);
+    // The primary is silent for long enough that b claims and c is sealed, and then is back, while
+    // nobody can ask the keeper.
+    silent_for_a_while(&mut trio);
+    let claim = sealed_for_b(&mut trio, Term(2));
     trio.keeper_down = true;
     trio.record_entries(1);
     let stuck = trio.host("a").released;
@@ -204,6 +237,66 @@ fn a_paused_guest_goes_on_though_the_keeper_does_not_come_back() {
     trio.record_entries(1);
     let released = trio.host("a").released;
     assert_eq!(released, trio.host("a").tip.index);
+}
+
+/// The target is away when it is to renounce, and has heard of nothing: it is asked again.
+#[test]
+fn a_target_that_comes_back_is_asked_to_renounce() {
+    let mut trio = Trio::paired(START);
+    trio.record_entries(2);
+    trio.keeper_takes = Span::from_millis(5);
+    switch(&mut trio);
+    for _ in 0..40 {
+        let run = trio.host("b").node.status().run;
+        let done = trio.host("b").executed_all(run);
+        trio.input(&name("b"), done);
+        trio.pass(1);
+        if trio.host("a").journal().contains(&"handed_over") {
+            break;
+        }
+        trio.host("b").deaf = trio.host("a").paused;
+    }
+    trio.keeper_down = true;
+    trio.pass(4_000);
+    assert!(trio.host("a").paused, "nobody knows what b has done");
+    trio.host("b").deaf = false;
+    trio.restart("b");
+    trio.pass(20);
+    assert!(!trio.host("a").paused);
+}
+
+/// The target has asked the keeper, which is slow, and is started anew: that it knows nothing of it does
+/// not mean that its claim cannot come through.
+#[test]
+fn a_target_that_was_started_anew_renounces_nothing_that_it_may_have_asked_for() {
+    let acks = Acks::Disk;
+    let mut trio = Trio::paired(Policy { acks, ..START });
+    trio.record_entries(2);
+    trio.keeper_takes = Span::from_millis(5);
+    // What it is told arrives when the keeper is slow.
+    trio.far = Some((name("b"), Span::from_millis(10)));
+    switch(&mut trio);
+    for _ in 0..200 {
+        let run = trio.host("b").node.status().run;
+        let done = trio.host("b").executed_all(run);
+        trio.input(&name("b"), done);
+        trio.pass(1);
+        if trio.host("a").journal().contains(&"handed_over") {
+            break;
+        }
+    }
+    trio.keeper_takes = Span::from_millis(8_000);
+    trio.pass(60);
+    assert_eq!(claims(&mut trio, "b"), 1);
+    trio.restart("b");
+    for _ in 0..9_000 {
+        if trio.record().primary.host != name("a") {
+            break;
+        }
+        assert!(trio.host("a").paused, "b may have succeeded");
+        trio.pass(1);
+    }
+    assert_eq!(trio.record().primary.host, name("b"));
 }
 
 #[test]
