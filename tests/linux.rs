@@ -1,6 +1,6 @@
 //! Linux guests in the lab: what they do under load, and what no two runs have in common, comes out
-//! the same in the replay. A few of each; with `UNDERSTUDY_SOAK=1` 100 boots and 50 minutes of Redis,
-//! on one host of the lab for each processor.
+//! the same in the replay. A few of each; with `UNDERSTUDY_SOAK=1` 100 boots and 50 minutes of Redis.
+//! Runs are side by side, on one host of the lab for each processor.
 
 #[path = "common/lab.rs"]
 mod common;
@@ -25,7 +25,7 @@ use understudy::lab::{Host, HostId, Lab};
 
 /// A host's memory, in MiB: the guest's, twice while it is loaded, and the host's own files.
 const MEMORY: u32 = 2500;
-/// How many hosts the soak takes at most.
+/// How many hosts there are at most.
 const HOSTS_MOST: u8 = 3;
 /// How long an emulated host may take for one step of a guest. Busy machines take their time.
 const PATIENCE: Duration = Duration::from_mins(5);
@@ -34,6 +34,8 @@ const LOG: &str = "/data/log";
 
 /// The lab, and the image in each of its hosts.
 struct Stage {
+    /// How often it is all done.
+    times: u8,
     lab: Lab,
     hosts: Vec<HostId>,
     folder: TempDir,
@@ -41,14 +43,17 @@ struct Stage {
 }
 
 impl Stage {
-    fn new(test: &str, kind: Kind) -> Option<Self> {
+    /// For so many runs, or for the number of the soak.
+    fn new(test: &str, kind: Kind, few: u8, soaked: u8) -> Option<Self> {
         let image = image(test, kind)?;
+        let times = if soak() { soaked } else { few };
         let cores =
             available_parallelism().map_or(1, |cores| cores.get().try_into().unwrap_or(u8::MAX));
-        let hosts = if soak() { cores.min(HOSTS_MOST) } else { 1 };
+        let hosts = cores.min(HOSTS_MOST).min(times);
         let (lab, folder) = lab(test, hosts, MEMORY)?;
         let manifest = fs::read_to_string(image.path().join("manifest.toml")).expect("a manifest");
         let stage = Self {
+            times,
             lab,
             hosts: HostId::first(hosts).collect(),
             folder,
@@ -66,8 +71,9 @@ impl Stage {
         self.hosts.iter().map(|&id| Site { stage: self, id })
     }
 
-    /// Does this so often in all, on the hosts side by side; it is told which one it is.
-    fn repeat(&self, times: u32, done: impl Fn(&Site<'_>, u32) + Sync) {
+    /// Does all runs of this, on the hosts side by side; it is told which one it is.
+    fn repeat(&self, done: impl Fn(&Site<'_>, u32) + Sync) {
+        let times = u32::from(self.times);
         let (next, done) = (&AtomicU32::new(0), &done);
         std::thread::scope(|scope| {
             for site in self.sites() {
@@ -195,10 +201,10 @@ impl Guest<'_> {
 
 #[test]
 fn a_boot_to_the_shell_is_replayed() {
-    let Some(stage) = Stage::new("a_boot_to_the_shell_is_replayed", Kind::Small) else {
+    let Some(stage) = Stage::new("a_boot_to_the_shell_is_replayed", Kind::Small, 2, 100) else {
         return;
     };
-    stage.repeat(if soak() { 100 } else { 2 }, |site, _| {
+    stage.repeat(|site, _| {
         let began = Instant::now();
         let guest = site.record(Some(""), &[]);
         guest.says("# ");
@@ -210,7 +216,7 @@ fn a_boot_to_the_shell_is_replayed() {
 
 #[test]
 fn redis_under_load_is_replayed() {
-    let Some(stage) = Stage::new("redis_under_load_is_replayed", Kind::Small) else {
+    let Some(stage) = Stage::new("redis_under_load_is_replayed", Kind::Small, 1, 50) else {
         return;
     };
     if Command::new("redis-benchmark")
@@ -221,7 +227,7 @@ fn redis_under_load_is_replayed() {
         let missing = "redis-benchmark is missing: install the package redis-tools";
         return skipped("redis_under_load_is_replayed", &missing);
     }
-    stage.repeat(if soak() { 50 } else { 1 }, |site, number| {
+    stage.repeat(|site, number| {
         // In every other run its data go to the disk, too.
         let command = "redis-server --port 6379 --bind 0.0.0.0 --protected-mode no --save ''";
         let command = match number % 2 {
@@ -286,11 +292,12 @@ fn hash_of(said: &str) -> String {
 
 #[test]
 fn what_no_two_runs_have_in_common_is_replayed() {
-    let Some(stage) = Stage::new("what_no_two_runs_have_in_common_is_replayed", Kind::Full) else {
+    let test = "what_no_two_runs_have_in_common_is_replayed";
+    let Some(stage) = Stage::new(test, Kind::Full, 2, 20) else {
         return;
     };
     let hashes = Mutex::new(Vec::new());
-    stage.repeat(if soak() { 20 } else { 2 }, |site, _| {
+    stage.repeat(|site, _| {
         let said = site.record(Some("repeat 2"), &[]).ended();
         let hash = hash_of(&said);
         println!("{hash}");

@@ -203,17 +203,19 @@ fn outlives(mut site: Site) {
     let slow = ["--replica", "h3", "--image", "linux", "--wait", "400"];
     let words = [&words[..], &slow].concat();
     println!("{}", site.operate(&words).expect("paired"));
+    let gateway = site.cluster().join("gateways/gateway");
+    let publish = format!("{ADDRESS}:6379");
+    let words = ["gateway", "--config", text(&gateway), "--vm", "shop"];
+    site.beside(&[&words[..], &["--publish", &publish]].concat());
+    let mut clients = Clients::start(&site.lab);
+    clients.answers(50, &site);
+    // Not before the guest has booted, which takes minutes when its copies are far and slow.
     for (number, a) in HOSTS.iter().enumerate() {
         site.lab.delay(End::Machine, end(a), FAR).expect("far");
         for b in &HOSTS[..number] {
             site.lab.delay(end(b), end(a), FAR).expect("far");
         }
     }
-    let gateway = site.cluster().join("gateways/gateway");
-    let publish = format!("{ADDRESS}:6379");
-    let words = ["gateway", "--config", text(&gateway), "--vm", "shop"];
-    site.beside(&[&words[..], &["--publish", &publish]].concat());
-    let mut clients = Clients::start(&site.lab);
     clients.answers(50, &site);
 
     kill(&site.lab, "h1");
