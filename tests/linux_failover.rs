@@ -33,6 +33,8 @@ const FAR: Delay = Delay {
     ms: 40,
     loss_percent: 1.0,
 };
+/// How many answers the clients wait for each time: three emulated hosts leave their guest little.
+const ANSWERS: u64 = 20;
 /// Tells this program that it is the clients, and where Redis is.
 const CLIENTS: &str = "UNDERSTUDY_TEST_CLIENTS";
 /// What the clients' lines begin with.
@@ -203,23 +205,21 @@ fn outlives(mut site: Site) {
     let slow = ["--replica", "h3", "--image", "linux", "--wait", "400"];
     let words = [&words[..], &slow].concat();
     println!("{}", site.operate(&words).expect("paired"));
-    let gateway = site.cluster().join("gateways/gateway");
-    let publish = format!("{ADDRESS}:6379");
-    let words = ["gateway", "--config", text(&gateway), "--vm", "shop"];
-    site.beside(&[&words[..], &["--publish", &publish]].concat());
-    let mut clients = Clients::start(&site.lab);
-    clients.answers(50, &site);
-    // Not before the guest has booted, which takes minutes when its copies are far and slow.
     for (number, a) in HOSTS.iter().enumerate() {
         site.lab.delay(End::Machine, end(a), FAR).expect("far");
         for b in &HOSTS[..number] {
             site.lab.delay(end(b), end(a), FAR).expect("far");
         }
     }
-    clients.answers(50, &site);
+    let gateway = site.cluster().join("gateways/gateway");
+    let publish = format!("{ADDRESS}:6379");
+    let words = ["gateway", "--config", text(&gateway), "--vm", "shop"];
+    site.beside(&[&words[..], &["--publish", &publish]].concat());
+    let mut clients = Clients::start(&site.lab);
+    clients.answers(ANSWERS, &site);
 
     kill(&site.lab, "h1");
-    clients.answers(50, &site);
+    clients.answers(ANSWERS, &site);
     let (primary, replica) = site.until("a replica reigns", |status| {
         let reigns = |host: &str| of(status, host)["role"] == "primary";
         if reigns("h2") {
@@ -235,7 +235,7 @@ fn outlives(mut site: Site) {
             .any(|member| member["host"] == replica)
             .then_some(())
     });
-    clients.answers(50, &site);
+    clients.answers(ANSWERS, &site);
 
     let verdict = clients.finish();
     println!("{verdict}");
